@@ -1,0 +1,61 @@
+# `make demo` runs the main job, `make test` the tests; each installs what it needs into .venv first.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# the GPU build of vLLM where an NVIDIA GPU answers, the CPU build elsewhere
+ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+LOCK := requirements/$(ENGINE).txt
+INSTALLED := $(VENV)/.installed-$(ENGINE)
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-full check format lock clean
+
+help:  ## these lines
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## virtual environment in .venv with everything, servers for tests included
+
+# --no-deps: the lock is complete, and without torchvision, torchaudio and torchcodec, whose registry builds are CUDA's
+# and break the import of transformers beside a CPU torch.
+$(INSTALLED): pyproject.toml $(LOCK)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@begin=$$(date +%s); \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || exit 1; \
+	torch=$$(grep '^torch==' $(LOCK)); index=; \
+	if [ $(ENGINE) = cpu ] && ! $(BIN)/python -m pip download -q --no-deps -d $$(mktemp -d) "$$torch" >/dev/null 2>&1; then index="--extra-index-url $(TORCH_CPU_INDEX)"; fi; \
+	echo "installing $$(grep -c == $(LOCK)) packages for $(ENGINE) (some minutes, once)"; \
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $$index -r $(LOCK) || exit 1; \
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . || exit 1; \
+	echo $$(( $$(date +%s) - begin )) > $@
+
+demo: $(INSTALLED)  ## two tenants, one base model, end to end on a real engine
+	@install=0; if [ ! -e .tailor/.install-counted ] || [ $(INSTALLED) -nt .tailor/.install-counted ]; then install=$$(cat $(INSTALLED)); fi; \
+	mkdir -p .tailor && touch .tailor/.install-counted; \
+	TAILOR_HOME=.tailor TAILOR_DEMO_INSTALL_S=$$install $(BIN)/tailor demo
+
+test: $(INSTALLED)  ## all tests but the full-scale ones; starts one real vLLM
+	$(PYTEST)
+
+test-full: $(INSTALLED)  ## the full-scale counts too: hours
+	$(PYTEST) -m 'full or not full'
+
+check: $(INSTALLED)  ## format, lint, types, import rules, unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(PYTEST) -q tests/unit
+
+format: $(INSTALLED)  ## write the format and what the linter can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(INSTALLED)  ## write the lock of this engine anew from what is installed
+	$(BIN)/python -m pip freeze --exclude-editable | grep -vE '^(torchvision|torchaudio|torchcodec|tailor)\b' > $(LOCK)
+
+clean:  ## remove environment, caches and the demo's data
+	rm -rf $(VENV) .tailor build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,107 @@
+"""The engine as the agent sees it: the one module that touches vLLM's objects (checked against vLLM 0.32)."""
+
+import time
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+
+class EngineRefusedError(Exception):
+    """The engine would not load an adapter; the text is the engine's own and never goes to a tenant."""
+
+
+class Engine:
+    """Loads, unloads and probes through vLLM's engine client.
+
+    Source: vllm/v1/engine/async_llm.py and vllm/entrypoints/openai/models/serving.py, version 0.32.
+    """
+
+    def __init__(self, client: Any, models: Any) -> None:
+        self._client = client
+        self._models = models
+
+    async def load(self, name: str, path: Path) -> int:
+        """Load an adapter on the device and let requests name it; returns vLLM's integer id for it.
+
+        Raises:
+            EngineRefusedError: nothing of the adapter is left in the engine.
+        """
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(lora_name=name, lora_int_id=self._models.lora_id_counter.inc(1), lora_path=str(path))
+        try:
+            await self._client.add_lora(request)
+        except Exception as error:
+            await self._client.remove_lora(request.lora_int_id)
+            raise EngineRefusedError(str(error)) from error
+        self._models.lora_requests[name] = request
+        return int(request.lora_int_id)
+
+    def hide(self, name: str) -> None:
+        """Let no further request name the adapter; running ones go on."""
+        self._models.lora_requests.pop(name, None)
+
+    async def unload(self, number: int) -> None:
+        """Free the adapter's slot and host memory (vLLM's own unload route only forgets the name)."""
+        await self._client.remove_lora(number)
+
+    async def pin(self, number: int) -> None:
+        """Keep the adapter on the device whatever else is loaded."""
+        await self._client.pin_lora(number)
+
+    async def residency(self) -> tuple[set[int], set[int]]:
+        """Adapter ids on the device, and in host memory."""
+        ((device, host),) = (await self._client.collective_rpc("tailor_residency"))[:1]
+        return set(device), set(host)
+
+    async def generate_one_token(self, adapter: str | None, **parameters: Any) -> float:
+        """Seconds to one real token through the whole engine; `parameters` are vLLM's sampling parameters."""
+        from vllm.inputs import TokensPrompt
+        from vllm.sampling_params import SamplingParams
+
+        begin = time.monotonic()
+        stream = self._client.generate(
+            TokensPrompt(prompt_token_ids=[1]),
+            SamplingParams(max_tokens=1, **{"temperature": 0.0, "detokenize": False, **parameters}),
+            f"probe-{uuid4().hex}",
+            lora_request=self._models.lora_requests.get(adapter) if adapter else None,
+            priority=-(2**31),
+        )
+        async for _ in stream:
+            pass
+        return time.monotonic() - begin
+
+    async def warm_up(self, adapter: str | None) -> None:
+        """Pay now what the first request of a kind would make everybody wait for.
+
+        vLLM 0.32 compiles its log-probability ranking and imports its grammar engine at their first use, inside an
+        engine step: 5 s and more on two cores.
+        """
+        from vllm.sampling_params import StructuredOutputsParams
+
+        await self.generate_one_token(adapter, logprobs=1)
+        await self.generate_one_token(adapter, temperature=1.0, top_p=0.9, top_k=4, min_p=0.01, seed=1)
+        grammar = StructuredOutputsParams(json={"type": "object"})
+        await self.generate_one_token(adapter, detokenize=True, structured_outputs=grammar)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together (`max_model_len`)."""
+        return int(self._models.model_config.max_model_len)
+
+    def is_dead(self) -> bool:
+        return bool(self._client.errored)
+
+    def corrupted_requests(self) -> int:
+        """Requests that produced NaN logits so far (`vllm:corrupted_requests_total`)."""
+        from prometheus_client import REGISTRY
+
+        return int(
+            sum(
+                sample.value
+                for metric in REGISTRY.collect()
+                if metric.name == "vllm:corrupted_requests"
+                for sample in metric.samples
+                if sample.name == "vllm:corrupted_requests_total"
+            )
+        )

@@ -1,0 +1,75 @@
+"""Entry points by which vLLM takes the agent in (`vllm.endpoint_plugins`, `vllm.general_plugins`; vLLM 0.32)."""
+
+import secrets
+from argparse import Namespace
+from typing import Any
+from uuid import uuid4
+
+from fastapi import FastAPI
+
+from adapter_store.agent.engine import Engine
+from adapter_store.agent.null_adapter import write_null_adapter
+from adapter_store.agent.quiet import wait_quietly
+from adapter_store.agent.residency import Residency
+from adapter_store.agent.routes import Agent, Guard, router
+from adapter_store.agent.settings import AgentSettings
+from adapter_store.base_model import BaseModel
+from adapter_store.blobs import Blobs
+from adapter_store.cache import DiskCache
+from adapter_store.process import die_with_parent
+
+
+def prepare_process() -> None:
+    """What every process of the engine does first; vLLM may call it more than once in one process."""
+    die_with_parent()
+    if AgentSettings.from_environment().needs_null_adapter:  # a CPU replica
+        wait_quietly()
+
+
+class AgentPlugin:
+    """Adds the agent's routes and its guard to vLLM's API server."""
+
+    name = "tailor_agent"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._settings = AgentSettings.from_environment()
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.include_router(router)
+        app.add_middleware(Guard, token=self._settings.token, owner=app)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        settings = self._settings
+        base = BaseModel.read(settings.base_model, name=settings.base_model_name, dtype=settings.dtype)
+        engine = Engine(engine_client, state.openai_serving_models)
+        cache = DiskCache(settings.cache, Blobs.open(settings.blobs_url), settings.cache_limit_bytes)
+        residency = Residency(engine, cache, capacity=settings.host_adapters, loads_waiting=settings.loads_waiting)
+        null_adapter = await self._load_null_adapter(engine, base) if settings.needs_null_adapter else None
+        await engine.warm_up(null_adapter)
+        state.tailor_agent = Agent(engine, residency, _facts(settings, base, engine), null_adapter)
+
+    async def _load_null_adapter(self, engine: Engine, base: BaseModel) -> str:
+        name = f"a-{secrets.token_hex(16)}"
+        folder = self._settings.cache / "null" / base.fingerprint
+        write_null_adapter(folder, base)
+        await engine.pin(await engine.load(name, folder))
+        return name
+
+
+def _facts(settings: AgentSettings, base: BaseModel, engine: Engine) -> dict[str, object]:
+    import vllm
+    from vllm.platforms import current_platform
+
+    return {
+        "generation": uuid4().hex,
+        "base_model": {"name": base.name, "fingerprint": base.fingerprint},
+        "engine": {
+            "version": vllm.__version__,
+            "device": "cpu" if current_platform.is_cpu() else "cuda",
+            "max_loras": settings.tenant_slots,
+            "max_cpu_loras": settings.host_adapters,
+            "max_lora_rank": settings.max_lora_rank,
+            "max_model_len": engine.context_length,
+        },
+    }

@@ -1,0 +1,209 @@
+"""Which adapters a replica holds, under which names, and when one may leave.
+
+Invariants, each against a fault seen in vLLM 0.32 (`docs/vllm.md`): a name is used once in an engine's life;
+nothing is loaded in place; the engine never holds more adapters than its host memory allows, so that it never evicts
+one by itself and later re-reads it from disk inside an engine step; files of a held adapter stay pinned in the cache.
+"""
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from adapter_store.cache import DiskCache
+from adapter_store.catalog import BlobFile
+
+NAME = re.compile(r"a-[0-9a-f]{8,64}")
+
+
+class NameTakenError(Exception):
+    """The name stands for other files, or was retired."""
+
+
+class LoadQueueFullError(Exception):
+    """Too many loads wait, or every resident adapter is busy."""
+
+
+class AdapterUnknownError(Exception):
+    """No adapter of that name is resident."""
+
+
+class LoadsAdapters(Protocol):
+    """What residency asks of an engine; `engine.Engine` on vLLM, a plain class in tests."""
+
+    async def load(self, name: str, path: Path) -> int: ...
+    def hide(self, name: str) -> None: ...
+    async def unload(self, number: int) -> None: ...
+    async def residency(self) -> tuple[set[int], set[int]]: ...
+
+
+@dataclass(slots=True)
+class Resident:
+    """One adapter the engine knows."""
+
+    name: str
+    digest: str
+    owner: str
+    number: int
+    size_bytes: int
+    last_used: float
+    pinned: bool = False
+    leaving: bool = False
+    in_flight: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.idle.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """How a load went, in seconds."""
+
+    name: str
+    fetch_s: float
+    load_s: float
+
+
+class Residency:
+    """The replica's adapters; one engine operation at a time, as loads stall decoding for everybody."""
+
+    def __init__(self, engine: LoadsAdapters, cache: DiskCache, *, capacity: int, loads_waiting: int) -> None:
+        self._engine = engine
+        self._cache = cache
+        self._capacity = capacity
+        self._loads_waiting = loads_waiting
+        self._residents: dict[str, Resident] = {}
+        self._pending: dict[str, tuple[str, asyncio.Future[Loaded]]] = {}
+        self._used: set[str] = set()
+        self._turn = asyncio.Lock()
+        self.load_count = 0
+        self.load_seconds = 0.0
+
+    async def load(self, name: str, digest: str, files: Sequence[BlobFile], *, owner: str = "") -> Loaded:
+        """Make the adapter answer under `name`; a second call for the same digest joins the first.
+
+        Raises:
+            NameTakenError, LoadQueueFullError: nothing changed.
+            EngineRefusedError, BlobCorrupt and the store's other errors: nothing is left behind.
+        """
+        resident = self._residents.get(name)
+        if resident is not None:
+            if resident.digest != digest or resident.leaving:
+                raise NameTakenError(name)
+            return Loaded(name, 0.0, 0.0)
+        if name in self._pending:
+            other, outcome = self._pending[name]
+            if other != digest:
+                raise NameTakenError(name)
+            return await asyncio.shield(outcome)
+        if name in self._used:
+            raise NameTakenError(name)
+        if len(self._pending) >= self._loads_waiting:
+            raise LoadQueueFullError("too many loads wait")
+        # a task of its own: a caller that goes away must not leave the engine half-way
+        work = asyncio.ensure_future(self._load(name, digest, files, owner))
+        self._pending[name] = (digest, work)
+        work.add_done_callback(lambda _: self._pending.pop(name, None))
+        return await asyncio.shield(work)
+
+    async def prefetch(self, digest: str, files: Sequence[BlobFile]) -> float:
+        """Bring the files to this machine's disk, not to the engine; returns seconds."""
+        begin = time.monotonic()
+        await self._cache.fetch(digest, files)
+        return time.monotonic() - begin
+
+    async def _load(self, name: str, digest: str, files: Sequence[BlobFile], owner: str) -> Loaded:
+        begin = time.monotonic()
+        self._cache.pin(digest)
+        try:
+            path = await self._cache.fetch(digest, files)
+            fetched = time.monotonic()
+            async with self._turn:
+                await self._make_room()
+                self._used.add(name)
+                started = time.monotonic()
+                number = await self._engine.load(name, path)
+        except BaseException:
+            self._cache.unpin(digest)
+            raise
+        now = time.monotonic()
+        self._residents[name] = Resident(
+            name, digest, owner, number, sum(file.size_bytes for file in files), last_used=time.time()
+        )
+        self.load_count += 1
+        self.load_seconds += now - started
+        return Loaded(name, fetched - begin, now - started)
+
+    async def _make_room(self) -> None:
+        while len(self._residents) >= self._capacity:
+            idle = [r for r in self._residents.values() if not (r.in_flight or r.pinned or r.leaving)]
+            if not idle:
+                raise LoadQueueFullError("every resident adapter is busy")
+            await self._remove(min(idle, key=lambda resident: resident.last_used))
+
+    async def unload(self, name: str) -> None:
+        """Wait for the adapter's requests, take it out of the engine for real, release its files.
+
+        Raises:
+            AdapterUnknownError: it is not resident.
+        """
+        resident = self._residents.get(name)
+        if resident is None or resident.leaving:
+            raise AdapterUnknownError(name)
+        resident.leaving = True
+        self._engine.hide(name)
+        await resident.idle.wait()
+        async with self._turn:
+            await self._remove(resident)
+
+    async def _remove(self, resident: Resident) -> None:
+        resident.leaving = True
+        self._engine.hide(resident.name)
+        await self._engine.unload(resident.number)
+        del self._residents[resident.name]
+        self._cache.unpin(resident.digest)
+
+    @asynccontextmanager
+    async def serving(self, name: str) -> AsyncIterator[None]:
+        """Hold the adapter for one request.
+
+        Raises:
+            AdapterUnknownError: it is not resident, or on its way out.
+        """
+        resident = self._residents.get(name)
+        if resident is None or resident.leaving:
+            raise AdapterUnknownError(name)
+        resident.in_flight += 1
+        resident.last_used = time.time()
+        resident.idle.clear()
+        try:
+            yield
+        finally:
+            resident.in_flight -= 1
+            if not resident.in_flight:
+                resident.idle.set()
+
+    def pin(self, name: str) -> None:
+        """Never choose this adapter to make room."""
+        self._residents[name].pinned = True
+
+    async def report(self) -> list[dict[str, object]]:
+        """Every resident adapter with its tier, as `GET /tailor/state` shows it."""
+        device, _ = await self._engine.residency()
+        return [
+            {
+                "name": resident.name,
+                "owner": resident.owner,
+                "digest": resident.digest,
+                "tier": "gpu" if resident.number in device else "host",
+                "pinned": resident.pinned,
+                "bytes": resident.size_bytes,
+                "last_used": resident.last_used,
+            }
+            for resident in self._residents.values()
+        ]

@@ -1,0 +1,169 @@
+"""The agent's HTTP routes and its guard; the contract is `docs/agent-contract.md`. Nothing here is for tenants."""
+
+import asyncio
+import hmac
+import logging
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel as Schema
+from pydantic import Field
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from adapter_store.agent.engine import Engine, EngineRefusedError
+from adapter_store.agent.residency import (
+    NAME,
+    AdapterUnknownError,
+    LoadQueueFullError,
+    NameTakenError,
+    Residency,
+)
+from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, bundle_digest
+from adapter_store.catalog import BlobFile
+from adapter_store.errors import AdapterStoreError
+
+log = logging.getLogger("tailor.agent")
+ADAPTER_HEADER = b"x-tailor-adapter"
+
+
+@dataclass(slots=True)
+class Agent:
+    """What the routes work with; put on the vLLM app's state once the engine runs."""
+
+    engine: Engine
+    residency: Residency
+    facts: dict[str, object]
+    null_adapter: str | None
+
+
+class File(Schema, extra="forbid"):
+    name: Literal["adapter_config.json", "adapter_model.safetensors"]
+    key: Annotated[str, Field(max_length=512)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=1)]
+
+
+class Load(Schema, extra="forbid"):
+    owner: Annotated[str, Field(max_length=128)] = ""
+    files: Annotated[list[File], Field(min_length=2, max_length=2)]
+    tier: Literal["gpu", "disk"] = "gpu"
+
+
+class Probe(Schema, extra="forbid"):
+    deadline_s: Annotated[float, Field(gt=0, le=60)] = 2
+
+
+router = APIRouter(prefix="/tailor")
+
+
+def _agent(request: Request) -> Agent:
+    agent: Agent = request.app.state.tailor_agent
+    return agent
+
+
+def _error(status: int, code: str, message: str, **headers: str) -> JSONResponse:
+    return JSONResponse({"error": {"code": code, "message": message}}, status, headers)
+
+
+@router.get("/state")
+async def state(request: Request) -> Response:
+    """What this replica is and holds."""
+    agent = _agent(request)
+    return JSONResponse(
+        {
+            **agent.facts,
+            "null_adapter": agent.null_adapter,
+            "adapters": await agent.residency.report(),
+            "loads": {"count": agent.residency.load_count, "seconds": agent.residency.load_seconds},
+            "corrupted_requests": agent.engine.corrupted_requests(),
+        }
+    )
+
+
+@router.put("/adapters/{name}")
+async def load(request: Request, name: str, body: Load) -> Response:
+    """Fetch by digest, verify, load; idempotent for equal digests."""
+    if not NAME.fullmatch(name):
+        return _error(422, "name_invalid", "an adapter is named a- and 8 to 64 hex digits")
+    files = [BlobFile(file.name, file.key, file.sha256, file.bytes) for file in body.files]
+    hashes = {file.name: file.sha256 for file in files}
+    if len(hashes) != len(files):
+        return _error(422, "files_invalid", "each of the two files is named once")
+    residency = _agent(request).residency
+    try:
+        digest = bundle_digest(hashes[CONFIG_FILE], hashes[WEIGHTS_FILE])
+        if body.tier == "disk":
+            fetch_s = await residency.prefetch(digest, files)
+            return JSONResponse({"name": name, "tier": "disk", "fetch_s": fetch_s, "load_s": 0.0})
+        done = await residency.load(name, digest, files, owner=body.owner)
+    except NameTakenError:
+        return _error(409, "name_taken", "the name was used before in this engine's life")
+    except LoadQueueFullError as error:
+        return _error(503, "load_queue_full", str(error), **{"retry-after": "1"})
+    except EngineRefusedError as error:
+        log.exception("the engine refused adapter %s", name)
+        return _error(422, "engine_refused", str(error))
+    except AdapterStoreError as error:
+        log.exception("the files of adapter %s could not be fetched", name)
+        return _error(502, type(error).__name__, str(error))
+    return JSONResponse({"name": name, "tier": "gpu", "fetch_s": done.fetch_s, "load_s": done.load_s})
+
+
+@router.delete("/adapters/{name}")
+async def unload(request: Request, name: str) -> Response:
+    """Drain, unload for real, forget the name, release the files."""
+    try:
+        await _agent(request).residency.unload(name)
+    except AdapterUnknownError:
+        return _error(404, "adapter_unknown", "no adapter of that name is resident")
+    return Response(status_code=204)
+
+
+@router.post("/probe")
+async def probe(request: Request, body: Probe) -> Response:
+    """One token through the engine: the only proof of health (`/health` lies while a step hangs)."""
+    agent = _agent(request)
+    try:
+        async with asyncio.timeout(body.deadline_s):
+            latency_s = await agent.engine.generate_one_token(agent.null_adapter)
+    except TimeoutError:
+        return _error(503, "probe_timeout", f"no token within {body.deadline_s} s")
+    except Exception as error:  # whatever the engine raises, the answer is the same: it is not healthy
+        if agent.engine.is_dead():
+            return _error(503, "engine_dead", "the engine has died")
+        log.exception("probe failed")
+        return _error(503, "probe_failed", type(error).__name__)
+    return JSONResponse({"latency_s": latency_s})
+
+
+class Guard:
+    """Asks the replica's token on every route but `GET /health`, and counts each adapter's requests.
+
+    A generation request names its adapter in `x-tailor-adapter`, so that an unload can wait for it from its first
+    byte on, and an adapter that is gone is a 404 before vLLM sees the request.
+    """
+
+    def __init__(self, app: ASGIApp, *, token: str, owner: FastAPI) -> None:
+        self._app = app
+        self._owner = owner
+        self._authorization = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or (scope["path"] == "/health" and scope.get("method") == "GET"):
+            return await self._app(scope, receive, send)
+        headers = dict(scope["headers"])
+        if not hmac.compare_digest(headers.get(b"authorization", b""), self._authorization):
+            refusal = _error(401, "token_invalid", "this route asks for the replica's token")
+            return await refusal(scope, receive, send)
+        name = headers.get(ADAPTER_HEADER, b"").decode("latin-1")
+        agent: Agent | None = getattr(self._owner.state, "tailor_agent", None)
+        if not name or agent is None or name == agent.null_adapter:  # the null adapter stays for the engine's life
+            return await self._app(scope, receive, send)
+        try:
+            async with agent.residency.serving(name):
+                return await self._app(scope, receive, send)
+        except AdapterUnknownError:
+            refusal = _error(404, "adapter_unknown", "no adapter of that name is resident")
+            return await refusal(scope, receive, send)

@@ -1,0 +1,159 @@
+"""The files of all versions by content: `adapters/<tenant>/<sha256>` in a folder or an object store.
+
+A blob that was put survives a power cut. obstore 0.12 writes a folder's files to a temporary name and renames
+them, but never calls fsync, so that is done here.
+"""
+
+import os
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, from_url
+
+from adapter_store.errors import BlobCorrupt, StorageFull, StorageUnavailable
+from adapter_store.ids import TenantId
+from adapter_store.threads import in_thread
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+PREFIX = "adapters"
+FOLDER_PART_BYTES = 1 << 20
+REMOTE_PART_BYTES = 5 << 20  # the least that S3 takes
+PARTS_AT_ONCE = 1
+READ_BYTES = 1 << 20
+PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+KEY = re.compile(rf"{PREFIX}/([A-Za-z0-9_-]{{1,64}})/([0-9a-f]{{64}})")
+# ENOSPC, EFBIG and EDQUOT, as obstore's text has them: it gives no errno.
+FULL = re.compile(r"os error (?:28|27|122)\)")
+
+
+def blob_key(tenant_id: TenantId, sha256: str) -> str:
+    """Where a tenant's file lies. Raises ValueError for anything but plain ids and hex."""
+    if not PLAIN.fullmatch(tenant_id) or not SHA256.fullmatch(sha256):
+        raise ValueError(f"{tenant_id[:80]!r}, {sha256[:80]!r}: not a tenant's id and a SHA-256")
+    return f"{PREFIX}/{tenant_id}/{sha256}"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """`modified_at`: seconds since 1970."""
+
+    tenant_id: TenantId
+    sha256: str
+    modified_at: float
+
+    @property
+    def key(self) -> str:
+        return blob_key(self.tenant_id, self.sha256)
+
+
+class Blobs:
+    """Content-addressed files."""
+
+    def __init__(self, store: "ObjectStore", folder: Path | None) -> None:
+        self._store = store
+        self._folder = folder
+        self._part_bytes = REMOTE_PART_BYTES if folder is None else FOLDER_PART_BYTES
+
+    @classmethod
+    def open(cls, url: str) -> Self:
+        """`url`: a path, `file:///…`, or what obstore understands (`s3://bucket/prefix`)."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("", "file"):
+            return cls(from_url(url), None)
+        folder = Path(unquote(parts.path) if parts.scheme else url).absolute()
+        with _store_errors():
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return cls(LocalStore(folder), folder)
+
+    async def put(self, key: str, path: Path) -> None:
+        """Stores the file under `key`: whole, visible at once, durable.
+
+        Raises StorageFull, StorageUnavailable.
+        """
+        with _store_errors():
+            await obstore.put_async(self._store, key, path, chunk_size=self._part_bytes, max_concurrency=PARTS_AT_ONCE)
+            if self._folder is not None:
+                await in_thread(_make_durable, self._folder, self._folder / key)
+
+    async def exists(self, key: str, size_bytes: int) -> bool:
+        with _store_errors():
+            try:
+                return (await obstore.head_async(self._store, key))["size"] == size_bytes
+            except FileNotFoundError:
+                return False
+
+    @asynccontextmanager
+    async def read(self, key: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The blob's bytes in pieces. Raises BlobCorrupt where there is none, StorageUnavailable."""
+        with _store_errors():
+            try:
+                found = await obstore.get_async(self._store, key)
+            except FileNotFoundError as error:
+                raise BlobCorrupt(f"blob {key} is gone") from error
+            yield found.stream(min_chunk_size=READ_BYTES)
+
+    async def delete(self, key: str) -> None:
+        """Removes the blob; it may be gone already."""
+        with _store_errors():
+            try:
+                await obstore.delete_async(self._store, key)
+            except FileNotFoundError:
+                return
+
+    async def list(self) -> AsyncIterator[StoredBlob]:
+        with _store_errors():
+            async for page in obstore.list(self._store, f"{PREFIX}/"):
+                for item in page:
+                    if (key := KEY.fullmatch(item["path"])) is not None:
+                        yield StoredBlob(TenantId(key[1]), key[2], item["last_modified"].timestamp())
+
+    async def sweep_partial(self, before: float) -> int:
+        """Removes what interrupted puts left in a folder before that time; how many."""
+        return 0 if self._folder is None else await in_thread(_sweep_partial, self._folder, before)
+
+
+def _make_durable(root: Path, path: Path) -> None:
+    """fsync of the file, then of every folder up to the root: each may be new."""
+    with suppress(FileNotFoundError):  # a delete was faster; who commits looks again
+        _fsync(path)
+    for folder in path.parents:
+        _fsync(folder)
+        if folder == root:
+            return
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep_partial(folder: Path, before: float) -> int:
+    """obstore 0.12 writes `<key>#<n>` before it renames."""
+    stale = [path for path in (folder / PREFIX).rglob("*#*") if path.stat().st_mtime < before]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return len(stale)
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    """obstore's errors → StorageFull or StorageUnavailable; the text of the store stays in the cause."""
+    try:
+        yield
+    except (BaseError, OSError) as error:
+        if FULL.search(str(error)) or getattr(error, "errno", None) in (27, 28, 122):
+            raise StorageFull("no space left in the blob store") from error
+        raise StorageUnavailable("the blob store does not answer as it should") from error

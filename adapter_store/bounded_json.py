@@ -1,0 +1,75 @@
+"""JSON from strangers: parsed with limits on depth, items and numbers. Never trusted, never repaired."""
+
+import json
+import math
+import re
+from typing import NoReturn
+
+# A string literal (closed or not: it then runs to the end of the text) or a bracket. Possessive, so linear.
+TOKEN = re.compile(r'"(?:[^"\\]|\\.?)*+"?|[\[{]|[\]}]', re.DOTALL)
+MOST_DIGITS = 20
+
+
+class JsonInvalid(ValueError):
+    """The bytes are not JSON within the limits; the text says why."""
+
+
+def parse(data: bytes, *, max_depth: int, max_items: int) -> object:
+    """Parses UTF-8 JSON.
+
+    Raises JsonInvalid: bad UTF-8 or syntax, duplicate keys, NaN or Infinity, numbers of more than 20 digits
+    or past float's range, nesting deeper than `max_depth`, more than `max_items` commas (which bound the
+    members).
+    """
+    try:
+        text = data.decode("utf-8")
+        _check_size(text, max_depth, max_items)
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer, parse_float=_real
+        )
+    except JsonInvalid:
+        raise
+    except UnicodeDecodeError as error:
+        raise JsonInvalid(f"not UTF-8 at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise JsonInvalid(str(error)) from None
+
+
+def _check_size(text: str, max_depth: int, max_items: int) -> None:
+    if text.count(",") > max_items:
+        raise JsonInvalid(f"more than {max_items} members")
+    depth = 0
+    for match in TOKEN.finditer(text):
+        first = text[match.start()]
+        if first in "[{":
+            depth += 1
+            if depth > max_depth:
+                raise JsonInvalid(f"nested deeper than {max_depth}")
+        elif first in "]}":
+            depth -= 1
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        seen: set[str] = set()
+        again = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise JsonInvalid(f"duplicate key {again[:80]!r}")
+    return members
+
+
+def _constant(name: str) -> NoReturn:
+    raise JsonInvalid(f"{name} is not a JSON number")
+
+
+def _integer(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise JsonInvalid(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _real(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise JsonInvalid(f"the number {text[:MOST_DIGITS]} does not fit a float")
+    return value

@@ -1,0 +1,164 @@
+"""The two files of an adapter, staged from a stream into a quarantine folder of their own.
+
+Only two file names exist, so nothing that a tenant sends can become a path. A staged file is never served
+from here: it is checked and copied to the blob store. So it need not survive a power cut, and goes with the
+upload.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+
+from adapter_store.errors import BundleIncomplete, BundleTooLarge, StorageFull, StorageUnavailable
+from adapter_store.threads import in_thread
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+WRITE_BYTES = 1 << 20
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class Staging:
+    """A folder of quarantined uploads; several processes may share it."""
+
+    def __init__(self, root: Path, *, config_limit_bytes: int = 256 << 10, weights_limit_bytes: int = 2 << 30) -> None:
+        self.root = root
+        self.limits = {CONFIG_FILE: config_limit_bytes, WEIGHTS_FILE: weights_limit_bytes}
+
+    @asynccontextmanager
+    async def stage(self) -> AsyncIterator["StagedBundle"]:
+        """One upload's folder, removed on every way out. Raises StorageFull, StorageUnavailable."""
+        folder, lock = self._create()  # not in a thread: a cancelled caller would lose them
+        bundle = StagedBundle(folder, self.limits)
+        try:
+            yield bundle
+        finally:
+            await in_thread(_remove, folder, lock)
+
+    def sweep(self) -> int:
+        """Removes what dead processes left behind; returns how many folders. Called at start."""
+        if not self.root.is_dir():
+            return 0
+        return sum(_remove_if_abandoned(folder) for folder in self.root.iterdir() if folder.is_dir())
+
+    def _create(self) -> tuple[Path, int]:
+        with storage_errors():
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder = Path(tempfile.mkdtemp(dir=self.root))
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # held as long as the upload lives: sweep() leaves it alone
+            return folder, lock
+
+
+class StagedBundle:
+    """The files of one upload: `sha256` and `sizes` by file name, once written."""
+
+    def __init__(self, folder: Path, limits: dict[str, int]) -> None:
+        self.folder = folder
+        self.limits = limits
+        self.sha256: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+
+    async def write(self, name: str, chunks: AsyncIterable[bytes]) -> None:
+        """Writes one of the two files. Raises BundleTooLarge, BundleIncomplete, StorageError."""
+        async with self.open(name) as file:
+            async for chunk in chunks:
+                await file.write(chunk)
+
+    @asynccontextmanager
+    async def open(self, name: str) -> AsyncIterator["StagedFile"]:
+        """The same for a parser that hands out pieces as they come."""
+        if name not in BUNDLE_FILES:
+            raise BundleIncomplete(f"a bundle has the files {' and '.join(BUNDLE_FILES)}, not {name[:80]!r}")
+        if name in self.sha256:
+            raise BundleIncomplete(f"{name} was sent twice")
+        with storage_errors():
+            file = StagedFile(self.folder / name, self.limits[name])
+        try:
+            yield file
+            await file.flush()
+        finally:
+            file.close()
+        self.sha256[name], self.sizes[name] = file.sha256, file.size_bytes
+
+    def check_complete(self) -> None:
+        """Raises BundleIncomplete where a file is missing or empty."""
+        for name in BUNDLE_FILES:
+            if not self.sizes.get(name):
+                raise BundleIncomplete(f"{name} is {'empty' if name in self.sizes else 'missing'}")
+
+
+class StagedFile:
+    """A file being written: capped, hashed in passing, written in pieces of a MiB."""
+
+    def __init__(self, path: Path, limit_bytes: int) -> None:
+        self.path = path
+        self.limit_bytes = limit_bytes
+        self.size_bytes = 0
+        self._digest = hashlib.sha256()
+        self._pending = bytearray()
+        self._file = path.open("xb", buffering=0)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    async def write(self, chunk: bytes) -> None:
+        self.size_bytes += len(chunk)
+        if self.size_bytes > self.limit_bytes:
+            raise BundleTooLarge(self.path.name, self.limit_bytes)
+        self._pending += chunk
+        if len(self._pending) >= WRITE_BYTES:
+            await self.flush()
+
+    async def flush(self) -> None:
+        pending, self._pending = self._pending, bytearray()
+        await in_thread(self._write, pending)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, data: bytearray) -> None:
+        self._digest.update(data)
+        with storage_errors(), memoryview(data) as left:
+            while left:
+                left = left[self._file.write(left) :]
+
+
+def bundle_digest(config_sha256: str, weights_sha256: str) -> str:
+    """What names a version's content: SHA-256 over the hex digests of canonical config and weights."""
+    return hashlib.sha256(f"{config_sha256}\n{weights_sha256}\n".encode()).hexdigest()
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """OSError → StorageFull or StorageUnavailable."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in FULL:
+            raise StorageFull(f"no space to store the adapter: {reason}") from error
+        raise StorageUnavailable(f"the adapter cannot be stored: {reason}") from error
+
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+
+
+def _remove_if_abandoned(folder: Path) -> bool:
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(folder, lock)
+        return True
+    os.close(lock)
+    return False

@@ -1,0 +1,289 @@
+"""Adapters, versions and aliases as rows. Every statement asks for the tenant inside the query.
+
+Times are whole seconds since 1970, UTC. Versions are never updated; an alias is what moves.
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Row,
+    Select,
+    Table,
+    Text,
+    UniqueConstraint,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from adapter_store.blobs import blob_key
+from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE
+from adapter_store.ids import AdapterId, TenantId, VersionId, new_adapter_id
+
+DEFAULT_ALIAS = "default"
+
+metadata = MetaData()
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant_id", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    UniqueConstraint("tenant_id", "name", name="uq_adapters_tenant_id_name"),
+)
+versions = Table(
+    "versions",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("adapter_id", Text, ForeignKey("adapters.id", name="fk_versions_adapter_id"), nullable=False),
+    Column("tenant_id", Text, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("digest", Text, nullable=False),
+    Column("config_sha256", Text, nullable=False),
+    Column("config_bytes", BigInteger, nullable=False),
+    Column("weights_sha256", Text, nullable=False),
+    Column("weights_bytes", BigInteger, nullable=False),
+    Column("rank", Integer, nullable=False),
+    Column("modules", Text, nullable=False),  # JSON list of names
+    Column("base_fingerprint", Text, nullable=False),
+    Column("provenance", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    UniqueConstraint("adapter_id", "number", name="uq_versions_adapter_id_number"),
+    UniqueConstraint("adapter_id", "digest", name="uq_versions_adapter_id_digest"),
+    Index("ix_versions_tenant_id_config_sha256", "tenant_id", "config_sha256"),
+    Index("ix_versions_tenant_id_weights_sha256", "tenant_id", "weights_sha256"),
+)
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("adapter_id", Text, ForeignKey("adapters.id", name="fk_aliases_adapter_id"), primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("version_id", Text, ForeignKey("versions.id", name="fk_aliases_version_id"), nullable=False),
+    Column("moved_at", BigInteger, nullable=False),
+)
+
+
+class Provenance(StrEnum):
+    """How a version came to be."""
+
+    UPLOAD = "upload"
+    JOB = "job"
+
+
+@dataclass(frozen=True, slots=True)
+class BlobFile:
+    """One file of a bundle: `key` is where its bytes lie in the blob store."""
+
+    name: str
+    key: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """An immutable set of weights; `digest` names its content."""
+
+    id: VersionId
+    adapter_id: AdapterId
+    tenant_id: TenantId
+    adapter_name: str
+    number: int
+    digest: str
+    files: tuple[BlobFile, ...]
+    rank: int
+    modules: tuple[str, ...]
+    base_fingerprint: str
+    provenance: Provenance
+    created_at: int
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A tenant's name for weights; `default` is the version that answers to it."""
+
+    id: AdapterId
+    tenant_id: TenantId
+    name: str
+    created_at: int
+    default: Version
+
+
+def _select_versions() -> Select[Any]:
+    return select(versions, adapters.c.name).join(adapters, versions.c.adapter_id == adapters.c.id)
+
+
+def _version(row: Row[Any]) -> Version:
+    def file(name: str, sha256: str, size_bytes: int) -> BlobFile:
+        return BlobFile(name, blob_key(row.tenant_id, sha256), sha256, size_bytes)
+
+    return Version(
+        id=row.id,
+        adapter_id=row.adapter_id,
+        tenant_id=row.tenant_id,
+        adapter_name=row.name,
+        number=row.number,
+        digest=row.digest,
+        files=(
+            file(CONFIG_FILE, row.config_sha256, row.config_bytes),
+            file(WEIGHTS_FILE, row.weights_sha256, row.weights_bytes),
+        ),
+        rank=row.rank,
+        modules=tuple(json.loads(row.modules)),
+        base_fingerprint=row.base_fingerprint,
+        provenance=Provenance(row.provenance),
+        created_at=row.created_at,
+    )
+
+
+async def find_by_alias(
+    connection: AsyncConnection, tenant_id: TenantId, name: str, alias: str = DEFAULT_ALIAS
+) -> Version | None:
+    statement = (
+        _select_versions()
+        .join(aliases, aliases.c.version_id == versions.c.id)
+        .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name, aliases.c.name == alias)
+    )
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else _version(row)
+
+
+async def find_by_number(connection: AsyncConnection, tenant_id: TenantId, name: str, number: int) -> Version | None:
+    statement = _select_versions().where(
+        adapters.c.tenant_id == tenant_id, adapters.c.name == name, versions.c.number == number
+    )
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else _version(row)
+
+
+async def find_by_digest(connection: AsyncConnection, tenant_id: TenantId, name: str, digest: str) -> Version | None:
+    statement = _select_versions().where(
+        adapters.c.tenant_id == tenant_id, adapters.c.name == name, versions.c.digest == digest
+    )
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else _version(row)
+
+
+async def list_adapters(
+    connection: AsyncConnection, tenant_id: TenantId, after: str | None, limit: int
+) -> tuple[Adapter, ...]:
+    """The tenant's adapters by name, those that come after `after`."""
+    statement = (
+        _select_versions()
+        .add_columns(adapters.c.created_at.label("adapter_created_at"))
+        .join(aliases, aliases.c.version_id == versions.c.id)
+        .where(adapters.c.tenant_id == tenant_id, aliases.c.name == DEFAULT_ALIAS)
+        .order_by(adapters.c.name)
+        .limit(limit)
+    )
+    if after is not None:
+        statement = statement.where(adapters.c.name > after)
+    return tuple(_adapter(row) for row in await connection.execute(statement))
+
+
+def _adapter(row: Row[Any]) -> Adapter:
+    return Adapter(row.adapter_id, row.tenant_id, row.name, row.adapter_created_at, _version(row))
+
+
+async def list_versions(connection: AsyncConnection, tenant_id: TenantId, name: str) -> tuple[Version, ...]:
+    """Newest first."""
+    statement = (
+        _select_versions()
+        .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name)
+        .order_by(versions.c.number.desc())
+    )
+    return tuple(_version(row) for row in await connection.execute(statement))
+
+
+async def find_adapter(connection: AsyncConnection, tenant_id: TenantId, name: str) -> Row[Any, Any] | None:
+    """(id, created_at)"""
+    statement = select(adapters.c.id, adapters.c.created_at).where(
+        adapters.c.tenant_id == tenant_id, adapters.c.name == name
+    )
+    return (await connection.execute(statement)).one_or_none()
+
+
+async def ensure_adapter(connection: AsyncConnection, tenant_id: TenantId, name: str, now: int) -> AdapterId:
+    """The adapter's id, made where there was none. The caller holds the writers' turn."""
+    row = await find_adapter(connection, tenant_id, name)
+    if row is not None:
+        return AdapterId(row.id)
+    adapter_id = new_adapter_id()
+    await connection.execute(insert(adapters).values(id=adapter_id, tenant_id=tenant_id, name=name, created_at=now))
+    return adapter_id
+
+
+async def next_number(connection: AsyncConnection, adapter_id: AdapterId) -> int:
+    statement = select(func.coalesce(func.max(versions.c.number), 0) + 1).where(versions.c.adapter_id == adapter_id)
+    return int((await connection.execute(statement)).scalar_one())
+
+
+async def insert_version(connection: AsyncConnection, version: Version) -> None:
+    config, weights = version.files
+    await connection.execute(
+        insert(versions).values(
+            id=version.id,
+            adapter_id=version.adapter_id,
+            tenant_id=version.tenant_id,
+            number=version.number,
+            digest=version.digest,
+            config_sha256=config.sha256,
+            config_bytes=config.size_bytes,
+            weights_sha256=weights.sha256,
+            weights_bytes=weights.size_bytes,
+            rank=version.rank,
+            modules=json.dumps(version.modules),
+            base_fingerprint=version.base_fingerprint,
+            provenance=version.provenance,
+            created_at=version.created_at,
+        )
+    )
+
+
+async def move_alias(connection: AsyncConnection, adapter_id: AdapterId, version_id: VersionId, now: int) -> bool:
+    """Points the default alias at the version; False where it already did."""
+    here = (aliases.c.adapter_id == adapter_id) & (aliases.c.name == DEFAULT_ALIAS)
+    current = (await connection.execute(select(aliases.c.version_id).where(here))).scalar_one_or_none()
+    if current == version_id:
+        return False
+    if current is None:
+        row = {"adapter_id": adapter_id, "name": DEFAULT_ALIAS, "version_id": version_id, "moved_at": now}
+        await connection.execute(insert(aliases).values(row))
+    else:
+        await connection.execute(update(aliases).where(here).values(version_id=version_id, moved_at=now))
+    return True
+
+
+async def delete_adapter(connection: AsyncConnection, adapter_id: AdapterId) -> None:
+    await connection.execute(delete(aliases).where(aliases.c.adapter_id == adapter_id))
+    await connection.execute(delete(versions).where(versions.c.adapter_id == adapter_id))
+    await connection.execute(delete(adapters).where(adapters.c.id == adapter_id))
+
+
+async def unreferenced(connection: AsyncConnection, tenant_id: TenantId, digests: Collection[str]) -> Sequence[str]:
+    """Those of the files' sha256 that no version of the tenant has."""
+    either = or_(versions.c.config_sha256.in_(digests), versions.c.weights_sha256.in_(digests))
+    statement = select(versions.c.config_sha256, versions.c.weights_sha256).where(
+        versions.c.tenant_id == tenant_id, either
+    )
+    used = {sha256 for row in await connection.execute(statement) for sha256 in row}
+    return sorted(set(digests) - used)

@@ -1,0 +1,16 @@
+"""Ids that cannot be swapped for one another, and how new ones are made."""
+
+import secrets
+from typing import NewType
+
+TenantId = NewType("TenantId", str)
+AdapterId = NewType("AdapterId", str)
+VersionId = NewType("VersionId", str)
+
+
+def new_adapter_id() -> AdapterId:
+    return AdapterId(f"adp_{secrets.token_hex(12)}")
+
+
+def new_version_id() -> VersionId:
+    return VersionId(f"ver_{secrets.token_hex(12)}")

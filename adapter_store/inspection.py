@@ -1,0 +1,200 @@
+"""Is this adapter fit to be served on this base? Pure: a folder in, faults or a canonical config out.
+
+vLLM 0.32 loads adapters whose widths, rank or numbers are wrong, and one NaN then spoils the answers of every
+tenant (it stays in freed KV blocks). So everything is checked here, before any engine sees a byte. Runs in a
+child process (`inspector.py`), because the files come from strangers.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from adapter_store.adapter_config import LoraConfig, check_base_name, check_config, read_members
+from adapter_store.base_model import BaseModel
+from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE
+from adapter_store.faults import Bounds, Fault, FaultCode, Faults, Inspection, listing
+from adapter_store.safetensors_header import Header, HeaderInvalid, TensorEntry, read_header
+
+__all__ = ["Bounds", "Fault", "FaultCode", "Inspection", "inspect"]
+
+FINGERPRINT_KEY = "tailor.base_fingerprint"
+PREFIX = "base_model.model."
+SIDES = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"}
+DTYPES = frozenset({"F32", "F16", "BF16"})
+# Trained values are below 10: three orders of magnitude are left.
+MAX_MAGNITUDE = 1e3
+# ‖B·scaling‖∞·‖A‖∞ bounds how much larger than its input an adapter's output can be. Trained ones are near 50
+# at rank 64 and width 4096. A normed input is below 64, so under float16 (largest value 65,504) 1,000 cannot
+# overflow; the others have room for 38 digits.
+MAX_GAIN = {"float16": 1e3, "bfloat16": 1e6, "float32": 1e6}
+TRAIN_SMALLER = "train with a lower learning rate or gradient clipping, or check lora_alpha"
+
+
+def inspect(folder: Path, base: BaseModel, bounds: Bounds) -> Inspection:
+    """Checks the two files of `folder` against `base`; never raises for what is in them. Takes 16 MiB."""
+    faults = Faults()
+    members = _read_config(folder / CONFIG_FILE, bounds, faults)
+    config = check_config(members, base, bounds, faults) if members is not None else None
+    header = _read_weights_header(folder / WEIGHTS_FILE, bounds, faults)
+    if members is not None:
+        _check_base(members, header, base, faults)
+    if header is not None:
+        pairs = _check_tensors(header, base, config, faults)
+        if config is not None:
+            _check_values(folder / WEIGHTS_FILE, pairs, config, base, faults)
+    if faults or config is None:
+        return Inspection(faults.as_tuple())
+    rank = max(config.rank(module) for module in config.modules)
+    return Inspection((), config.to_json(base.name), rank, _leaves(config.modules))
+
+
+def _read_config(path: Path, bounds: Bounds, faults: Faults) -> dict[str, object] | None:
+    if not _has_size(path, bounds.config_bytes, faults):
+        return None
+    return read_members(path.read_bytes(), faults)
+
+
+def _read_weights_header(path: Path, bounds: Bounds, faults: Faults) -> Header | None:
+    if not _has_size(path, bounds.weights_bytes, faults):
+        return None
+    try:
+        return read_header(path, limit_bytes=bounds.header_bytes)
+    except HeaderInvalid as error:
+        faults.add(error.code, _where(error.tensor), error.found, error.expected, "save it with safetensors again")
+        return None
+
+
+def _has_size(path: Path, limit_bytes: int, faults: Faults) -> bool:
+    size = path.stat().st_size if path.is_file() else 0
+    if size == 0:
+        faults.add(FaultCode.FILE_MISSING, path.name, "no bytes", "the file that PEFT's save_pretrained writes")
+    elif size > limit_bytes:
+        faults.add(FaultCode.FILE_TOO_LARGE, path.name, f"{size} bytes", f"at most {limit_bytes}")
+    return 0 < size <= limit_bytes
+
+
+def _check_base(members: dict[str, object], header: Header | None, base: BaseModel, faults: Faults) -> None:
+    """The fingerprint that Tailor's training leaves in the weights decides; without one, the base's name."""
+    fingerprint = header.metadata.get(FINGERPRINT_KEY) if header is not None else None
+    if fingerprint is None:
+        check_base_name(members, base, faults)
+    elif fingerprint != base.fingerprint:
+        where = _where(f"__metadata__.{FINGERPRINT_KEY}")
+        hint = f"it was trained on other weights than those of '{base.name}': train it again on this base"
+        faults.add(FaultCode.BASE_MISMATCH, where, fingerprint, base.fingerprint, hint)
+
+
+Pairs = dict[str, dict[str, TensorEntry]]
+
+
+def _check_tensors(header: Header, base: BaseModel, config: LoraConfig | None, faults: Faults) -> Pairs:
+    """Module → side → entry, of the tensors that are right so far."""
+    pairs: Pairs = {}
+    for name, entry in header.tensors.items():
+        module, side = _parse_name(name)
+        if side is None:
+            expected = f"{PREFIX}<module>.lora_A.weight or .lora_B.weight"
+            faults.add(FaultCode.TENSOR_UNEXPECTED, _where(name), "another name", expected)
+        elif module not in base.modules:
+            expected = "a linear layer of the base: " + listing(_leaves(base.modules))
+            faults.add(FaultCode.MODULE_UNKNOWN, _where(name), module, expected)
+        elif config is not None and module not in config.modules:
+            hint = "name the module there, or leave its tensors out"
+            faults.add(FaultCode.TENSOR_UNEXPECTED, _where(name), module, "a module of target_modules", hint)
+        elif _check_entry(name, entry, _shape(module, side, base, config, entry), faults):
+            pairs.setdefault(module, {})[side] = entry
+    if config is not None:
+        _check_complete(header, config, faults)
+    return pairs
+
+
+def _parse_name(name: str) -> tuple[str, str | None]:
+    for side, ending in SIDES.items():
+        if name.startswith(PREFIX) and name.endswith(ending):
+            return name[len(PREFIX) : -len(ending)], side
+    return name, None
+
+
+def _shape(module: str, side: str, base: BaseModel, config: LoraConfig | None, entry: TensorEntry) -> tuple[int, int]:
+    """A is (rank, in), B is (out, rank).
+
+    Without a config the file's own rank stands in, and widths are checked.
+    """
+    width_in, width_out = base.modules[module]
+    own = entry.shape[0 if side == "lora_A" else -1] if entry.shape else 0
+    rank = config.rank(module) if config is not None else own
+    return (rank, width_in) if side == "lora_A" else (width_out, rank)
+
+
+def _check_entry(name: str, entry: TensorEntry, shape: tuple[int, int], faults: Faults) -> bool:
+    if entry.dtype not in DTYPES:
+        hint = "save the adapter in float32, float16 or bfloat16"
+        faults.add(FaultCode.DTYPE_UNSUPPORTED, _where(name), entry.dtype, listing(DTYPES), hint)
+    elif entry.shape != shape:
+        hint = "is it this base model's adapter, and r its rank?"
+        faults.add(FaultCode.SHAPE_MISMATCH, _where(name), str(list(entry.shape)), str(list(shape)), hint)
+    else:
+        return True
+    return False
+
+
+def _check_complete(header: Header, config: LoraConfig, faults: Faults) -> None:
+    for module in config.modules:
+        for ending in SIDES.values():
+            name = f"{PREFIX}{module}{ending}"
+            if name not in header.tensors:
+                hint = "save the whole adapter, or take the module out of target_modules"
+                faults.add(FaultCode.TENSOR_MISSING, _where(name), "nothing", "a tensor", hint)
+
+
+def _check_values(path: Path, pairs: Pairs, config: LoraConfig, base: BaseModel, faults: Faults) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for module, sides in pairs.items():
+            gains = dict(_side_gains(descriptor, module, sides, config, base, faults))
+            gain = gains.get("lora_A", 0.0) * gains.get("lora_B", 0.0)
+            if gain > MAX_GAIN[base.dtype]:
+                name = f"{PREFIX}{module}"
+                expected = f"an amplification of at most {MAX_GAIN[base.dtype]:g} in {base.dtype}"
+                faults.add(FaultCode.TOO_LARGE, _where(name), f"up to {gain:.3g}", expected, TRAIN_SMALLER)
+    finally:
+        os.close(descriptor)
+
+
+def _side_gains(
+    descriptor: int,
+    module: str,
+    sides: Mapping[str, TensorEntry],
+    config: LoraConfig,
+    base: BaseModel,
+    faults: Faults,
+) -> Iterator[tuple[str, float]]:
+    """(side, largest row sum after scaling) of the tensors that are finite and in bounds."""
+    # here, because it imports numpy, which the gateway does without
+    from adapter_store.tensor_values import OVERFLOWS_FROM, read_values
+
+    for side, entry in sides.items():
+        where = _where(f"{PREFIX}{module}{SIDES[side]}")
+        values = read_values(descriptor, entry)
+        scaling = config.scaling(module) if side == "lora_B" else 1.0  # vLLM multiplies B, after the cast
+        if values.not_finite_at is not None:
+            found = f"NaN or infinity at {list(values.not_finite_at)}"
+            faults.add(FaultCode.NOT_FINITE, where, found, "finite numbers", TRAIN_SMALLER)
+        elif values.peak >= OVERFLOWS_FROM[base.dtype]:
+            found = f"a magnitude of {values.peak:.3g}"
+            expected = f"what {base.dtype} holds, the dtype it is served in"
+            faults.add(FaultCode.DTYPE_OVERFLOW, where, found, expected, TRAIN_SMALLER)
+        elif values.peak * max(scaling, 1.0) > MAX_MAGNITUDE:
+            found = f"a magnitude of {values.peak:.3g}, times a scaling of {scaling:.3g}"
+            faults.add(FaultCode.TOO_LARGE, where, found, f"at most {MAX_MAGNITUDE:g}", TRAIN_SMALLER)
+        else:
+            yield side, values.row_sum * scaling
+
+
+def _leaves(modules: Mapping[str, object] | tuple[str, ...]) -> tuple[str, ...]:
+    """The distinct last parts of the paths: q_proj, v_proj, …"""
+    return tuple(sorted({module.rpartition(".")[2] for module in modules}))
+
+
+def _where(item: str) -> str:
+    return f"{WEIGHTS_FILE}:{item}" if item else WEIGHTS_FILE

@@ -1,0 +1,258 @@
+"""An adapter's life: published, resolved, listed, deleted. The one door by which an adapter becomes servable.
+
+A version is immutable and named by its content; the alias `default` is what moves. Order of writing: blobs
+first, then one transaction with all rows. So a crash leaves at most blobs that no row names, which
+`collect_orphans` removes.
+"""
+
+import hashlib
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from adapter_store import catalog
+from adapter_store.blobs import Blobs, blob_key
+from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, StagedBundle, bundle_digest, storage_errors
+from adapter_store.catalog import Adapter, BlobFile, Provenance, Version
+from adapter_store.changes import record_change, take_turn
+from adapter_store.errors import (
+    AdapterNotFound,
+    AdapterRejected,
+    BlobCorrupt,
+    NameInvalid,
+    NameReserved,
+    OtherBaseModel,
+    StorageError,
+)
+from adapter_store.faults import Inspection
+from adapter_store.ids import TenantId, new_version_id
+from adapter_store.inspector import Inspector
+from adapter_store.threads import in_thread
+from adapter_store.transactions import reading, writing
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+MODEL = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,63})(?:@(?P<number>[1-9][0-9]{0,8}))?")
+NOUN = "adapter"
+CANONICAL = "canonical.json"
+PUT_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A bundle that passed: its verdict and its two files, on disk and in the blob store."""
+
+    inspection: Inspection
+    digest: str
+    files: tuple[BlobFile, ...]
+    paths: tuple[Path, ...]
+
+
+class AdapterStore:
+    """Adapters of all tenants on one base model. Every call names the tenant."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        blobs: Blobs,
+        inspector: Inspector,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._engine = engine
+        self._blobs = blobs
+        self._inspector = inspector
+        self._base = inspector.base
+        self._clock = clock
+
+    async def publish(
+        self, tenant_id: TenantId, name: str, staged: StagedBundle, *, provenance: Provenance = Provenance.UPLOAD
+    ) -> Version:
+        """Checks the bundle and makes it the version that answers to `name`.
+
+        The same content again gives the version that is there, without a new number.
+        Raises NameInvalid, NameReserved, BundleIncomplete, AdapterRejected, StorageFull, StorageUnavailable.
+        """
+        self.check_name(name)
+        checked = await self._check(tenant_id, staged)
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(self._undo, tenant_id, [file.sha256 for file in checked.files])
+            version = await self._put_and_commit(tenant_id, name, checked, provenance)
+            undo.pop_all()
+        return version
+
+    async def resolve(self, tenant_id: TenantId, model: str) -> Version:
+        """`name` → the version its default alias points to; `name@3` → that version.
+
+        Raises AdapterNotFound (missing and foreign alike), OtherBaseModel.
+        """
+        parts = MODEL.fullmatch(model)
+        if parts is None:
+            raise AdapterNotFound(model)
+        async with reading(self._engine) as connection:
+            if parts["number"] is None:
+                version = await catalog.find_by_alias(connection, tenant_id, parts["name"])
+            else:
+                number = int(parts["number"])
+                version = await catalog.find_by_number(connection, tenant_id, parts["name"], number)
+        if version is None:
+            raise AdapterNotFound(model)
+        if version.base_fingerprint != self._base.fingerprint:
+            raise OtherBaseModel(
+                f"adapter {model!r} was made for another base model than '{self._base.name}': train it again"
+            )
+        return version
+
+    async def list(self, tenant_id: TenantId, after: str | None = None, limit: int = 100) -> tuple[Adapter, ...]:
+        """The tenant's adapters by name; the next page starts `after` the last name of this one."""
+        async with reading(self._engine) as connection:
+            return await catalog.list_adapters(connection, tenant_id, after, limit)
+
+    async def show(self, tenant_id: TenantId, name: str) -> tuple[Adapter, tuple[Version, ...]]:
+        """The adapter and its versions, newest first. Raises AdapterNotFound."""
+        async with reading(self._engine) as connection:
+            row = await catalog.find_adapter(connection, tenant_id, name)
+            default = await catalog.find_by_alias(connection, tenant_id, name)
+            if row is None or default is None:
+                raise AdapterNotFound(name)
+            adapter = Adapter(row.id, tenant_id, name, row.created_at, default)
+            return adapter, await catalog.list_versions(connection, tenant_id, name)
+
+    async def delete(self, tenant_id: TenantId, name: str) -> Sequence[Version]:
+        """Removes adapter, versions and the blobs that no other version has; what went.
+
+        Raises AdapterNotFound.
+        """
+        async with writing(self._engine) as connection:
+            await record_change(connection, NOUN, tenant_id, name)
+            row = await catalog.find_adapter(connection, tenant_id, name)
+            if row is None:
+                raise AdapterNotFound(name)
+            gone = await catalog.list_versions(connection, tenant_id, name)
+            await catalog.delete_adapter(connection, row.id)
+        await self._drop_unreferenced(tenant_id, {file.sha256 for v in gone for file in v.files})
+        return gone
+
+    async def collect_orphans(self, older_than_s: float) -> int:
+        """Removes blobs of that age that no version names, left by crashes; how many.
+
+        An age far above the longest publish keeps it from racing one.
+        """
+        before = self._clock() - older_than_s
+        stale: dict[TenantId, set[str]] = defaultdict(set)
+        async for blob in self._blobs.list():
+            if blob.modified_at < before:
+                stale[blob.tenant_id].add(blob.sha256)
+        removed = await self._blobs.sweep_partial(before)
+        for tenant_id, digests in stale.items():
+            removed += await self._drop_unreferenced(tenant_id, digests)
+        return removed
+
+    def check_name(self, name: str) -> None:
+        """Raises NameInvalid, NameReserved; to be called before an upload is taken in."""
+        if not NAME.fullmatch(name):
+            raise NameInvalid(
+                f"{name[:80]!r} is not an adapter's name: 1 to 64 of a-z, 0-9, '.', '_', '-', "
+                "the first a letter or digit"
+            )
+        if name == self._base.name:
+            raise NameReserved(f"'{name}' is the base model's name: choose another")
+
+    async def _check(self, tenant_id: TenantId, staged: StagedBundle) -> _Checked:
+        staged.check_complete()
+        inspection = await self._inspector.inspect(staged.folder)
+        if inspection.faults:
+            raise AdapterRejected(inspection.faults)
+        canonical = staged.folder / CANONICAL
+        with storage_errors():
+            await in_thread(canonical.write_bytes, inspection.config)
+        config_sha256 = hashlib.sha256(inspection.config).hexdigest()
+        weights_sha256 = staged.sha256[WEIGHTS_FILE]
+        files = (
+            _blob_file(tenant_id, CONFIG_FILE, config_sha256, len(inspection.config)),
+            _blob_file(tenant_id, WEIGHTS_FILE, weights_sha256, staged.sizes[WEIGHTS_FILE]),
+        )
+        paths = (canonical, staged.folder / WEIGHTS_FILE)
+        return _Checked(inspection, bundle_digest(config_sha256, weights_sha256), files, paths)
+
+    async def _put_and_commit(
+        self, tenant_id: TenantId, name: str, checked: _Checked, provenance: Provenance
+    ) -> Version:
+        """A delete may remove a shared blob before the commit, which then sees it: the put is repeated."""
+        for _ in range(PUT_TRIES):
+            await self._put(tenant_id, checked)
+            async with writing(self._engine) as connection:
+                await take_turn(connection)
+                if await self._all_stored(checked.files):
+                    return await self._commit(connection, tenant_id, name, checked, provenance)
+        raise BlobCorrupt(f"the blobs of '{name}' vanish as fast as they are stored")
+
+    async def _put(self, tenant_id: TenantId, checked: _Checked) -> None:
+        """Leaves out what a version has already. A blob that none has may be torn by a power cut."""
+        async with reading(self._engine) as connection:
+            loose = await catalog.unreferenced(connection, tenant_id, [file.sha256 for file in checked.files])
+        for file, path in zip(checked.files, checked.paths, strict=True):
+            if file.sha256 in loose or not await self._blobs.exists(file.key, file.size_bytes):
+                await self._blobs.put(file.key, path)
+
+    async def _all_stored(self, files: Collection[BlobFile]) -> bool:
+        return all([await self._blobs.exists(file.key, file.size_bytes) for file in files])
+
+    async def _commit(
+        self, connection: AsyncConnection, tenant_id: TenantId, name: str, checked: _Checked, provenance: Provenance
+    ) -> Version:
+        now = int(self._clock())
+        version = await catalog.find_by_digest(connection, tenant_id, name, checked.digest)
+        if version is None:
+            version = await self._new_version(connection, tenant_id, name, checked, provenance, now)
+            await catalog.insert_version(connection, version)
+        if await catalog.move_alias(connection, version.adapter_id, version.id, now):
+            await record_change(connection, NOUN, tenant_id, name)
+        return version
+
+    async def _new_version(
+        self,
+        connection: AsyncConnection,
+        tenant_id: TenantId,
+        name: str,
+        checked: _Checked,
+        provenance: Provenance,
+        now: int,
+    ) -> Version:
+        adapter_id = await catalog.ensure_adapter(connection, tenant_id, name, now)
+        return Version(
+            id=new_version_id(),
+            adapter_id=adapter_id,
+            tenant_id=tenant_id,
+            adapter_name=name,
+            number=await catalog.next_number(connection, adapter_id),
+            digest=checked.digest,
+            files=checked.files,
+            rank=checked.inspection.rank,
+            modules=checked.inspection.modules,
+            base_fingerprint=self._base.fingerprint,
+            provenance=provenance,
+            created_at=now,
+        )
+
+    async def _undo(self, tenant_id: TenantId, digests: Collection[str]) -> None:
+        with suppress(StorageError):  # the failure that led here is the one to tell; collect_orphans does the rest
+            await self._drop_unreferenced(tenant_id, digests)
+
+    async def _drop_unreferenced(self, tenant_id: TenantId, digests: Collection[str]) -> int:
+        """Removes those of the blobs that no version has, while no other writer can add one; how many."""
+        async with writing(self._engine) as connection:
+            await take_turn(connection)
+            loose = await catalog.unreferenced(connection, tenant_id, digests)
+            for sha256 in loose:
+                await self._blobs.delete(blob_key(tenant_id, sha256))
+        return len(loose)
+
+
+def _blob_file(tenant_id: TenantId, name: str, sha256: str, size_bytes: int) -> BlobFile:
+    return BlobFile(name, blob_key(tenant_id, sha256), sha256, size_bytes)

@@ -1,0 +1,108 @@
+"""`/v1/adapters`: a tenant publishes, lists, shows and deletes its own adapters."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel
+
+from adapter_store.catalog import Adapter, Version
+from gateway.api.multipart import UploadForm
+from gateway.dependencies import AdapterTenant, AppParts
+from gateway.errors import RequestInvalid
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+
+
+class VersionObject(BaseModel):
+    """One immutable version; `digest` is SHA-256 over its two files, `created_at` in Unix seconds."""
+
+    number: int
+    digest: str
+    bytes: int
+    rank: int
+    modules: list[str]
+    created_at: int
+
+
+class AdapterObject(BaseModel):
+    """An adapter; `current` is the version that its name stands for."""
+
+    id: str
+    object: str = "adapter"
+    name: str
+    created_at: int
+    current: VersionObject
+
+
+class AdapterWithVersions(AdapterObject):
+    versions: list[VersionObject]
+
+
+class AdapterList(BaseModel):
+    """A page; `has_more` says whether `?after=<the last name>` has another."""
+
+    object: str = "list"
+    data: list[AdapterObject]
+    has_more: bool
+
+
+@router.post("", status_code=201)
+async def publish(request: Request, response: Response, tenant_id: AdapterTenant, parts: AppParts) -> AdapterObject:
+    """Publish a version: multipart with `name`, `adapter_config.json` and `adapter_model.safetensors`.
+
+    The adapter's name stands for the new version from the answer on. The same bytes again are the same version.
+    """
+    async with parts.staging.stage() as bundle:
+        form = UploadForm(request, bundle)
+        await form.receive()
+        if "name" not in form.fields:
+            raise RequestInvalid("The field name is missing: it is what requests will call the adapter.", param="name")
+        version = await parts.store.publish(tenant_id, form.fields["name"], bundle)
+    parts.models.forget_tenant(tenant_id)
+    response.headers["location"] = f"/v1/adapters/{version.adapter_name}"
+    adapter, _ = await parts.store.show(tenant_id, version.adapter_name)
+    return _adapter(adapter)
+
+
+@router.get("")
+async def list_adapters(
+    tenant_id: AdapterTenant,
+    parts: AppParts,
+    after: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
+) -> AdapterList:
+    """The tenant's adapters by name, a page at a time."""
+    page = await parts.store.list(tenant_id, after=after, limit=limit + 1)
+    return AdapterList(data=[_adapter(adapter) for adapter in page[:limit]], has_more=len(page) > limit)
+
+
+@router.get("/{name}")
+async def show(name: str, tenant_id: AdapterTenant, parts: AppParts) -> AdapterWithVersions:
+    """One adapter with all its versions."""
+    adapter, versions = await parts.store.show(tenant_id, name)
+    return AdapterWithVersions(**_adapter(adapter).model_dump(), versions=[_version(v) for v in versions])
+
+
+@router.delete("/{name}", status_code=204)
+async def delete(name: str, tenant_id: AdapterTenant, parts: AppParts) -> None:
+    """Delete an adapter with all its versions: rows, files, and its place in every engine."""
+    deleted = await parts.store.delete(tenant_id, name)
+    parts.models.forget_tenant(tenant_id)
+    await parts.pool.unload(tenant_id, [version.digest for version in deleted])
+
+
+def _adapter(adapter: Adapter) -> AdapterObject:
+    return AdapterObject(
+        id=adapter.id, name=adapter.name, created_at=adapter.created_at, current=_version(adapter.default)
+    )
+
+
+def _version(version: Version) -> VersionObject:
+    return VersionObject(
+        number=version.number,
+        digest=version.digest,
+        bytes=version.size_bytes,
+        rank=version.rank,
+        modules=list(version.modules),
+        created_at=version.created_at,
+    )

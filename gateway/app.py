@@ -1,0 +1,198 @@
+"""Assembly of the gateway: the parts, how they hang together, and what starts and stops with the process."""
+
+import asyncio
+import gc
+import hashlib
+import hmac
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from adapter_store.base_model import BaseModel
+from adapter_store.blobs import Blobs
+from adapter_store.bundle import Staging
+from adapter_store.changes import Change
+from adapter_store.faults import Bounds
+from adapter_store.inspector import Inspector
+from adapter_store.store import AdapterStore
+from gateway.api import adapters, admin, health
+from gateway.api import models as models_api
+from gateway.api.generation import Generation
+from gateway.auth import Auth
+from gateway.change_feed import ChangeFeed
+from gateway.database import migrate, open_engine
+from gateway.dependencies import Parts
+from gateway.errors import GatewayError, MethodNotAllowed, RequestInvalid, RouteUnknown, answer
+from gateway.home import Home
+from gateway.housekeeping import tidy
+from gateway.models import Models
+from gateway.replicas.client import ReplicaClient
+from gateway.replicas.pool import ReplicaPool
+from gateway.replicas.replica import Replica
+from gateway.replicas.upstream import Upstream
+from gateway.request_policy import ChatRequest, CompletionRequest, RequestPolicy
+from gateway.settings import Settings
+from gateway.tenants import KEY_CHANGE, Tenants
+from gateway.tenants import Scope as KeyScope
+
+log = logging.getLogger("tailor.gateway")
+
+
+def create_app(settings: Settings) -> ASGIApp:
+    """The gateway as one ASGI application.
+
+    Raises:
+        ConfigurationError, BaseModelInvalid: a setting is missing or names something unusable.
+    """
+    home = Home(settings.home)
+    parts = _build(settings, home)
+    app = FastAPI(title="Tailor", version="0.1.0", docs_url=None, redoc_url=None, lifespan=_lifespan(parts, home))
+    app.state.parts = parts
+    for router in (health.router, models_api.router, adapters.router, admin.router):
+        app.include_router(router)
+    _install_error_handlers(app)
+    return Front(app, _generation(settings, parts, _salts(home.secret_key(settings.secret_key))))
+
+
+class Front:
+    """Sends generation requests down the hot path and everything else to FastAPI."""
+
+    def __init__(self, app: FastAPI, hot: dict[str, Generation]) -> None:
+        self.app = app
+        self._hot = hot
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hot = self._hot.get(scope["path"]) if scope["type"] == "http" else None
+        if hot is not None and scope["method"] == "POST":
+            return await hot(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+def _build(settings: Settings, home: Home) -> Parts:
+    base = BaseModel.read(home.base_model(settings.base_model), name=settings.base_model_name, dtype=settings.dtype)
+    engine = open_engine(settings.database)
+    tenants = Tenants(engine)
+    inspector = Inspector(base, Bounds(settings.max_lora_rank, settings.max_adapter_bytes))
+    store = AdapterStore(engine, Blobs.open(settings.blobs), inspector)
+    auth = Auth(tenants)
+    models = Models(store, base.name)
+
+    def forget_key(change: Change) -> None:
+        if change.noun == KEY_CHANGE and change.name is not None:
+            auth.forget(change.name)
+
+    token = home.replica_token(settings.replica_token)
+    pool = ReplicaPool(
+        Replica(
+            ReplicaClient(Upstream(url), token),
+            fingerprint=base.fingerprint,
+            load_timeout_s=settings.load_timeout_s,
+            probe_interval_s=settings.probe_interval_s,
+            probe_deadline_s=settings.probe_deadline_s,
+        )
+        for url in settings.replicas
+    )
+    return Parts(
+        engine=engine,
+        tenants=tenants,
+        auth=auth,
+        store=store,
+        inspector=inspector,
+        staging=Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes),
+        models=models,
+        pool=pool,
+        changes=ChangeFeed(engine, [models.forget, forget_key], [models.clear, auth.clear]),
+    )
+
+
+def _generation(settings: Settings, parts: Parts, salt_of: Callable[[str], str]) -> dict[str, Generation]:
+    def endpoint(path: str, kind: type[ChatRequest] | type[CompletionRequest]) -> Generation:
+        policy = RequestPolicy(
+            kind,
+            max_messages=settings.max_messages,
+            max_output_tokens=settings.max_output_tokens,
+            max_choices=settings.max_choices,
+            max_schema_bytes=settings.max_schema_bytes,
+        )
+        return Generation(
+            path,
+            policy=policy,
+            auth=parts.auth,
+            models=parts.models,
+            pool=parts.pool,
+            salt_of=salt_of,
+            max_body_bytes=settings.max_body_bytes,
+            first_byte_timeout_s=settings.first_byte_timeout_s,
+        )
+
+    return {
+        path: endpoint(path, kind)
+        for path, kind in (("/v1/chat/completions", ChatRequest), ("/v1/completions", CompletionRequest))
+    }
+
+
+def _salts(secret: bytes) -> Callable[[str], str]:
+    """Tenant → the salt of its prefix cache: tenants share none, and none can guess another's."""
+    known: dict[str, str] = {}
+
+    def salt_of(tenant_id: str) -> str:
+        salt = known.get(tenant_id)
+        if salt is None:
+            salt = known[tenant_id] = hmac.new(secret, tenant_id.encode(), hashlib.sha256).hexdigest()
+        return salt
+
+    return salt_of
+
+
+def _lifespan(parts: Parts, home: Home) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await migrate(parts.engine)
+        parts.staging.sweep()
+        if not await parts.tenants.has_operator():
+            _key, secret = await parts.tenants.create_key(None, [KeyScope.OPERATOR], label="first operator key")
+            home.keep_operator_key(secret)
+        await parts.changes.start()
+        tasks = [asyncio.create_task(work) for work in (parts.changes.follow(), tidy(parts.store))]
+        parts.pool.start()
+        gc.collect()
+        gc.freeze()  # what lives as long as the process is never walked by the collector again
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await parts.pool.stop()
+        await parts.inspector.close()
+        await parts.engine.dispose()
+
+    return lifespan
+
+
+def _install_error_handlers(app: FastAPI) -> None:
+    async def respond(request: Request, error: Exception) -> Response:
+        told = answer(_as_ours(error))
+        if told.status == 500:
+            log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return Response(told.body, told.status, {name.decode(): value.decode() for name, value in told.headers})
+
+    for kind in (GatewayError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, respond)
+
+
+def _as_ours(error: Exception) -> Exception:
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:]) or None
+        return RequestInvalid(f"{field or 'The body'}: {first['msg']}.", param=field)
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        return RouteUnknown("There is no such path; docs/api.md lists those that exist.")
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return MethodNotAllowed("This path does not take that method.")
+    if isinstance(error, HTTPException):
+        return RequestInvalid(str(error.detail))
+    return error

@@ -1,0 +1,62 @@
+"""What a handler may ask for."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from adapter_store.bundle import Staging
+from adapter_store.ids import TenantId
+from adapter_store.inspector import Inspector
+from adapter_store.store import AdapterStore
+from gateway.auth import Auth
+from gateway.change_feed import ChangeFeed
+from gateway.models import Models
+from gateway.replicas.pool import ReplicaPool
+from gateway.tenants import ApiKey, Scope, Tenants
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The gateway's parts, built once by `create_app`."""
+
+    engine: AsyncEngine
+    tenants: Tenants
+    auth: Auth
+    store: AdapterStore
+    inspector: Inspector
+    staging: Staging
+    models: Models
+    pool: ReplicaPool
+    changes: ChangeFeed
+
+
+def _parts(request: Request) -> Parts:
+    parts: Parts = request.app.state.parts
+    return parts
+
+
+AppParts = Annotated[Parts, Depends(_parts)]
+
+
+def _authorization(request: Request) -> bytes | None:
+    value = request.headers.get("authorization")
+    return None if value is None else value.encode("latin-1")
+
+
+async def _operator(request: Request, parts: AppParts) -> ApiKey:
+    return await parts.auth.caller(_authorization(request), Scope.OPERATOR)
+
+
+async def _reader(request: Request, parts: AppParts) -> TenantId:
+    return await parts.auth.tenant(_authorization(request), Scope.INFERENCE)
+
+
+async def _publisher(request: Request, parts: AppParts) -> TenantId:
+    return await parts.auth.tenant(_authorization(request), Scope.ADAPTERS)
+
+
+Operator = Annotated[ApiKey, Depends(_operator)]
+InferenceTenant = Annotated[TenantId, Depends(_reader)]
+AdapterTenant = Annotated[TenantId, Depends(_publisher)]

@@ -1,0 +1,234 @@
+"""Every error a client can see, and the one writer of OpenAI's error envelope.
+
+    Exception
+    ├── GatewayError                    raised by this package; message, param and retry_after_s travel to the client
+    │   ├── KeyInvalid                  401
+    │   ├── ScopeMissing                403
+    │   ├── RouteUnknown                404
+    │   ├── MethodNotAllowed            405
+    │   ├── ModelUnknown                404   missing and another tenant's alike
+    │   ├── ObjectUnknown               404
+    │   ├── RequestInvalid              400
+    │   │   └── ContextLengthExceeded   400
+    │   ├── BodyTooLarge                413
+    │   ├── NameTaken                   409
+    │   ├── ReplicaUnavailable          503 + Retry-After
+    │   ├── ReplicaFailed               502
+    │   └── AdapterNotLoadable          503 + Retry-After
+    └── adapter_store.errors.AdapterStoreError     mapped below, class by class
+
+The text of an engine, a path or a name inside the engine never becomes part of an answer.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import msgspec
+
+from adapter_store import errors as store
+from adapter_store.faults import Fault
+
+
+class GatewayError(Exception):
+    """What was wrong, where, and what to do; written for the client."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.own_code = code
+
+
+class KeyInvalid(GatewayError):
+    """The key is absent, unknown, expired or revoked; which of these is not told."""
+
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+
+
+class ScopeMissing(GatewayError):
+    """The key is good, but not for this."""
+
+    status, type, code = 403, "permission_error", "insufficient_scope"
+
+
+class RouteUnknown(GatewayError):
+    """No such path."""
+
+    status, type, code = 404, "invalid_request_error", "unknown_url"
+
+
+class MethodNotAllowed(GatewayError):
+    """The path exists, the method does not."""
+
+    status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class ModelUnknown(GatewayError):
+    """The tenant has no such model."""
+
+    status, type, code = 404, "invalid_request_error", "model_not_found"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"The model '{model[:128]}' does not exist or you do not have access to it. "
+            "GET /v1/models lists what your key can use.",
+            param="model",
+        )
+
+
+class ObjectUnknown(GatewayError):
+    """No such object for this caller."""
+
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+class RequestInvalid(GatewayError):
+    """The body breaks a rule; `param` names the field."""
+
+    status, type, code = 400, "invalid_request_error", "invalid_value"
+
+
+class ContextLengthExceeded(RequestInvalid):
+    """Prompt and answer together are longer than the model reads."""
+
+    code = "context_length_exceeded"
+
+
+class BodyTooLarge(GatewayError):
+    """More bytes than this route takes."""
+
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class NameTaken(GatewayError):
+    """The name is in use."""
+
+    status, type, code = 409, "invalid_request_error", "name_taken"
+
+
+class ReplicaUnavailable(GatewayError):
+    """No replica can answer now."""
+
+    status, type, code = 503, "server_error", "engine_unavailable"
+
+
+class ReplicaFailed(GatewayError):
+    """A replica took the request and failed."""
+
+    status, type, code = 502, "server_error", "engine_error"
+
+
+class AdapterNotLoadable(GatewayError):
+    """The adapter could not be brought into a replica."""
+
+    status, type, code = 503, "server_error", "adapter_unavailable"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How one class of the store's errors is told to a client."""
+
+    status: int
+    type: str
+    code: str
+    param: str | None = None
+    retry_after_s: int | None = None
+
+
+_FAULTY = "invalid_request_error"
+_OURS = "server_error"
+STORE_ANSWERS: Final[dict[type[store.AdapterStoreError], Answer]] = {
+    store.AdapterNotFound: Answer(404, _FAULTY, "model_not_found", "model"),
+    store.AdapterRejected: Answer(422, _FAULTY, "adapter_rejected"),
+    store.OtherBaseModel: Answer(409, _FAULTY, "other_base_model", "model"),
+    store.NameInvalid: Answer(400, _FAULTY, "name_invalid", "name"),
+    store.NameReserved: Answer(409, _FAULTY, "name_reserved", "name"),
+    store.BundleTooLarge: Answer(413, _FAULTY, "adapter_too_large"),
+    store.BundleIncomplete: Answer(400, _FAULTY, "adapter_incomplete"),
+    store.BaseModelInvalid: Answer(500, _OURS, "internal_error"),
+    store.BlobCorrupt: Answer(503, _OURS, "adapter_unavailable", None, 60),
+    store.StorageFull: Answer(507, _OURS, "storage_full", None, 60),
+    store.StorageUnavailable: Answer(503, _OURS, "storage_unavailable", None, 5),
+}
+_HIDDEN: Final = {
+    store.BlobCorrupt: "The adapter's stored files are damaged; publish it again or ask the operator.",
+    store.BaseModelInvalid: "The server cannot read its base model; ask the operator.",
+    store.StorageFull: "The server has no space left for this; nothing was kept. Try again later.",
+    store.StorageUnavailable: "The server's storage does not answer just now; nothing was kept. Try again.",
+}
+"""Where the store's own text names files or devices, the client is told this instead."""
+
+
+class Envelope(msgspec.Struct):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class RejectedEnvelope(Envelope):
+    """The same for a refused adapter: every fault, machine-readable."""
+
+    faults: tuple[Fault, ...]
+
+
+class _Body(msgspec.Struct):
+    error: Envelope
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """An error ready to be sent; headers as ASGI wants them."""
+
+    status: int
+    body: bytes
+    headers: list[tuple[bytes, bytes]]
+
+
+def envelope(error: GatewayError) -> bytes:
+    """The JSON of one of our own errors."""
+    return msgspec.json.encode(_Body(Envelope(error.message, error.type, error.param, error.own_code or error.code)))
+
+
+def answer(error: Exception) -> ErrorAnswer:
+    """The one place where an exception becomes a status and an envelope; the unforeseen is a bare 500."""
+    if isinstance(error, GatewayError):
+        return _answer(error.status, envelope(error), error.retry_after_s)
+    if isinstance(error, store.AdapterStoreError):
+        return _store_answer(error)
+    return _answer(500, envelope(GatewayError("The server failed on this request; try again.")), None)
+
+
+def _store_answer(error: store.AdapterStoreError) -> ErrorAnswer:
+    if isinstance(error, store.AdapterNotFound):
+        return answer(ModelUnknown(error.model))
+    found = next(STORE_ANSWERS[kind] for kind in type(error).__mro__ if kind in STORE_ANSWERS)
+    message = _HIDDEN.get(type(error), str(error))
+    if isinstance(error, store.AdapterRejected):
+        body = _Body(RejectedEnvelope(message, found.type, found.param, found.code, error.faults))
+    else:
+        body = _Body(Envelope(message, found.type, found.param, found.code))
+    return _answer(found.status, msgspec.json.encode(body), found.retry_after_s)
+
+
+def _answer(status: int, body: bytes, retry_after_s: int | None) -> ErrorAnswer:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % retry_after_s))
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    return ErrorAnswer(status, body, headers)

@@ -1,0 +1,95 @@
+"""The home folder: where one installation keeps its database, blobs, caches, logs and secrets."""
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from pydantic import SecretStr
+
+
+class ConfigurationError(Exception):
+    """A setting is missing or names something that cannot be used; the text says which and what to do."""
+
+
+class Home:
+    """Paths below the home folder, and the secrets that are made once and kept there, readable by the owner alone."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"TAILOR_HOME={path} cannot be made: {error.strerror}. Choose a folder that you may write."
+            ) from error
+
+    @property
+    def operator_key_file(self) -> Path:
+        return self.path / "operator-key"
+
+    def keep_operator_key(self, secret: str) -> None:
+        self._write_secret(self.operator_key_file, secret)
+
+    def operator_key(self) -> str | None:
+        return self._read_secret(self.operator_key_file)
+
+    def secret_key(self, given: SecretStr | None) -> bytes:
+        """The setting's value, or the one kept here, made on first use."""
+        return self._kept("secret-key", given).encode()
+
+    def replica_token(self, given: SecretStr | None) -> str:
+        """What gateway and replicas know each other by."""
+        return self._kept("replica-token", given)
+
+    def base_model(self, given: str | None) -> Path:
+        """The base model's folder: a path as given, or a Hugging Face id's files, fetched if need be.
+
+        Raises:
+            ConfigurationError: nothing is given, or it is neither a folder nor a model that can be had.
+        """
+        if given is None:
+            raise ConfigurationError("TAILOR_BASE_MODEL is not set: name the base model's folder or Hugging Face id.")
+        path = Path(given).expanduser()
+        if path.is_dir():
+            return path.resolve()
+        if given.startswith((".", "/", "~")) or given.count("/") != 1:
+            raise ConfigurationError(f"The base model's folder {given} does not exist.")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(
+                snapshot_download(given, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ConfigurationError(
+                f"The base model {given} is no folder here and could not be fetched from the Hugging Face hub: "
+                f"{type(error).__name__}."
+            ) from error
+
+    def _kept(self, name: str, given: SecretStr | None) -> str:
+        if given is not None:
+            return given.get_secret_value()
+        file = self.path / name
+        kept = self._read_secret(file)
+        if kept is None:
+            kept = secrets.token_urlsafe(32)
+            self._write_secret(file, kept)
+        return kept
+
+    @staticmethod
+    def _read_secret(file: Path) -> str | None:
+        try:
+            if stat.S_IMODE(file.stat().st_mode) & 0o077:
+                raise ConfigurationError(f"{file} can be read by others: chmod 600 it, and change the secret.")
+            return file.read_text().strip()
+        except FileNotFoundError:
+            return None
+
+    @staticmethod
+    def _write_secret(file: Path, value: str) -> None:
+        beside = file.with_name(f".{file.name}.{os.getpid()}")
+        beside.touch(mode=0o600)
+        beside.write_text(value + "\n")
+        beside.replace(file)

@@ -1,0 +1,24 @@
+"""What a gateway tidies up now and then: blobs that a crash left without a row."""
+
+import asyncio
+import logging
+
+from adapter_store.errors import AdapterStoreError
+from adapter_store.store import AdapterStore
+
+log = logging.getLogger("tailor.housekeeping")
+EVERY_S = 3_600.0
+ORPHANS_AFTER_S = 86_400.0  # far above the longest upload, so that no publish under way is raced
+
+
+async def tidy(store: AdapterStore) -> None:
+    """Tidy every hour, for ever; meant to run as one task."""
+    while True:
+        await asyncio.sleep(EVERY_S)
+        try:
+            removed = await store.collect_orphans(ORPHANS_AFTER_S)
+        except AdapterStoreError as error:
+            log.warning("orphans were not collected: %s", error)
+        else:
+            if removed:
+                log.info("%d orphaned blobs removed", removed)

@@ -1,0 +1,83 @@
+"""Training on this machine for the command: the bridge to `training`, which is imported only when it runs.
+
+torch alone takes seconds and hundreds of MiB, so nothing that serves imports this at start.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from adapter_store.base_model import BaseModel
+from gateway.progress_bar import StepDone
+
+OnProgress = Callable[[StepDone], None]
+
+
+def train_adapter(
+    data: Path, base: Path, out: Path, hyperparameters: Mapping[str, Any], on_progress: OnProgress
+) -> dict[str, Any]:
+    """Train an adapter into the new folder `out`; returns what the run says of itself (losses in nats, seconds).
+
+    Raises:
+        pydantic.ValidationError: a hyperparameter is out of its bounds. training's and the store's own errors.
+    """
+    from training.hyperparameters import Hyperparameters
+
+    chosen = Hyperparameters(**hyperparameters)
+    fingerprint = BaseModel.read(base).fingerprint
+    _quiet()
+    from training.recipe import train
+
+    result = train(
+        data,
+        base=base,
+        out=out,
+        hyperparameters=chosen,
+        base_fingerprint=fingerprint,
+        on_progress=on_progress,
+    )
+    return {
+        "path": str(result.out),
+        "steps": result.steps,
+        "final_loss": result.losses[-1],
+        "trained_tokens": result.trained_tokens,
+        "seconds": result.seconds,
+    }
+
+
+def build_tiny_base(out: Path, seed: int, on_progress: OnProgress) -> dict[str, Any]:
+    """Build the tiny base into the new folder `out`."""
+    _quiet()
+    from training.tiny_base import build
+
+    made = build(out, seed=seed, on_progress=on_progress)
+    return {
+        "path": str(made.path),
+        "parameters": made.parameters,
+        "heldout_accuracy": made.heldout_accuracy,
+        "heldout_accuracy_by_task": made.heldout_accuracy_by_task,
+    }
+
+
+def cached_tiny_base(cache: Path, on_progress: Callable[[], Any]) -> Path:
+    """The tiny base of the current recipe, built where it is not there yet.
+
+    `on_progress` is a context manager's factory (`progress_bar`), entered only when there is something to build.
+    """
+    _quiet()
+    from training.tiny_base import recipe_hash
+
+    out = cache / f"tiny-base-{recipe_hash()}" / "tiny-base"
+    if not out.is_dir():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with on_progress() as tell:
+            build_tiny_base(out, 0, tell)
+    return out
+
+
+def _quiet() -> None:
+    """transformers draws bars and warns of what is fine here; HF's hub is never asked."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

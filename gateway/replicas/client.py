@@ -1,0 +1,157 @@
+"""The dialect a replica speaks: the agent's control calls and the head of a generation request."""
+
+import asyncio
+from typing import Literal
+
+import msgspec
+
+from adapter_store.catalog import Version
+from gateway.replicas.upstream import Upstream, UpstreamError
+
+
+class AgentRefusedError(Exception):
+    """The agent answered a control call with an error; `code` is the agent's own."""
+
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(f"{status} {code}")
+        self.status = status
+        self.code = code
+
+
+class BaseModelFacts(msgspec.Struct, frozen=True):
+    name: str
+    fingerprint: str
+
+
+class EngineFacts(msgspec.Struct, frozen=True):
+    version: str
+    device: Literal["cpu", "cuda"]
+    max_loras: int
+    max_cpu_loras: int
+    max_lora_rank: int
+    max_model_len: int = 1 << 31
+
+
+class ResidentAdapter(msgspec.Struct, frozen=True):
+    """One adapter that a replica holds; `owner` and `digest` are what the loading gateway said of it."""
+
+    name: str
+    tier: Literal["gpu", "host", "disk"]
+    pinned: bool
+    bytes: int
+    last_used: float
+    owner: str = ""
+    digest: str = ""
+
+
+class ReplicaReport(msgspec.Struct, frozen=True):
+    """`GET /tailor/state`."""
+
+    generation: str
+    base_model: BaseModelFacts
+    engine: EngineFacts
+    null_adapter: str | None
+    adapters: list[ResidentAdapter]
+    corrupted_requests: int = 0
+
+
+class LoadReport(msgspec.Struct, frozen=True):
+    """`PUT /tailor/adapters/{name}`; seconds."""
+
+    name: str
+    tier: str
+    fetch_s: float
+    load_s: float
+
+
+class _AgentError(msgspec.Struct):
+    code: str = "unknown"
+
+
+class _AgentErrorBody(msgspec.Struct):
+    error: _AgentError
+
+
+class ReplicaClient:
+    """Control calls to one replica's agent, and the bytes of its generation requests."""
+
+    def __init__(self, upstream: Upstream, token: str) -> None:
+        self.upstream = upstream
+        self._common = (
+            f"host: {upstream.host_header}\r\nauthorization: Bearer {token}\r\n"
+            "accept: */*\r\ncontent-type: application/json\r\n"
+        )
+
+    async def state(self, timeout_s: float) -> ReplicaReport:
+        """What the replica is and holds.
+
+        Raises:
+            UpstreamError, TimeoutError, AgentRefusedError: it cannot say.
+        """
+        return msgspec.json.decode(await self._call("GET", "state", b"", timeout_s), type=ReplicaReport)
+
+    async def probe(self, deadline_s: float) -> None:
+        """One token through the engine.
+
+        Raises:
+            UpstreamError, TimeoutError, AgentRefusedError: there was none in time.
+        """
+        await self._call("POST", "probe", msgspec.json.encode({"deadline_s": deadline_s}), deadline_s + 1)
+
+    async def load(self, name: str, version: Version, timeout_s: float) -> LoadReport:
+        """Bring a version into the engine under `name`.
+
+        Raises:
+            UpstreamError, TimeoutError: unknown whether it is loaded. AgentRefusedError: it is not.
+        """
+        body = msgspec.json.encode(
+            {
+                "owner": version.tenant_id,
+                "files": [
+                    {"name": file.name, "key": file.key, "sha256": file.sha256, "bytes": file.size_bytes}
+                    for file in version.files
+                ],
+            }
+        )
+        return msgspec.json.decode(await self._call("PUT", f"adapters/{name}", body, timeout_s), type=LoadReport)
+
+    async def unload(self, name: str, timeout_s: float) -> None:
+        """Drain and truly unload; an unknown name is no error.
+
+        Raises:
+            UpstreamError, TimeoutError, AgentRefusedError: unknown whether it is gone.
+        """
+        try:
+            await self._call("DELETE", f"adapters/{name}", b"", timeout_s)
+        except AgentRefusedError as error:
+            if error.status != 404:
+                raise
+
+    def generation_request(self, path: str, adapter: str | None, body: bytes) -> bytes:
+        """Head and body of one request to the engine, as one buffer; `path` and `adapter` are the gateway's own."""
+        named = f"x-tailor-adapter: {adapter}\r\n" if adapter else ""
+        head = f"POST {path} HTTP/1.1\r\n{self._common}{named}content-length: {len(body)}\r\n\r\n"
+        return head.encode() + body
+
+    async def _call(self, method: str, path: str, body: bytes, timeout_s: float) -> bytes:
+        head = f"{method} /tailor/{path} HTTP/1.1\r\n{self._common}content-length: {len(body)}\r\n\r\n"
+        async with asyncio.timeout(timeout_s):
+            connection = await self.upstream.send(head.encode() + body)
+            try:
+                answer = await connection.read_all(16 << 20)
+            finally:
+                self.upstream.release(connection)
+        if connection.status >= 400:
+            raise AgentRefusedError(connection.status, _code_of(answer))
+        return answer
+
+
+def _code_of(answer: bytes) -> str:
+    try:
+        return msgspec.json.decode(answer, type=_AgentErrorBody).error.code
+    except msgspec.DecodeError:
+        return "unknown"
+
+
+CONTROL_ERRORS = (UpstreamError, TimeoutError, AgentRefusedError, msgspec.DecodeError)
+"""Everything a control call may raise where a replica is unwell."""

@@ -1,0 +1,136 @@
+"""Which adapters one replica holds, as this gateway knows it: hold, load when cold, let go.
+
+The replica owns the truth: `adopt` takes it over from its report. What is here only saves a question.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from adapter_store.catalog import Version
+from adapter_store.ids import TenantId
+from gateway.errors import AdapterNotLoadable
+from gateway.replicas.client import CONTROL_ERRORS, AgentRefusedError, ReplicaClient, ResidentAdapter
+
+log = logging.getLogger("tailor.residency")
+Key = tuple[TenantId, str]
+"""(tenant, digest): tenants never share an engine name, equal bytes or not."""
+
+
+@dataclass(slots=True)
+class Resident:
+    """A version in the engine under its once-used name."""
+
+    key: Key
+    name: str
+    version: Version | None
+    last_used: float
+    loaded_at: float = 0.0
+    in_flight: int = 0
+
+    def release(self) -> None:
+        self.in_flight -= 1
+
+
+class Residency:
+    """One replica's adapters. Loads are single-flight per adapter and one at a time per replica."""
+
+    def __init__(self, client: ReplicaClient, *, load_timeout_s: float) -> None:
+        self._client = client
+        self._load_timeout_s = load_timeout_s
+        self._residents: dict[Key, Resident] = {}
+        self._loading: dict[Key, asyncio.Task[Resident]] = {}
+        self._turn = asyncio.Lock()
+
+    def held(self, version: Version) -> Resident | None:
+        """The resident, pinned by one request (`release` it), or None when it must be loaded first."""
+        resident = self._residents.get((version.tenant_id, version.digest))
+        if resident is not None:
+            resident.in_flight += 1
+            resident.last_used = time.time()
+            resident.version = version
+        return resident
+
+    async def hold(self, version: Version) -> Resident:
+        """The resident, loaded if it is cold, pinned by one request.
+
+        Raises:
+            AdapterNotLoadable: the replica would not take it.
+        """
+        key = (version.tenant_id, version.digest)
+        while (resident := self.held(version)) is None:
+            loading = self._loading.get(key)
+            if loading is None:
+                loading = asyncio.create_task(self._load(key, version))
+                self._loading[key] = loading
+                loading.add_done_callback(lambda done: self._loaded(key, done))
+            # a waiting client that goes away must not stop the load for the others
+            await asyncio.shield(loading)
+        return resident
+
+    def _loaded(self, key: Key, done: asyncio.Task[Resident]) -> None:
+        self._loading.pop(key, None)
+        if not done.cancelled() and done.exception() is None:
+            self._residents[key] = done.result()
+
+    async def _load(self, key: Key, version: Version) -> Resident:
+        name = f"a-{secrets.token_hex(16)}"
+        try:
+            async with self._turn:
+                report = await self._client.load(name, version, self._load_timeout_s)
+        except CONTROL_ERRORS as error:
+            log.warning("adapter %s of tenant %s not loaded: %r", version.digest, version.tenant_id, error)
+            raise _not_loadable(error) from error
+        log.info(
+            "adapter %s of tenant %s loaded as %s: fetch %.3f s, load %.3f s",
+            version.digest, version.tenant_id, name, report.fetch_s, report.load_s,
+        )  # fmt: skip
+        return Resident(key, name, version, time.time(), loaded_at=time.monotonic())
+
+    def forget(self, resident: Resident) -> None:
+        """The replica says that it does not know this name: the next request loads afresh."""
+        if self._residents.get(resident.key) is resident:
+            del self._residents[resident.key]
+
+    def adopt(self, reported: Iterable[ResidentAdapter], *, asked_at: float) -> None:
+        """Take the replica's report for the truth: drop what it lacks, learn what others loaded.
+
+        `asked_at` (monotonic seconds) is when the report was asked for: what was loaded since may be missing in it.
+        """
+        known = {adapter.name: adapter for adapter in reported if adapter.owner and adapter.tier != "disk"}
+        for resident in list(self._residents.values()):
+            if resident.name not in known and resident.loaded_at < asked_at:
+                self.forget(resident)
+        for adapter in known.values():
+            key = (TenantId(adapter.owner), adapter.digest)
+            self._residents.setdefault(key, Resident(key, adapter.name, None, adapter.last_used))
+
+    async def unload(self, tenant_id: TenantId, digests: Iterable[str]) -> None:
+        """Take a tenant's deleted versions out of the replica; a failure is mended by the replica's own eviction."""
+        for digest in digests:
+            resident = self._residents.pop((tenant_id, digest), None)
+            if resident is None:
+                continue
+            try:
+                await self._client.unload(resident.name, self._load_timeout_s)
+            except CONTROL_ERRORS as error:
+                log.warning("adapter %s not unloaded: %r", resident.name, error)
+
+    def start_over(self) -> list[Version]:
+        """The engine is a new one: forget every name; returns what was held, the hottest first."""
+        residents = sorted(self._residents.values(), key=lambda resident: resident.last_used, reverse=True)
+        self._residents.clear()
+        return [resident.version for resident in residents if resident.version is not None]
+
+
+def _not_loadable(error: BaseException) -> AdapterNotLoadable:
+    if isinstance(error, AgentRefusedError) and error.status == 503:
+        return AdapterNotLoadable("The adapter waits for a free place; try again.", retry_after_s=1)
+    if isinstance(error, AgentRefusedError) and error.status == 422:
+        return AdapterNotLoadable(
+            "The engine refused the adapter; publish it again or ask the operator.", retry_after_s=60
+        )
+    return AdapterNotLoadable("The adapter could not be loaded just now; try again.", retry_after_s=5)

@@ -1,0 +1,239 @@
+"""A pooled HTTP/1.1 client for one upstream, made for relaying: bytes are handed on as they come.
+
+Not a general client: no redirects, no proxies, no TLS. A request is one buffer, so that it costs one system call;
+httptools parses the answer. `docs/benchmarks.md` has what that saves.
+"""
+
+import asyncio
+from collections import deque
+from typing import Final, cast
+
+import httptools
+
+PAUSE_BYTES: Final = 65_536  # stop reading from the replica while this much waits for the client
+IDLE_LIMIT_S: Final = 60.0  # below the replica's own keep-alive (120 s), so that it never closes first
+
+
+class UpstreamError(Exception):
+    """The upstream could not be reached, or its answer broke off.
+
+    `answered` tells whether any byte of the answer had come: if not, another replica may be asked.
+    """
+
+    def __init__(self, reason: str, *, answered: bool) -> None:
+        super().__init__(reason)
+        self.answered = answered
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection; one request at a time."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport
+        self.closed = False
+        self.heard_at = 0.0
+        self.idle_since = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.status = 0
+        self.headers: dict[bytes, bytes] = {}
+        self._parser = httptools.HttpResponseParser(self)
+        self._chunks: deque[bytes] = deque()
+        self._buffered = 0
+        self._answered = False
+        self._complete = False
+        self._paused = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    # transport callbacks
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+
+    def data_received(self, data: bytes) -> None:
+        self._answered = True
+        self.heard_at = self._loop.time()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.abort()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        self._wake()
+
+    # parser callbacks
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+
+    def on_body(self, body: bytes) -> None:
+        self._chunks.append(body)
+        self._buffered += len(body)
+        if self._buffered > PAUSE_BYTES and not self._paused:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        self._complete = True
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        self._waiter = self._loop.create_future()
+        await self._waiter
+
+    # one exchange
+
+    async def exchange(self, request: bytes) -> None:
+        """Send one request and wait for the answer's head.
+
+        Raises:
+            UpstreamError: the connection broke before the head was complete.
+        """
+        self._reset()
+        self.transport.write(request)
+        while not self.status:
+            if self.closed:
+                raise UpstreamError("the replica closed the connection", answered=self._answered)
+            await self._wait()
+
+    async def read(self) -> bytes:
+        """What has come of the body since the last call, or the next piece; b"" at its end.
+
+        Raises:
+            UpstreamError: the connection broke before the body was complete.
+        """
+        while not self._chunks:
+            if self._complete:
+                return b""
+            if self.closed:
+                raise UpstreamError("the replica broke the answer off", answered=True)
+            await self._wait()
+        data = self._chunks.popleft() if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._buffered = 0
+        if self._paused:
+            self._paused = False
+            self.transport.resume_reading()
+        return data
+
+    async def read_all(self, limit_bytes: int = 1 << 20) -> bytes:
+        """The whole body.
+
+        Raises:
+            UpstreamError: it broke off, or is longer than `limit_bytes`.
+        """
+        parts: list[bytes] = []
+        size = 0
+        while data := await self.read():
+            size += len(data)
+            if size > limit_bytes:
+                raise UpstreamError("the replica's answer is too long", answered=True)
+            parts.append(data)
+        return b"".join(parts)
+
+    @property
+    def reusable(self) -> bool:
+        return self._complete and not self.closed and self._parser.should_keep_alive()
+
+    def abort(self) -> None:
+        """Close at once: vLLM takes a closed connection as the request's cancellation."""
+        self.closed = True
+        self.transport.abort()
+        self._wake()
+
+
+class Upstream:
+    """Connections to one address: `http://host:port` or `unix:/path`."""
+
+    def __init__(self, url: str, *, connect_timeout_s: float = 2.0) -> None:
+        self.url = url
+        self._connect_timeout_s = connect_timeout_s
+        self._idle: list[Connection] = []
+        self._busy: set[Connection] = set()
+        self._path: str | None = None
+        self._host, self._port = "", 0
+        if url.startswith("unix:"):
+            self._path = url.removeprefix("unix:")
+            self.host_header = "localhost"
+        else:
+            authority = url.removeprefix("http://").rstrip("/")
+            self._host, _, port = authority.rpartition(":")
+            self._port = int(port)
+            self.host_header = authority
+
+    async def send(self, request: bytes) -> Connection:
+        """Send a request and return the connection on which its answer's head has come.
+
+        The caller gives it back with `release`. A kept connection that the replica has closed meanwhile costs
+        nothing: the request is sent again on a fresh one.
+
+        Raises:
+            UpstreamError: the replica cannot be reached or broke off before the head.
+        """
+        while (connection := self._take_idle()) is not None:
+            try:
+                return await self._exchange(connection, request)
+            except UpstreamError as error:
+                if error.answered:
+                    raise
+        return await self._exchange(await self._connect(), request)
+
+    async def _exchange(self, connection: Connection, request: bytes) -> Connection:
+        self._busy.add(connection)
+        try:
+            await connection.exchange(request)
+        except BaseException:
+            connection.abort()
+            self._busy.discard(connection)
+            raise
+        return connection
+
+    def _take_idle(self) -> Connection | None:
+        now = asyncio.get_running_loop().time()
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.closed and now - connection.idle_since < IDLE_LIMIT_S:
+                return connection
+            connection.abort()
+        return None
+
+    async def _connect(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                if self._path is not None:
+                    _, connection = await loop.create_unix_connection(Connection, self._path)
+                else:
+                    _, connection = await loop.create_connection(Connection, self._host, self._port)
+        except (OSError, TimeoutError) as error:
+            raise UpstreamError("the replica cannot be reached", answered=False) from error
+        return connection
+
+    def heard_since(self, moment: float) -> bool:
+        """Whether bytes of a request now in flight came after `moment` (the loop's clock, seconds)."""
+        return any(connection.heard_at > moment for connection in self._busy)
+
+    def release(self, connection: Connection) -> None:
+        """Give a connection back: kept when its answer is complete, closed otherwise (which cancels the request)."""
+        self._busy.discard(connection)
+        if connection.reusable:
+            connection.idle_since = asyncio.get_running_loop().time()
+            self._idle.append(connection)
+        else:
+            connection.abort()
+
+    def close(self) -> None:
+        for connection in (*self._idle, *self._busy):
+            connection.abort()
+        self._idle.clear()
+        self._busy.clear()

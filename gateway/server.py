@@ -1,0 +1,75 @@
+"""Runs the gateway's HTTP server: `tailor gateway` becomes `python -m gateway.server`."""
+
+import errno
+import socket
+import sys
+
+import uvicorn
+from pydantic import ValidationError
+
+from adapter_store.errors import AdapterStoreError
+from adapter_store.process import die_with_parent
+from gateway.app import create_app
+from gateway.home import ConfigurationError
+from gateway.logs import set_up_logging
+from gateway.settings import Settings, explain
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Raises:
+        ConfigurationError: a setting cannot be used, or the port is taken.
+    """
+    set_up_logging(settings.log_level)
+    listener = bind(settings.host, settings.port)
+    config = uvicorn.Config(
+        create_app(settings),
+        loop="uvloop",
+        http="httptools",
+        lifespan="on",
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.drain_s),
+        timeout_keep_alive=75,
+    )
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address.
+
+    Raises:
+        ConfigurationError: it is taken, or not ours to take.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigurationError(
+                f"Port {port} on {host} is in use: stop what listens there or set TAILOR_PORT to a free one."
+            ) from error
+        raise ConfigurationError(f"Cannot listen on {host} port {port}: {error.strerror}.") from error
+    return listener
+
+
+def main() -> None:
+    """The process's entry; what an operator can mend is told without a traceback."""
+    if "--with-parent" in sys.argv:
+        die_with_parent()
+    try:
+        serve(Settings())
+    except ValidationError as error:
+        sys.exit(f"tailor: {explain(error)}")
+    except (ConfigurationError, AdapterStoreError) as error:
+        sys.exit(f"tailor: {error}")
+
+
+if __name__ == "__main__":
+    main()

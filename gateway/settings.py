@@ -1,0 +1,138 @@
+"""THE configuration: name, type, unit, bound and default of every setting.
+
+Each is an environment variable with the prefix `TAILOR_` (`TAILOR_PORT=8001`) or a line of `.env`. Everything below the
+composition root takes plain values; nothing else reads the environment.
+"""
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Port = Annotated[int, Field(ge=1, le=65_535)]
+Seconds = Annotated[float, Field(gt=0, le=3_600)]
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class Settings(BaseSettings):
+    """All faults of the environment are reported at once, at start."""
+
+    model_config = SettingsConfigDict(env_prefix="TAILOR_", env_file=".env", extra="ignore", frozen=True)
+
+    # where things live
+    home: Path = Field(Path(".tailor"), description="folder of database, blobs, caches, logs and secrets")
+    database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the home folder")
+    blobs_url: str | None = Field(None, description="obstore URL of the adapters' files; default: the home folder")
+
+    # the public door
+    host: str = Field("127.0.0.1", description="address to listen on; anything but loopback asks for allow_public")
+    port: Port = Field(8000, description="TCP port to listen on")
+    allow_public: bool = Field(False, description="listen on an address that other machines reach")
+    drain_s: Seconds = Field(30, description="time that running requests get after SIGTERM")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+
+    # the base model
+    base_model: str | None = Field(None, description="folder or Hugging Face id of the base model")
+    base_model_name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$",
+        description="what tenants call it; default: folder name",
+    )
+    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$", description="serving dtype")
+
+    # secrets
+    secret_key: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="salts the tenants' prefix caches; default: made once, kept in the home folder",
+    )
+    replica_token: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="what gateway and replicas know each other by; made anew by `tailor up`",
+    )
+
+    # requests
+    max_body_bytes: int = Field(1 << 20, ge=1_024, le=64 << 20, description="largest JSON body")
+    max_messages: int = Field(1_024, ge=1, le=65_536, description="most messages in one chat request")
+    max_output_tokens: int = Field(4_096, ge=1, le=1 << 20, description="ceiling and default of max_tokens")
+    max_choices: int = Field(4, ge=1, le=128, description="ceiling of n")
+    max_schema_bytes: int = Field(16_384, ge=256, le=1 << 20, description="largest JSON schema in response_format")
+    first_byte_timeout_s: Seconds = Field(300, description="longest wait for a replica's first byte")
+
+    # adapters
+    max_lora_rank: int = Field(64, ge=1, le=512, description="highest rank served (vLLM reserves memory for it)")
+    max_adapter_bytes: int = Field(2 << 30, ge=1_024, description="largest adapter upload")
+    load_timeout_s: Seconds = Field(60, description="longest wait for an adapter to be loaded into a replica")
+
+    # replicas
+    replicas: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="addresses of the replicas, comma-separated: http://host:port or unix:/path"
+    )
+    probe_interval_s: Seconds = Field(1, description="time between two looks at a replica")
+    probe_deadline_s: Seconds = Field(4, description="a replica without a token in this time is not ready")
+
+    # this machine's replica (`tailor up`, `tailor replica`)
+    listen: str | None = Field(None, description="where `tailor replica` listens: unix:/path or host:port")
+    device: str = Field("auto", pattern="^(auto|cpu|cuda)$", description="which vLLM is expected")
+    adapter_slots: int = Field(4, ge=1, le=512, description="adapters on the device at once (max_loras)")
+    host_adapters: int = Field(32, ge=1, le=65_536, description="adapters in host memory (max_cpu_loras)")
+    max_model_len: int | None = Field(None, ge=16, description="context length; default: the model's own")
+    cpu_kv_cache_gib: int = Field(1, ge=1, description="KV cache of a CPU replica")
+    cache_limit_bytes: int = Field(20 << 30, ge=1 << 20, description="a replica's disk cache of adapters")
+    vllm_args: str = Field("", description="further vLLM arguments, as one would type them")
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("replicas")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for url in value:
+            if not (url.startswith("unix:/") or (url.startswith("http://") and url.count(":") == 2)):
+                raise ValueError(f"'{url}' is neither http://host:port nor unix:/path")
+        return value
+
+    @model_validator(mode="after")
+    def _host_holds_slots(self) -> Self:
+        if self.host_adapters < self.adapter_slots:
+            raise ValueError(
+                f"host_adapters ({self.host_adapters}) is below adapter_slots ({self.adapter_slots}): "
+                "every adapter on the device is kept in host memory too"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _public_is_meant(self) -> Self:
+        if self.host not in LOOPBACK and not self.allow_public:
+            raise ValueError(
+                f"host {self.host} is reachable from other machines: set TAILOR_ALLOW_PUBLIC=true if that is meant, "
+                "and put TLS in front"
+            )
+        return self
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite+aiosqlite:///{self.home.absolute() / 'tailor.db'}"
+
+    @property
+    def blobs(self) -> str:
+        return self.blobs_url or (self.home.absolute() / "blobs").as_uri()
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+
+def explain(error: ValidationError) -> str:
+    """Every fault of the settings, a line each, by the name under which it is set."""
+    lines = ["The settings cannot be used:"]
+    for fault in error.errors():
+        text = fault["msg"].removeprefix("Value error, ")
+        name = "_".join(str(part) for part in fault["loc"]).upper()
+        lines.append(f"  TAILOR_{name}: {text}" if name else f"  {text}")
+    return "\n".join(lines)

@@ -1,0 +1,328 @@
+"""Requests through the whole gateway to a replica and back."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from adapter_store.ids import TenantId
+from tests.fakes.replica import FakeReplica
+from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, Tenant, error_of, until_ready
+
+
+def content(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    said: str = response.json()["choices"][0]["message"]["content"]
+    return said
+
+
+async def events(tenant: Tenant, **more: object) -> list[str]:
+    """The data of every event of a streamed answer."""
+    body = {"model": "bot", "messages": [{"role": "user", "content": "x"}], "stream": True, **more}
+    async with tenant.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200
+        return [line[6:] async for line in response.aiter_lines() if line]
+
+
+async def test_an_adapter_answers_right_after_its_upload(acme: Tenant, good: Path, replica: FakeReplica) -> None:
+    """The first request for a published adapter loads it; the next one does not."""
+    published = await acme.publish(good)
+    assert published.status_code == 201, published.text
+    digest = published.json()["current"]["digest"]
+    assert content(await acme.ask()) == f"I am {digest}"
+    assert content(await acme.ask()) == f"I am {digest}"
+    assert len(replica.loads) == 1
+
+
+async def test_the_engine_sees_opaque_names_and_gateway_fields_only(
+    acme: Tenant, good: Path, replica: FakeReplica
+) -> None:
+    """Model, salt and request id are the gateway's; what the client says of itself stays behind."""
+    await acme.publish(good)
+    await acme.ask(user="mallory", metadata={"a": "b"})
+    (asked,) = replica.requests
+    assert asked["body"]["model"] == asked["headers"]["x-tailor-adapter"] == replica.loads[0]
+    assert len(asked["body"]["cache_salt"]) == 64
+    assert asked["body"]["max_tokens"] == replica.max_model_len
+    assert not {"user", "metadata"} & set(asked["body"])
+    assert set(asked["headers"]) == {
+        "host", "authorization", "accept", "content-type", "content-length", "x-tailor-adapter",
+    }  # fmt: skip
+
+
+async def test_tenants_never_share_a_salt_or_an_engine_name(
+    acme: Tenant, globex: Tenant, good: Path, replica: FakeReplica
+) -> None:
+    """Equal bytes under equal names are two adapters, loaded twice, with two salts."""
+    for tenant in (acme, globex):
+        await tenant.publish(good)
+        await tenant.ask()
+    first, second = replica.requests
+    assert first["body"]["model"] != second["body"]["model"]
+    assert first["body"]["cache_salt"] != second["body"]["cache_salt"]
+
+
+async def test_a_foreign_adapter_looks_like_one_that_never_existed(acme: Tenant, globex: Tenant, good: Path) -> None:
+    """Status and body are the same, but for the name asked for; so with every call that names an adapter."""
+    await acme.publish(good)
+    asks: list[Callable[[str], Awaitable[httpx.Response]]] = [
+        globex.ask,
+        lambda name: globex.client.get(f"/v1/adapters/{name}"),
+        lambda name: globex.client.delete(f"/v1/adapters/{name}"),
+        lambda name: globex.client.get(f"/v1/models/{name}"),
+    ]
+    for ask in asks:
+        foreign, missing = await ask("bot"), await ask("nil")
+        assert foreign.status_code == missing.status_code == 404
+        assert foreign.text.replace("bot", "nil") == missing.text
+    assert content(await acme.ask()).startswith("I am ")
+
+
+async def test_the_base_model_is_served_by_its_name(acme: Tenant, replica: FakeReplica) -> None:
+    """Base traffic goes to the engine under the base's own name."""
+    assert content(await acme.ask(BASE)) == "I am the base"
+    assert replica.requests[0]["body"]["model"] == BASE
+
+
+async def test_base_traffic_goes_through_the_null_adapter_where_there_is_one(
+    run_replica: RunReplica, run_gateway: RunGateway
+) -> None:
+    """A CPU replica's null adapter carries it, and its name stays hidden."""
+    replica = await run_replica(null_adapter="a-00000000")
+    acme = await (await run_gateway(replica)).tenant("acme")
+    answer = await acme.ask(BASE)
+    assert content(answer) == "I am the base"
+    assert replica.requests[0]["body"]["model"] == "a-00000000"
+    assert answer.json()["model"] == BASE
+
+
+async def test_a_stream_is_whole_and_names_the_tenants_model(acme: Tenant, good: Path, replica: FakeReplica) -> None:
+    """Events come as they are sent, under the tenant's name, without the usage that was not asked for."""
+    await acme.publish(good)
+    got = await events(acme)
+    assert got[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in got[:-1]]
+    assert {chunk["model"] for chunk in chunks} == {"bot"}
+    assert len(chunks) == replica.events + 1
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+async def test_usage_comes_with_a_stream_when_asked_for(acme: Tenant, good: Path, replica: FakeReplica) -> None:
+    """OpenAI's stream_options.include_usage adds one last chunk without choices."""
+    await acme.publish(good)
+    got = await events(acme, stream_options={"include_usage": True})
+    assert json.loads(got[-2])["usage"]["completion_tokens"] == replica.events
+
+
+async def test_the_openai_client_streams(acme: Tenant, good: Path, gateway: Gateway) -> None:
+    """The official client needs no more than another base URL."""
+    await acme.publish(good)
+    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key=acme.key) as client:
+        stream = await client.chat.completions.create(
+            model="bot", messages=[{"role": "user", "content": "x"}], stream=True
+        )
+        said = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        assert said.startswith("I am ")
+        assert [model.id async for model in client.models.list()] == [BASE, "bot"]
+
+
+async def test_a_new_version_answers_from_the_upload_on(
+    acme: Tenant, good: Path, other_good: Path, replica: FakeReplica
+) -> None:
+    """The name moves to the new version; the old one stays reachable by number."""
+    first = (await acme.publish(good)).json()["current"]
+    assert content(await acme.ask()) == f"I am {first['digest']}"
+    second = (await acme.publish(other_good)).json()["current"]
+    assert (first["number"], second["number"]) == (1, 2)
+    assert content(await acme.ask()) == f"I am {second['digest']}"
+    assert content(await acme.ask("bot@1")) == f"I am {first['digest']}"
+    shown = (await acme.client.get("/v1/adapters/bot")).json()
+    assert [version["number"] for version in shown["versions"]] == [2, 1]
+
+
+async def test_a_deleted_adapter_is_gone_everywhere(
+    acme: Tenant, good: Path, gateway: Gateway, replica: FakeReplica
+) -> None:
+    """No answer, no row, no file, no place in the engine."""
+    await acme.publish(good)
+    await acme.ask()
+    assert (await acme.client.delete("/v1/adapters/bot")).status_code == 204
+    assert (await acme.ask()).status_code == 404
+    assert replica.adapters == {}
+    assert (await acme.client.get("/v1/adapters")).json()["data"] == []
+    assert [path for path in (gateway.home.path / "blobs").rglob("*") if path.is_file()] == []
+
+
+async def test_a_change_at_one_gateway_reaches_the_other_within_a_second(
+    run_gateway: RunGateway, replica: FakeReplica, good: Path, other_good: Path
+) -> None:
+    """Publishing, deleting and revoking work across gateways on one database."""
+    here, there = await run_gateway(replica), await run_gateway(replica)
+    acme = await here.tenant("acme")
+    elsewhere = Tenant("acme", acme.key, there.client(acme.key))
+    first = (await acme.publish(good)).json()["current"]["digest"]
+    assert content(await elsewhere.ask()) == f"I am {first}"
+    second = (await acme.publish(other_good)).json()["current"]["digest"]
+    await asyncio.sleep(1)
+    assert content(await elsewhere.ask()) == f"I am {second}"
+    (key,) = (await here.operator.get("/admin/v1/tenants/acme/keys")).json()["data"]
+    assert (await here.operator.delete(f"/admin/v1/keys/{key['id']}")).status_code == 204
+    assert (await acme.ask()).status_code == 401
+    await asyncio.sleep(1)
+    assert (await elsewhere.ask()).status_code == 401
+
+
+async def test_many_first_requests_are_one_load(acme: Tenant, good: Path, replica: FakeReplica) -> None:
+    """Loads are single-flight."""
+    replica.faults.load_delay_s = 0.2
+    await acme.publish(good)
+    answers = await asyncio.gather(*(acme.ask() for _ in range(20)))
+    assert {content(answer) for answer in answers} == {content(answers[0])}
+    assert len(replica.loads) == 1
+
+
+async def test_a_client_that_leaves_cancels_upstream(acme: Tenant, good: Path, replica: FakeReplica) -> None:
+    """Streaming or not, the engine stops working for nobody."""
+    await acme.publish(good)
+    await acme.ask()
+    replica.faults.hang_before_answer = True
+    with pytest.raises(httpx.ReadTimeout):
+        await acme.client.post(
+            "/v1/chat/completions",
+            json={"model": "bot", "messages": [{"role": "user", "content": "x"}]},
+            timeout=0.3,
+        )
+    await _until(lambda: replica.cancelled == 1)
+    replica.faults.hang_before_answer = False
+    replica.faults.event_delay_s, replica.events = 0.05, 200
+    body = {"model": "bot", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    async with acme.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        await anext(response.aiter_lines())
+    await _until(lambda: replica.cancelled == 2)
+
+
+async def test_an_adapter_that_the_replica_forgot_is_loaded_again(
+    acme: Tenant, good: Path, replica: FakeReplica
+) -> None:
+    """The replica is the owner of what is resident: its 404 means load afresh, under a new name."""
+    await acme.publish(good)
+    await acme.ask()
+    replica.adapters.clear()
+    assert content(await acme.ask()).startswith("I am ")
+    assert len(set(replica.loads)) == 2
+
+
+async def test_a_restarted_replica_gets_its_adapters_back_before_it_takes_traffic(
+    gateway: Gateway, acme: Tenant, good: Path, replica: FakeReplica
+) -> None:
+    """After a crash nobody has to call anything: the first request afterwards finds the adapter loaded."""
+    await acme.publish(good)
+    await acme.ask()
+    await replica.stop()
+    gone = await acme.ask()
+    assert gone.status_code == 503
+    assert int(gone.headers["retry-after"]) >= 1
+    assert error_of(gone)["code"] == "engine_unavailable"
+    replica.loads.clear()
+    await replica.restart()
+    await until_ready(gateway)
+    assert len(replica.loads) == 1
+    assert content(await acme.ask()).startswith("I am ")
+
+
+async def test_a_second_replica_takes_over_unheard_requests(
+    run_replica: RunReplica, run_gateway: RunGateway, good: Path
+) -> None:
+    """A request whose replica is gone before its first byte is answered by another one."""
+    replicas = [await run_replica(), await run_replica()]
+    gateway = await run_gateway(*replicas, probe_interval_s=5)
+    acme = await gateway.tenant("acme")
+    await acme.publish(good)
+    await _until(lambda: len([s for s in gateway.parts.pool.states().values() if s.value == "ready"]) == 2)
+    await acme.ask()
+    (used,) = [replica for replica in replicas if replica.requests]
+    await used.stop()
+    assert content(await acme.ask()).startswith("I am ")
+
+
+@pytest.mark.parametrize("fault", ["die_after_events", "error_event_after", "garble_after"])
+async def test_a_stream_that_breaks_ends_in_one_error_event(
+    acme: Tenant, good: Path, replica: FakeReplica, fault: str
+) -> None:
+    """What came is whole events; then one error in OpenAI's form, no [DONE], no word of the engine's own."""
+    await acme.publish(good)
+    setattr(replica.faults, fault, 2)
+    got = await events(acme)
+    assert len(got) == 3
+    assert [json.loads(event)["choices"][0]["delta"]["content"][:4] for event in got[:2]] == ["I am", "."]
+    assert set(json.loads(got[2])["error"]) == {"message", "type", "param", "code"}
+    assert "CUDA" not in got[2]
+
+
+async def test_a_frozen_engine_leaves_rotation(gateway: Gateway, acme: Tenant, replica: FakeReplica) -> None:
+    """`/health` may say what it likes: without a token in time no request goes there."""
+    replica.faults.probe_hangs = True
+    await _until(lambda: all(state.value == "unreachable" for state in gateway.parts.pool.states().values()))
+    assert (await acme.ask(BASE)).status_code == 503
+    assert (await gateway.client().get("/ready")).status_code == 503
+    replica.faults.probe_hangs = False
+    await until_ready(gateway)
+    assert (await acme.ask(BASE)).status_code == 200
+
+
+async def test_an_engine_that_serves_another_base_gets_nothing(
+    run_replica: RunReplica, run_gateway: RunGateway
+) -> None:
+    """The fingerprint decides, not the name."""
+    replica = await run_replica()
+    replica.fingerprint = "0" * 64
+    gateway = await run_gateway()
+    assert gateway.parts.pool.states() == {}
+    other = await run_gateway(replicas=(replica.url,))
+    await _until(lambda: [s.value for s in other.parts.pool.states().values()] == ["mismatched"])
+    assert (await (await other.tenant("acme")).ask(BASE)).status_code == 503
+
+
+@pytest.mark.parametrize(("status", "code"), [(503, "adapter_unavailable"), (422, "adapter_unavailable")])
+async def test_a_refused_load_is_told_and_tried_again(
+    acme: Tenant, good: Path, replica: FakeReplica, status: int, code: str
+) -> None:
+    """The client gets 503 with Retry-After; once the engine takes it, the adapter answers."""
+    await acme.publish(good)
+    replica.faults.load_status = status
+    refused = await acme.ask()
+    assert (refused.status_code, error_of(refused)["code"]) == (503, code)
+    assert "retry-after" in refused.headers
+    replica.faults.load_status = None
+    assert content(await acme.ask()).startswith("I am ")
+
+
+async def test_no_text_of_the_engine_reaches_a_tenant(acme: Tenant, replica: FakeReplica) -> None:
+    """Paths and inner names in an engine's error stay inside."""
+    for status, expected in ((500, 502), (400, 400), (429, 503), (503, 503)):
+        replica.faults.status = status
+        answer = await acme.ask(BASE)
+        assert answer.status_code == expected
+        assert "/secret" not in answer.text
+        assert "a-0000" not in answer.text
+
+
+async def test_resolving_a_known_model_costs_no_query(gateway: Gateway, acme: Tenant, good: Path) -> None:
+    """The hot path touches no database: it answers with the database gone."""
+    await acme.publish(good)
+    await acme.ask()
+    tenant_id = TenantId((await gateway.operator.get("/admin/v1/tenants")).json()["data"][0]["id"])
+    assert await gateway.parts.models.resolve(tenant_id, "bot")
+    await gateway.parts.engine.dispose()
+    (gateway.home.path / "tailor.db").rename(gateway.home.path / "away.db")
+    assert content(await acme.ask()).startswith("I am ")
+
+
+async def _until(holds: Callable[[], bool], deadline_s: float = 10) -> None:
+    async with asyncio.timeout(deadline_s):
+        while not holds():
+            await asyncio.sleep(0.02)

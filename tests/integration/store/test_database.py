@@ -1,0 +1,161 @@
+"""Opening the database, and its schema."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from adapter_store.catalog import metadata
+from adapter_store.changes import KEPT, changes_since, last_change, record_change
+from adapter_store.errors import StorageUnavailable
+from adapter_store.ids import TenantId
+from adapter_store.transactions import reading, writing
+from gateway.database import HEAD, MIGRATIONS, downgrade, migrate, open_engine
+
+
+def schema(connection: Connection) -> set[str]:
+    rows = connection.execute(text("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"))
+    return {" ".join(row.sql.split()).replace('"', "") for row in rows}
+
+
+async def schema_of(engine: AsyncEngine) -> set[str]:
+    async with reading(engine) as connection:
+        return await connection.run_sync(schema)
+
+
+async def test_a_commit_survives_a_power_cut(engine: AsyncEngine) -> None:
+    """Every connection runs in WAL mode, with full synchronisation and foreign keys."""
+    async with reading(engine) as connection:
+        names = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        found = [(await connection.execute(text(f"PRAGMA {name}"))).scalar() for name in names]
+    assert found == ["wal", 2, 1, 5_000]
+
+
+async def test_the_schema_goes_down_and_up(engine: AsyncEngine) -> None:
+    """Down to nothing and up by migrations gives what a new database is given at once."""
+    fresh = await schema_of(engine)
+    await downgrade(engine, "base")
+    assert {sql.split("(")[0].strip() for sql in await schema_of(engine)} == {"CREATE TABLE alembic_version"}
+    await migrate(engine)
+    assert {normal(sql) for sql in await schema_of(engine)} == {normal(sql) for sql in fresh}
+    async with reading(engine) as connection:
+        assert await last_change(connection) == 0
+
+
+def normal(sql: str) -> str:
+    """Alembic names and orders a constraint's parts as SQLAlchemy does, but for spaces."""
+    return sql.replace(" ", "").replace("PRIMARYKEY", "")
+
+
+async def test_migrations_and_tables_agree(engine: AsyncEngine) -> None:
+    """What the migrations make is what the code's tables say."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.runtime.migration import MigrationContext
+
+    await downgrade(engine, "base")
+    await migrate(engine)
+    async with reading(engine) as connection:
+        found = await connection.run_sync(lambda sync: compare_metadata(MigrationContext.configure(sync), metadata))
+    assert found == []
+
+
+def test_head_is_the_newest_migration() -> None:
+    """HEAD moves with every new file."""
+    newest = max(path.name for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))
+    assert newest.startswith(HEAD)
+
+
+async def test_many_processes_may_migrate_at_once(tmp_path: Path) -> None:
+    """Eight engines on one new database: all succeed, the schema is there once."""
+    engines = [open_engine(f"sqlite+aiosqlite:///{tmp_path / 'new' / 'tailor.db'}") for _ in range(8)]
+    await asyncio.gather(*(migrate(engine) for engine in engines))
+    async with reading(engines[0]) as connection:
+        assert (await connection.execute(text("SELECT version_num FROM alembic_version"))).all() == [(HEAD,)]
+    await asyncio.gather(*(engine.dispose() for engine in engines))
+
+
+async def test_writers_wait_their_turn(engine: AsyncEngine) -> None:
+    """Twenty transactions that read before they write all commit, in the order of the feed."""
+
+    async def write(number: int) -> int:
+        async with writing(engine) as connection:
+            before = await last_change(connection)
+            await asyncio.sleep(0)
+            seq = await record_change(connection, "adapter", TenantId("t"), str(number))
+            assert seq == before + 1
+            return seq
+
+    numbers = await asyncio.gather(*(write(number) for number in range(20)))
+    assert sorted(numbers) == list(range(1, 21))
+    async with reading(engine) as connection:
+        assert len(await changes_since(connection, 0, limit=15)) == 15
+        assert [change.seq for change in await changes_since(connection, 15)] == [16, 17, 18, 19, 20]
+
+
+async def test_the_feed_is_bounded(engine: AsyncEngine) -> None:
+    """The oldest changes go; a reader that is too far behind sees the gap."""
+    async with writing(engine) as connection:
+        await record_change(connection, "adapter", None, None)
+        await connection.execute(text("UPDATE change_counter SET value = :value"), {"value": KEPT})
+        await record_change(connection, "adapter", None, None)
+        assert [change.seq for change in await changes_since(connection, 0)] == [KEPT + 1]
+
+
+async def test_a_writer_that_gets_no_turn_is_told(engine: AsyncEngine, tmp_path: Path) -> None:
+    """Past the busy time: StorageUnavailable; once the lock is free it works again."""
+    hasty = open_engine(f"sqlite+aiosqlite:///{tmp_path / 'tailor.db'}", busy_timeout_s=0.05)
+    async with writing(engine):
+        with pytest.raises(StorageUnavailable):
+            async with writing(hasty):
+                pass
+    async with writing(hasty) as connection:
+        assert await record_change(connection, "adapter", None, None) == 1
+    await hasty.dispose()
+
+
+async def test_a_failed_transaction_leaves_no_change(engine: AsyncEngine) -> None:
+    """The feed rolls back with the work it tells of."""
+
+    async def record_and_fail() -> None:
+        async with writing(engine) as connection:
+            await record_change(connection, "adapter", TenantId("t"), "bot")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        await record_and_fail()
+    async with reading(engine) as connection:
+        assert await last_change(connection) == 0
+        assert await changes_since(connection, 0) == []
+
+
+async def test_foreign_keys_hold(engine: AsyncEngine) -> None:
+    """A key of a tenant that does not exist cannot be written."""
+    statement = "INSERT INTO api_keys VALUES ('k', 'nobody', 'aa', 'p', '', '', 0, NULL, NULL, NULL)"
+    with pytest.raises(IntegrityError):
+        async with writing(engine) as connection:
+            await connection.execute(text(statement))
+
+
+async def test_a_database_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    """A folder in the database's place is StorageUnavailable, not a driver's error."""
+    (tmp_path / "tailor.db").mkdir()
+    engine = open_engine(f"sqlite+aiosqlite:///{tmp_path / 'tailor.db'}")
+    with pytest.raises(StorageUnavailable):
+        await migrate(engine)
+    await engine.dispose()
+
+
+def test_the_store_imports_nothing_heavy() -> None:
+    """The gateway's process gets by without numpy, torch, PEFT, vLLM and Alembic."""
+    program = (
+        "import sys, gateway.database, adapter_store.store, adapter_store.inspection\n"
+        "heavy = {'numpy', 'torch', 'peft', 'vllm', 'transformers', 'safetensors', 'alembic'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
