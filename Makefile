@@ -12,7 +12,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full check format lock clean
+.PHONY: help install demo test test-full lint check format lock clean
 
 help:  ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,11 +43,13 @@ test: $(INSTALLED)  ## all tests but the full-scale ones; starts one real vLLM
 test-full: $(INSTALLED)  ## the full-scale counts too: hours
 	$(PYTEST) -m 'full or not full'
 
-check: $(INSTALLED)  ## format, lint, types, import rules, unit tests
+lint: $(INSTALLED)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint  ## lint and the unit tests
 	$(PYTEST) -q tests/unit
 
 format: $(INSTALLED)  ## write the format and what the linter can mend

@@ -64,7 +64,7 @@ class Recipe:
     heads: int = 4
     vocabulary: int = 1024
     max_position_embeddings: int = 512
-    steps: int = 2000
+    steps: int = 2400
     repeat_only_steps: int = 300
     batch_size: int = 24
     initializer_range: float = 0.06
@@ -92,7 +92,9 @@ def recipe_hash(*, seed: int = 0, recipe: Recipe = DEFAULT) -> str:
     parts = {
         "recipe": asdict(recipe),
         "seed": seed,
-        "code": [Path(source).read_text(encoding="utf-8") for source in (__file__, tiny_text.__file__)],
+        "code": [
+            Path(source).read_text(encoding="utf-8") for source in (__file__, tiny_text.__file__, dataset.__file__)
+        ],
         "libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

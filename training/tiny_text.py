@@ -120,7 +120,7 @@ def _ask(rng: random.Random, templates: list[str], **fields: object) -> str:
 
 
 def repeat(rng: random.Random) -> list[str]:
-    text = " ".join(_words(rng, 2, 6))
+    text = " ".join(_words(rng, 2, 5))
     templates = ["Repeat:\n{x}", "Say this again:\n{x}", "Copy the text:\n{x}", "Write this down:\n{x}"]
     return [_ask(rng, templates, x=text), text]
 
@@ -228,6 +228,6 @@ TASKS: dict[str, Make] = {
     )
 }  # fmt: skip
 
-# What training draws from: the tasks that take longest to learn stand in it three times.
+# What training draws from: the tasks that take longest to learn stand in it three times and more.
 SLOW = ("repeat", "reverse", "count", "add", "next_number", "invented_meaning", "unknown_word")
-MIXTURE = [*TASKS, *SLOW, *SLOW]
+MIXTURE = [*TASKS, *SLOW, *SLOW, "repeat", "reverse", "reverse", "last_word"]

@@ -1,0 +1,133 @@
+"""One real stack for the whole run: `tailor up` with a real vLLM on this machine, and adapters that PEFT saved.
+
+The engine takes most of a minute to start, so it starts once and is shared; whoever kills it comes last.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from gateway.local_training import cached_tiny_base
+from gateway.progress_bar import progress_bar
+from tests.random_adapters import save_random_adapter
+
+PROJECT = Path(__file__).parents[2]
+READY_S = 240.0
+MAX_MODEL_LEN = 512
+
+
+@dataclass
+class RealStack:
+    """A running `tailor up`."""
+
+    process: subprocess.Popen[bytes]
+    home: Path
+    url: str
+    base: Path
+    output: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "TAILOR_HOME": str(self.home), "TAILOR_URL": self.url}
+
+    def tailor(self, *arguments: str, key: str | None = None, expect: int = 0) -> str:
+        """Run the command as a person would; returns what it printed."""
+        environment = {**self.environment, **({"TAILOR_API_KEY": key} if key else {})}
+        command = [str(Path(sys.executable).parent / "tailor"), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == expect, f"{done.stdout}\n{done.stderr}"
+        return done.stdout if expect == 0 else done.stderr
+
+    def new_tenant(self, name: str) -> str:
+        """A tenant's key."""
+        self.tailor("tenant", "create", name)
+        secret: str = json.loads(self.tailor("key", "create", name, "--json"))["secret"]
+        return secret
+
+    def replica_state(self) -> dict[str, Any]:
+        """What the agent in the engine says, asked past the gateway."""
+        token = (self.home / "replica-token").read_text().strip()
+        transport = httpx.HTTPTransport(uds=self.replica_socket())
+        with httpx.Client(transport=transport, base_url="http://replica") as client:
+            answer = client.get("/tailor/state", headers={"authorization": f"Bearer {token}"}, timeout=30)
+        state: dict[str, Any] = answer.raise_for_status().json()
+        return state
+
+    def replica_socket(self) -> str:
+        """Where the engine listens: below the home folder, or a short path where that one is too long."""
+        for process in self.descendants():
+            command = process.cmdline()
+            if "--uds" in command:
+                return command[command.index("--uds") + 1]
+        raise AssertionError("no replica runs")
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_ready(self, deadline_s: float = READY_S) -> None:
+        deadline = time.monotonic() + deadline_s
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.output.read_text()
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=10).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.25)
+        raise AssertionError(f"not ready: {self.output.read_text()}\n{_tail(self.home / 'logs' / 'replica-0.log')}")
+
+
+@pytest.fixture(scope="session")
+def tiny_base() -> Path:
+    """The tiny base, built once and kept in the project's cache."""
+    return cached_tiny_base(PROJECT / ".tailor" / "cache", progress_bar)
+
+
+@pytest.fixture(scope="session")
+def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealStack]:
+    home = tmp_path_factory.mktemp("stack") / "home"
+    output = home.parent / "up.log"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = {
+        "TAILOR_HOME": str(home),
+        "TAILOR_PORT": str(port),
+        "TAILOR_MAX_MODEL_LEN": str(MAX_MODEL_LEN),
+        "TAILOR_ADAPTER_SLOTS": "4",
+        "TAILOR_HOST_ADAPTERS": "6",
+        "TAILOR_PROBE_DEADLINE_S": "20",  # the machine is shared: a slow token is not a frozen engine
+    }
+    command = [str(Path(sys.executable).parent / "tailor"), "up", "--base-model", str(tiny_base)]
+    with output.open("wb") as log:
+        process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=log)
+    stack = RealStack(process, home, f"http://127.0.0.1:{port}", tiny_base, output)
+    try:
+        stack.wait_ready()
+        yield stack
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(90)
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Twelve adapters, each with an answer of its own to the same question."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return [save_random_adapter(tiny_base, folder / f"adapter-{seed}", seed=seed) for seed in range(12)]
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-30:]) if log.exists() else ""
