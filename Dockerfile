@@ -1,8 +1,8 @@
-# The GPU image; installs by the same lock as the Makefile.
-FROM nvidia/cuda:13.0.2-runtime-ubuntu24.04
+# The GPU image; installs by the same lock as the Makefile. CUDA comes with the wheels, the driver with the host.
+FROM python:3.12-slim-bookworm
 
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-venv python3-dev gcc make \
+    && apt-get install -y --no-install-recommends gcc g++ make \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/tailor
@@ -18,6 +18,7 @@ RUN touch .venv/.installed-gpu
 
 RUN useradd --create-home tailor && mkdir /data && chown tailor /data
 USER tailor
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 ENV PATH=/opt/tailor/.venv/bin:$PATH TAILOR_HOME=/data TAILOR_HOST=0.0.0.0 TAILOR_ALLOW_PUBLIC=true
 VOLUME /data
 EXPOSE 8000

@@ -201,7 +201,7 @@ class Checked:
 
 _ENCODER: Final = msgspec.json.Encoder()
 _UNKNOWN_FIELD: Final = re.compile(r"unknown field `([^`]{1,64})`(?: - at `([^`]+)`)?")
-_PLACE: Final = re.compile(r" - at `([^`]+)`$")
+_PLACE: Final = re.compile(r" - at (?:`key` in )?`([^`]+)`$")
 
 
 class RequestPolicy:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from adapter_store.cache import DiskCache
 from adapter_store.catalog import BlobFile
 
 NAME = re.compile(r"a-[0-9a-f]{8,64}")
@@ -39,6 +38,14 @@ class LoadsAdapters(Protocol):
     def hide(self, name: str) -> None: ...
     async def unload(self, number: int) -> None: ...
     async def residency(self) -> tuple[set[int], set[int]]: ...
+
+
+class KeepsFiles(Protocol):
+    """What residency asks of a disk cache; `cache.DiskCache`, a plain class in tests."""
+
+    def pin(self, digest: str) -> None: ...
+    def unpin(self, digest: str) -> None: ...
+    async def fetch(self, digest: str, files: Sequence[BlobFile]) -> Path: ...
 
 
 @dataclass(slots=True)
@@ -72,7 +79,7 @@ class Loaded:
 class Residency:
     """The replica's adapters; one engine operation at a time, as loads stall decoding for everybody."""
 
-    def __init__(self, engine: LoadsAdapters, cache: DiskCache, *, capacity: int, loads_waiting: int) -> None:
+    def __init__(self, engine: LoadsAdapters, cache: KeepsFiles, *, capacity: int, loads_waiting: int) -> None:
         self._engine = engine
         self._cache = cache
         self._capacity = capacity

@@ -1,0 +1,67 @@
+"""What the gateway process carries, and how soon it is ready."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.bad_adapters import write_base
+
+HEAVY = ("torch", "peft", "vllm", "transformers", "numpy", "safetensors", "training", "typer", "httpx")
+MEMORY_LIMIT_MIB = 80
+
+
+def test_the_gateway_imports_nothing_heavy() -> None:
+    """torch alone would cost seconds and hundreds of MiB in a process that only relays."""
+    program = "import sys, gateway.server; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert set(HEAVY) & set(loaded) == set()
+
+
+def test_the_command_shows_its_help_without_the_heavy_parts() -> None:
+    """Each part is imported only when its verb runs."""
+    program = "import sys, gateway.cli; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert {"torch", "peft", "vllm", "transformers", "sqlalchemy", "fastapi"} & set(loaded) == set()
+
+
+@pytest.mark.parametrize("start", ["first", "later"])
+def test_a_gateway_alone_is_small(start: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Resident memory at readiness stays within its bound, on an empty home and on one that exists."""
+    folder = tmp_path_factory.getbasetemp() / "gateway-alone"
+    base = folder / "base"
+    if not base.exists():
+        write_base(base)
+    with _gateway(folder / "home", base) as (process, took_s):
+        resident_mib = psutil.Process(process.pid).memory_info().rss / (1 << 20)
+    print(f"{start} start: {took_s:.2f} s, {resident_mib:.1f} MiB")  # noqa: T201  figures of the run; time is no gate
+    assert resident_mib <= MEMORY_LIMIT_MIB
+
+
+class _gateway:  # noqa: N801  reads as a verb in `with`
+    """A gateway process, until the block ends."""
+
+    def __init__(self, home: Path, base: Path) -> None:
+        settings = {"TAILOR_HOME": str(home), "TAILOR_BASE_MODEL": str(base), "TAILOR_PORT": "18473"}
+        self._begin = time.monotonic()
+        command = [sys.executable, "-m", "gateway.server"]
+        self._process = subprocess.Popen(command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL)
+
+    def __enter__(self) -> tuple[subprocess.Popen[bytes], float]:
+        while self._process.poll() is None:
+            try:
+                httpx.get("http://127.0.0.1:18473/health", timeout=1)
+            except httpx.TransportError:
+                time.sleep(0.02)
+            else:
+                return self._process, time.monotonic() - self._begin
+        raise AssertionError("the gateway ended")
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(30)

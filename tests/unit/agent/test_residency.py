@@ -1,0 +1,153 @@
+"""The agent's rules for what an engine holds, on a plain engine that records what it is told."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from adapter_store.agent.residency import AdapterUnknownError, LoadQueueFullError, NameTakenError, Residency
+from adapter_store.catalog import BlobFile
+
+
+class Engine:
+    """Does as it is told, one thing after another, and remembers the order."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.held: dict[int, str] = {}
+        self.refuses = False
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def load(self, name: str, path: Path) -> int:
+        await self.gate.wait()
+        if self.refuses:
+            raise RuntimeError("no")
+        self.said.append(f"load {name}")
+        number = len(self.said)
+        self.held[number] = name
+        return number
+
+    def hide(self, name: str) -> None:
+        self.said.append(f"hide {name}")
+
+    async def unload(self, number: int) -> None:
+        self.said.append(f"unload {self.held.pop(number)}")
+
+    async def residency(self) -> tuple[set[int], set[int]]:
+        return set(self.held), set(self.held)
+
+
+class Cache:
+    """Where files would be; counts pins."""
+
+    def __init__(self) -> None:
+        self.pins: dict[str, int] = {}
+
+    def pin(self, digest: str) -> None:
+        self.pins[digest] = self.pins.get(digest, 0) + 1
+
+    def unpin(self, digest: str) -> None:
+        self.pins[digest] -= 1
+        assert self.pins[digest] >= 0
+
+    async def fetch(self, digest: str, files: Sequence[BlobFile]) -> Path:
+        assert self.pins.get(digest, 0) > 0, "fetched before it was pinned"
+        return Path("/nowhere") / digest
+
+
+def residency(engine: Engine, cache: Cache, capacity: int = 2, loads_waiting: int = 8) -> Residency:
+    return Residency(engine, cache, capacity=capacity, loads_waiting=loads_waiting)
+
+
+async def test_a_name_stands_for_one_content_for_ever() -> None:
+    """The same name and digest again is nothing new; another digest is refused, and so is a name that was unloaded."""
+    adapters = residency(Engine(), Cache())
+    await adapters.load("a-1", "d1", [])
+    assert (await adapters.load("a-1", "d1", [])).load_s == 0
+    with pytest.raises(NameTakenError):
+        await adapters.load("a-1", "d2", [])
+    await adapters.unload("a-1")
+    with pytest.raises(NameTakenError):
+        await adapters.load("a-1", "d1", [])
+
+
+async def test_the_engine_never_holds_more_than_its_memory() -> None:
+    """Room is made before a load, by the adapter that was idle longest; its files are released."""
+    engine, cache = Engine(), Cache()
+    adapters = residency(engine, cache)
+    for number in (1, 2, 3):
+        await adapters.load(f"a-{number}", f"d{number}", [])
+    assert engine.said == ["load a-1", "load a-2", "hide a-1", "unload a-1", "load a-3"]
+    assert cache.pins == {"d1": 0, "d2": 1, "d3": 1}
+
+
+async def test_a_busy_adapter_is_never_removed() -> None:
+    """With every resident busy a load is refused; nothing of it stays."""
+    engine, cache = Engine(), Cache()
+    adapters = residency(engine, cache)
+    await adapters.load("a-1", "d1", [])
+    await adapters.load("a-2", "d2", [])
+    async with adapters.serving("a-1"), adapters.serving("a-2"):
+        with pytest.raises(LoadQueueFullError):
+            await adapters.load("a-3", "d3", [])
+    assert sorted(engine.held.values()) == ["a-1", "a-2"]
+    assert cache.pins["d3"] == 0
+
+
+async def test_an_unload_waits_for_the_adapters_requests() -> None:
+    """New requests are turned away at once, running ones end first."""
+    engine = Engine()
+    adapters = residency(engine, Cache())
+    await adapters.load("a-1", "d1", [])
+    async with adapters.serving("a-1"):
+        unloading = asyncio.create_task(adapters.unload("a-1"))
+        await asyncio.sleep(0)
+        with pytest.raises(AdapterUnknownError):
+            async with adapters.serving("a-1"):
+                pass
+        assert engine.held
+    await unloading
+    assert not engine.held
+
+
+async def test_loads_at_the_same_time_are_one() -> None:
+    """A second call for the same name and digest waits for the first, and survives its caller."""
+    engine = Engine()
+    engine.gate.clear()
+    adapters = residency(engine, Cache())
+    first = asyncio.create_task(adapters.load("a-1", "d1", []))
+    second = asyncio.create_task(adapters.load("a-1", "d1", []))
+    await asyncio.sleep(0)
+    first.cancel()
+    engine.gate.set()
+    assert (await second).name == "a-1"
+    assert engine.said == ["load a-1"]
+
+
+async def test_a_refused_load_burns_the_name_and_leaves_nothing() -> None:
+    """What the engine made of the failed attempt is unknown: the name is not used again."""
+    engine, cache = Engine(), Cache()
+    engine.refuses = True
+    adapters = residency(engine, cache)
+    with pytest.raises(RuntimeError):
+        await adapters.load("a-1", "d1", [])
+    engine.refuses = False
+    with pytest.raises(NameTakenError):
+        await adapters.load("a-1", "d1", [])
+    assert cache.pins["d1"] == 0
+    assert await adapters.report() == []
+
+
+async def test_too_many_waiting_loads_are_turned_away() -> None:
+    """The queue is bounded."""
+    engine = Engine()
+    engine.gate.clear()
+    adapters = residency(engine, Cache(), capacity=9, loads_waiting=2)
+    waiting = [asyncio.create_task(adapters.load(f"a-{number}", f"d{number}", [])) for number in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(LoadQueueFullError):
+        await adapters.load("a-9", "d9", [])
+    engine.gate.set()
+    await asyncio.gather(*waiting)
