@@ -250,6 +250,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Examples in a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal bytes.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; equal numbers give equal bytes.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train a LoRA adapter on this machine; publish it with `tailor adapter push`."""
@@ -264,7 +265,7 @@ def train(
         from gateway.local_training import train_adapter
 
         report = train_adapter(
-            data, base, out, {name: value for name, value in given.items() if value is not None}, on_progress
+            data, base, out, {name: value for name, value in given.items() if value is not None}, on_progress, threads
         )
     _show(report, as_json, f"{out}: loss {report['final_loss']:.4f} after {report['steps']} steps; next: "
           f"tailor adapter push {out} --name NAME")  # fmt: skip

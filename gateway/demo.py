@@ -118,7 +118,12 @@ def _train(home: Home, base: Path, customer: Customer) -> None:
     write_jsonl(customer.task.train, folder / "train.jsonl")
     with progress_bar(customer.name) as on_progress:
         report = train_adapter(
-            folder / "train.jsonl", base, folder / "adapter", JARGON_HYPERPARAMETERS.model_dump(), on_progress
+            folder / "train.jsonl",
+            base,
+            folder / "adapter",
+            JARGON_HYPERPARAMETERS.model_dump(),
+            on_progress,
+            threads=1,  # enough for a tiny model, and the bytes do not depend on how many cores there are
         )
     customer.train_s = report["seconds"]
 

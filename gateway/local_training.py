@@ -15,7 +15,12 @@ OnProgress = Callable[[StepDone], None]
 
 
 def train_adapter(
-    data: Path, base: Path, out: Path, hyperparameters: Mapping[str, Any], on_progress: OnProgress
+    data: Path,
+    base: Path,
+    out: Path,
+    hyperparameters: Mapping[str, Any],
+    on_progress: OnProgress,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Train an adapter into the new folder `out`; returns what the run says of itself (losses in nats, seconds).
 
@@ -35,6 +40,7 @@ def train_adapter(
         out=out,
         hyperparameters=chosen,
         base_fingerprint=fingerprint,
+        threads=threads,
         on_progress=on_progress,
     )
     return {

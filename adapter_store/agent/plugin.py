@@ -1,5 +1,6 @@
 """Entry points by which vLLM takes the agent in (`vllm.endpoint_plugins`, `vllm.general_plugins`; vLLM 0.32)."""
 
+import os
 import secrets
 from argparse import Namespace
 from typing import Any
@@ -12,7 +13,7 @@ from adapter_store.agent.null_adapter import write_null_adapter
 from adapter_store.agent.quiet import wait_quietly
 from adapter_store.agent.residency import Residency
 from adapter_store.agent.routes import Agent, Guard, router
-from adapter_store.agent.settings import AgentSettings
+from adapter_store.agent.settings import ENVIRONMENT_VARIABLE, AgentSettings
 from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
 from adapter_store.cache import DiskCache
@@ -20,7 +21,12 @@ from adapter_store.process import die_with_parent
 
 
 def prepare_process() -> None:
-    """What every process of the engine does first; vLLM may call it more than once in one process."""
+    """What every process of a replica does first; vLLM may call it more than once in one process.
+
+    A vLLM that somebody else started in this environment is left alone.
+    """
+    if ENVIRONMENT_VARIABLE not in os.environ:
+        return
     die_with_parent()
     if AgentSettings.from_environment().needs_null_adapter:  # a CPU replica
         wait_quietly()

@@ -1,6 +1,7 @@
 """A stream's way to the client, however it is cut."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -31,7 +32,7 @@ def relayed(pieces: list[bytes], *, wants_usage: bool = False) -> tuple[bytes, S
 def test_a_stream_is_the_same_however_it_is_cut(cuts: list[int]) -> None:
     """Events may arrive in any pieces; a tenant's own text is never taken for structure."""
     places = [0, *sorted(cuts), len(STREAM)]
-    pieces = [STREAM[a:b] for a, b in zip(places, places[1:], strict=False)]
+    pieces = [STREAM[a:b] for a, b in pairwise(places)]
     out, translation = relayed(pieces)
     events = out.split(b"\n\n")[:-1]
     assert [json.loads(e[6:])["choices"][0]["delta"]["content"] for e in events[:-1]] == ["one", HOSTILE, "three"]
@@ -64,10 +65,8 @@ def test_an_error_of_the_engine_stays_inside() -> None:
 
 def test_an_endless_event_is_cut_off() -> None:
     """A replica that never ends an event cannot fill our memory."""
-    translation = StreamTranslation(NAME, "bot", wants_usage=False)
     with pytest.raises(ReplicaFailed):
-        for _ in range(100):
-            translation.feed(b"x" * 65_536)
+        relayed([b"x" * 65_536] * 100)
 
 
 def test_a_whole_answer_names_the_tenants_model() -> None:

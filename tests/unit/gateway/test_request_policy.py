@@ -171,8 +171,7 @@ def test_twenty_thousand_random_bodies(fields: dict[str, Any]) -> None:
 def check_random_body(fields: dict[str, Any]) -> None:
     try:
         checked = CHAT.check(json.dumps({"model": "bot", "messages": HELLO, **fields}).encode())
-    except RequestInvalid as error:
-        assert error.message
+    except RequestInvalid:
         return
     body = sent(checked)
     assert body["model"] == "a-1"
