@@ -1,6 +1,6 @@
 """Adapters that PEFT itself saves, with random weights: each answers a fixed prompt in its own way.
 
-An adapter with B ~ N(0, 0.05) moves the greedy answer of a small base, so that the wrong tenant's adapter is seen
+Weights from N(0, 0.2) turn the tiny base's greedy answer upside down, so that the wrong tenant's adapter is seen
 exactly, not guessed.
 """
 
@@ -15,7 +15,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def save_random_adapter(
-    base: Path, out: Path, *, seed: int, rank: int = 8, scale: float = 0.05, targets: tuple[str, ...] = LINEARS
+    base: Path, out: Path, *, seed: int, rank: int = 8, scale: float = 0.2, targets: tuple[str, ...] = LINEARS
 ) -> Path:
     """Save an adapter for the model in `base` to `out`; equal seeds give equal weights."""
     model = get_peft_model(

@@ -45,10 +45,6 @@ class Engine:
         """Free the adapter's slot and host memory (vLLM's own unload route only forgets the name)."""
         await self._client.remove_lora(number)
 
-    async def pin(self, number: int) -> None:
-        """Keep the adapter on the device whatever else is loaded."""
-        await self._client.pin_lora(number)
-
     async def residency(self) -> tuple[set[int], set[int]]:
         """Adapter ids on the device, and in host memory."""
         ((device, host),) = (await self._client.collective_rpc("tailor_residency"))[:1]

@@ -58,7 +58,6 @@ class Resident:
     number: int
     size_bytes: int
     last_used: float
-    pinned: bool = False
     leaving: bool = False
     in_flight: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -148,7 +147,7 @@ class Residency:
 
     async def _make_room(self) -> None:
         while len(self._residents) >= self._capacity:
-            idle = [r for r in self._residents.values() if not (r.in_flight or r.pinned or r.leaving)]
+            idle = [r for r in self._residents.values() if not (r.in_flight or r.leaving)]
             if not idle:
                 raise LoadQueueFullError("every resident adapter is busy")
             await self._remove(min(idle, key=lambda resident: resident.last_used))
@@ -195,10 +194,6 @@ class Residency:
             if not resident.in_flight:
                 resident.idle.set()
 
-    def pin(self, name: str) -> None:
-        """Never choose this adapter to make room."""
-        self._residents[name].pinned = True
-
     async def report(self) -> list[dict[str, object]]:
         """Every resident adapter with its tier, as `GET /tailor/state` shows it."""
         device, _ = await self._engine.residency()
@@ -208,7 +203,6 @@ class Residency:
                 "owner": resident.owner,
                 "digest": resident.digest,
                 "tier": "gpu" if resident.number in device else "host",
-                "pinned": resident.pinned,
                 "bytes": resident.size_bytes,
                 "last_used": resident.last_used,
             }

@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
+from gateway.api.discard import discard_body
 from gateway.auth import Auth
 from gateway.errors import BodyTooLarge, GatewayError, ReplicaFailed, ReplicaUnavailable, answer
 from gateway.models import BASE, Models
@@ -264,7 +265,7 @@ async def _read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     """The request's body.
 
     Raises:
-        BodyTooLarge: it passes the limit; what is over it is not read. ClientGone: it never came.
+        BodyTooLarge: it passes the limit; what is over it is not kept. ClientGone: it never came.
     """
     message = await receive()
     if message["type"] == "http.disconnect":
@@ -279,6 +280,8 @@ async def _read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > limit_bytes:
+                if message.get("more_body"):
+                    await discard_body(receive)
                 break
         body = b"".join(parts)
     if len(body) > limit_bytes:

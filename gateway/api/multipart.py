@@ -9,6 +9,8 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from adapter_store.bundle import BUNDLE_FILES, StagedBundle, StagedFile
+from adapter_store.errors import AdapterStoreError
+from gateway.api.discard import discard_body
 from gateway.errors import RequestInvalid
 
 FIELD_LIMIT_BYTES: Final = 1_024
@@ -28,7 +30,8 @@ class UploadForm:
                 code="content_type_invalid",
             )
         self.fields: dict[str, str] = {}
-        self._body = request.stream()
+        self._receive = request.receive
+        self._more = True  # whether more of the body is to come
         self._bundle = bundle
         self._events: list[tuple[str, bytes]] = []
         self._parser = MultipartParser(
@@ -57,17 +60,27 @@ class UploadForm:
             RequestInvalid: the form is broken or has a part that does not belong.
             The store's BundleTooLarge, StorageFull, …: as they come, mid-stream.
         """
-        async with AsyncExitStack() as part:
-            state = _Part()
-            async for event, data in self._parsed():
-                await self._take(event, data, state, part)
+        state = _Part()
+        try:
+            async with AsyncExitStack() as part:
+                async for event, data in self._parsed():
+                    await self._take(event, data, state, part)
+        except (RequestInvalid, AdapterStoreError):
+            if self._more:
+                await discard_body(self._receive)
+            raise
         if not state.ended:
             raise RequestInvalid("The upload broke off: its last part is not whole.", code="upload_incomplete")
 
     async def _parsed(self) -> AsyncIterator[tuple[str, bytes]]:
-        async for chunk in self._body:
+        while self._more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self._more = False
+                return
+            self._more = message.get("more_body", False)
             try:
-                self._parser.write(chunk)
+                self._parser.write(message.get("body", b""))
             except FormParserError as error:
                 raise RequestInvalid("The multipart body is broken.", code="multipart_invalid") from error
             events, self._events = self._events, []

@@ -37,7 +37,6 @@ class ResidentAdapter(msgspec.Struct, frozen=True):
 
     name: str
     tier: Literal["gpu", "host", "disk"]
-    pinned: bool
     bytes: int
     last_used: float
     owner: str = ""

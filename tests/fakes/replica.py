@@ -155,7 +155,6 @@ class FakeReplica:
             self.adapters[name] = {
                 "name": name,
                 "tier": "gpu",
-                "pinned": False,
                 "bytes": 1,
                 "last_used": 0.0,
                 "owner": asked["owner"],
