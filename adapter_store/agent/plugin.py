@@ -1,5 +1,6 @@
 """Entry points by which vLLM takes the agent in (`vllm.endpoint_plugins`, `vllm.general_plugins`; vLLM 0.32)."""
 
+import asyncio
 import os
 import secrets
 from argparse import Namespace
@@ -18,6 +19,9 @@ from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
 from adapter_store.cache import DiskCache
 from adapter_store.process import die_with_parent
+
+ENGINE_CHECK_S = 0.2
+LAST_WORDS_S = 1.0
 
 
 def prepare_process() -> None:
@@ -54,6 +58,7 @@ class AgentPlugin:
         null_adapter = await self._load_null_adapter(engine, base) if settings.needs_null_adapter else None
         await engine.warm_up(null_adapter)
         state.tailor_agent = Agent(engine, residency, _facts(settings, base, engine), null_adapter)
+        self._watch = asyncio.create_task(_end_with_the_engine(engine))
 
     async def _load_null_adapter(self, engine: Engine, base: BaseModel) -> str:
         name = f"a-{secrets.token_hex(16)}"
@@ -62,6 +67,17 @@ class AgentPlugin:
         # never pinned: vLLM 0.32 plans as many adapters a step as there are slots, pinned ones not counted, and dies
         await engine.load(name, folder)
         return name
+
+
+async def _end_with_the_engine(engine: Engine) -> None:
+    """End this process soon after its engine has died, so that whoever supervises it can start it again.
+
+    vLLM 0.32 shuts its server down then, but first waits for ever for calls that the dead engine will never answer.
+    """
+    while not engine.is_dead():  # noqa: ASYNC110  vLLM has no event for it
+        await asyncio.sleep(ENGINE_CHECK_S)
+    await asyncio.sleep(LAST_WORDS_S)  # running streams get their error event
+    os._exit(1)
 
 
 def _facts(settings: AgentSettings, base: BaseModel, engine: Engine) -> dict[str, object]:

@@ -153,6 +153,9 @@ class Generation:
         status = routed.connection.status
         if status in (429, 503):
             return ReplicaUnavailable("The engine is full just now; try again shortly.", retry_after_s=1)
+        if status >= 500:  # this request's fault or the engine's end: the next look at the replica tells
+            routed.replica.look_soon()
+            return ReplicaUnavailable("The engine failed on this request; try again shortly.", retry_after_s=5)
         try:
             body = await routed.connection.read_all()
         except UpstreamError:

@@ -70,6 +70,10 @@ class Replica:
         self._become(ReplicaState.UNREACHABLE)
         self._look_now.set()
 
+    def look_soon(self) -> None:
+        """Something is odd about the replica: do not wait for the next look."""
+        self._look_now.set()
+
     async def watch(self) -> None:
         """Look at the replica for ever; meant to run as one task."""
         while True:

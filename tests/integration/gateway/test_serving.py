@@ -303,7 +303,7 @@ async def test_a_refused_load_is_told_and_tried_again(
 
 async def test_no_text_of_the_engine_reaches_a_tenant(acme: Tenant, replica: FakeReplica) -> None:
     """Paths and inner names in an engine's error stay inside."""
-    for status, expected in ((500, 502), (400, 400), (429, 503), (503, 503)):
+    for status, expected in ((500, 503), (400, 400), (429, 503), (503, 503)):
         replica.faults.status = status
         answer = await acme.ask(BASE)
         assert answer.status_code == expected
