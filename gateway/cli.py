@@ -70,7 +70,9 @@ def gateway(
     """Become a gateway; TAILOR_REPLICAS says where its replicas are."""
     with _told():
         settings = _settings(base_model=base_model, port=port)
-        given = {"TAILOR_BASE_MODEL": settings.base_model or "", "TAILOR_PORT": str(settings.port)}
+        given = {"TAILOR_PORT": str(settings.port)}
+        if settings.base_model is not None:
+            given["TAILOR_BASE_MODEL"] = settings.base_model
         command = [sys.executable, "-m", "gateway.server"]
         os.execve(command[0], command, {**os.environ, **given})  # noqa: S606  a server without the command's weight
 

@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from adapter_store.base_model import BaseModel
+from gateway.home import ConfigurationError
 from gateway.progress_bar import StepDone
+from gateway.settings import faults_of
 
 OnProgress = Callable[[StepDone], None]
 
@@ -25,11 +29,15 @@ def train_adapter(
     """Train an adapter into the new folder `out`; returns what the run says of itself (losses in nats, seconds).
 
     Raises:
-        pydantic.ValidationError: a hyperparameter is out of its bounds. training's and the store's own errors.
+        ConfigurationError: a hyperparameter is out of its bounds. training's and the store's own errors.
     """
     from training.hyperparameters import Hyperparameters
 
-    chosen = Hyperparameters(**hyperparameters)
+    try:
+        chosen = Hyperparameters(**hyperparameters)
+    except ValidationError as error:
+        faults = faults_of(error, lambda name: f"--{name.replace('_', '-')}")
+        raise ConfigurationError(f"The training run cannot be made so:\n{faults}") from error
     fingerprint = BaseModel.read(base).fingerprint
     _quiet()
     from training.recipe import train

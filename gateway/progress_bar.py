@@ -29,10 +29,15 @@ def progress_bar(title: str = "training") -> Iterator[Callable[[StepDone], None]
         TextColumn("loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=None, loss=float("nan"))
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task(title, total=None, loss=0.0)
 
-        def on_progress(done: StepDone) -> None:
-            progress.update(task, completed=done.step, total=done.total, loss=done.loss)
+    def on_progress(done: StepDone) -> None:
+        progress.start()  # shown only once there is something to show; starting again is nothing
+        progress.update(task, completed=done.step, total=done.total, loss=done.loss)
 
+    try:
         yield on_progress
+    finally:
+        if progress.live.is_started:
+            progress.stop()

@@ -4,6 +4,7 @@ Each is an environment variable with the prefix `TAILOR_` (`TAILOR_PORT=8001`) o
 composition root takes plain values; nothing else reads the environment.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -30,7 +31,7 @@ class Settings(BaseSettings):
     port: Port = Field(8000, description="TCP port to listen on")
     allow_public: bool = Field(False, description="listen on an address that other machines reach")
     drain_s: Seconds = Field(30, description="time that running requests get after SIGTERM")
-    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="least level that is logged")
 
     # the base model
     base_model: str | None = Field(None, description="folder or Hugging Face id of the base model")
@@ -130,9 +131,14 @@ class Settings(BaseSettings):
 
 def explain(error: ValidationError) -> str:
     """Every fault of the settings, a line each, by the name under which it is set."""
-    lines = ["The settings cannot be used:"]
+    return "The settings cannot be used:\n" + faults_of(error, lambda name: f"TAILOR_{name.upper()}")
+
+
+def faults_of(error: ValidationError, spell: Callable[[str], str]) -> str:
+    """A line for each fault; `spell` writes a field's name as its user knows it."""
+    lines = []
     for fault in error.errors():
         text = fault["msg"].removeprefix("Value error, ")
-        name = "_".join(str(part) for part in fault["loc"]).upper()
-        lines.append(f"  TAILOR_{name}: {text}" if name else f"  {text}")
+        name = "_".join(str(part) for part in fault["loc"])
+        lines.append(f"  {spell(name)}: {text}" if name else f"  {text}")
     return "\n".join(lines)

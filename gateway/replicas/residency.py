@@ -100,13 +100,14 @@ class Residency:
 
         `asked_at` (monotonic seconds) is when the report was asked for: what was loaded since may be missing in it.
         """
-        known = {adapter.name: adapter for adapter in reported if adapter.owner and adapter.tier != "disk"}
+        known = {adapter.name: adapter for adapter in reported if adapter.tier != "disk"}
         for resident in list(self._residents.values()):
             if resident.name not in known and resident.loaded_at < asked_at:
                 self.forget(resident)
         for adapter in known.values():
-            key = (TenantId(adapter.owner), adapter.digest)
-            self._residents.setdefault(key, Resident(key, adapter.name, None, adapter.last_used))
+            if adapter.owner:
+                key = (TenantId(adapter.owner), adapter.digest)
+                self._residents.setdefault(key, Resident(key, adapter.name, None, adapter.last_used))
 
     async def unload(self, tenant_id: TenantId, digests: Iterable[str]) -> None:
         """Take a tenant's deleted versions out of the replica; a failure is mended by the replica's own eviction."""

@@ -1,0 +1,113 @@
+"""The `tailor` command as a person meets it: help, and what it says when something is not as it should be."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bad_adapters import write_base
+
+TAILOR = str(Path(sys.executable).parent / "tailor")
+VERBS = [
+    [], ["up"], ["gateway"], ["replica"], ["tenant"], ["tenant", "create"], ["tenant", "list"], ["key"],
+    ["key", "create"], ["key", "list"], ["key", "revoke"], ["adapter"], ["adapter", "push"], ["adapter", "list"],
+    ["adapter", "show"], ["adapter", "delete"], ["train"], ["base"], ["base", "tiny"], ["chat"], ["demo"],
+]  # fmt: skip
+
+
+def tailor(home: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TAILOR_")}
+    environment = {**kept, "TAILOR_HOME": str(home), **settings}
+    return subprocess.run(
+        [TAILOR, *arguments], env=environment, cwd=home.parent, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_verb_explains_itself(home: Path, verb: list[str]) -> None:
+    """--help works everywhere, makes nothing, and says what the verb does."""
+    done = tailor(home, *verb, "--help")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+    assert not home.exists()
+
+
+def said(done: subprocess.CompletedProcess[str]) -> str:
+    """What an unhappy end told the person: one message, no traceback, a status that scripts can see."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.startswith("tailor: ")
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_without_a_gateway_it_says_where_it_looked(home: Path) -> None:
+    """And how to start one."""
+    told = said(tailor(home, "tenant", "list", TAILOR_OPERATOR_KEY="sk-x", TAILOR_URL="http://127.0.0.1:9"))
+    assert "http://127.0.0.1:9" in told
+    assert "tailor up" in told
+    assert "TAILOR_OPERATOR_KEY" in said(tailor(home, "tenant", "list"))
+    assert "TAILOR_API_KEY" in said(tailor(home, "adapter", "list"))
+
+
+def test_a_base_model_that_is_not_there_is_named(home: Path) -> None:
+    """By the path that was given, or by the setting that is missing."""
+    assert "/no/such/model" in said(tailor(home, "up", "--base-model", "/no/such/model"))
+    assert "TAILOR_BASE_MODEL" in said(tailor(home, "up"))
+    assert "TAILOR_BASE_MODEL" in said(tailor(home, "gateway"))
+    empty = home.parent / "empty"
+    empty.mkdir()
+    assert "config.json" in said(tailor(home, "gateway", "--base-model", str(empty)))
+
+
+def test_a_port_in_use_is_told_before_anything_starts(home: Path, tmp_path: Path) -> None:
+    """By number, with what to do."""
+    base = write_base(tmp_path / "base")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for verb in ("up", "gateway"):
+            told = said(tailor(home, verb, "--base-model", str(base), "--port", port))
+            assert f"Port {port}" in told
+            assert "TAILOR_PORT" in told
+
+
+def test_all_faulty_settings_are_told_at_once(home: Path) -> None:
+    """Each by the name under which it is set."""
+    faults = {"TAILOR_PORT": "70000", "TAILOR_ADAPTER_SLOTS": "0", "TAILOR_REPLICAS": "ftp://x", "TAILOR_DTYPE": "int3"}
+    told = said(tailor(home, "gateway", **faults))
+    assert all(name in told for name in faults)
+
+
+def test_a_public_address_must_be_meant(home: Path, tmp_path: Path) -> None:
+    """Listening beyond this machine asks for a second setting."""
+    base = str(write_base(tmp_path / "base"))
+    assert "TAILOR_ALLOW_PUBLIC" in said(tailor(home, "gateway", "--base-model", base, TAILOR_HOST="0.0.0.0"))
+
+
+def test_a_folder_without_an_adapter_is_named(home: Path, tmp_path: Path) -> None:
+    """Before anything is sent."""
+    told = said(tailor(home, "adapter", "push", str(tmp_path), TAILOR_API_KEY="sk-x"))
+    assert str(tmp_path / "adapter_config.json") in told
+
+
+def test_a_bad_hyperparameter_is_named_as_it_was_typed(home: Path, tmp_path: Path) -> None:
+    """Before any training, and nothing is made."""
+    base, out = write_base(tmp_path / "base"), tmp_path / "out"
+    told = said(tailor(home, "train", "data.jsonl", "--base", str(base), "--out", str(out), "--rank", "0"))
+    assert "--rank" in told
+    assert not out.exists()
+
+
+def test_an_output_folder_that_exists_is_never_touched(home: Path, tmp_path: Path) -> None:
+    """It may be somebody's work."""
+    out = tmp_path / "taken"
+    out.mkdir()
+    assert str(out) in said(tailor(home, "base", "tiny", "--out", str(out), "--json"))
+    assert list(out.iterdir()) == []

@@ -1,0 +1,93 @@
+"""Child processes: restarted when they die, gone when we go."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gateway.replicas.supervisor import Child, Command
+
+# a child with a child of its own, as an engine's API server has
+FAMILY = """
+import subprocess, sys, time
+below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(below.pid, flush=True)
+time.sleep(600)
+"""
+
+DEAF = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
+
+
+@pytest.fixture
+async def family(tmp_path: Path) -> AsyncIterator[Child]:
+    child = Child(Command("family", [sys.executable, "-c", FAMILY], os.environ, tmp_path / "log"), stop_s=5)
+    running = asyncio.create_task(child.run())
+    yield child
+    await child.stop()
+    await running
+
+
+async def until(holds: Callable[[], bool], deadline_s: float = 20) -> None:
+    async with asyncio.timeout(deadline_s):
+        while not holds():
+            await asyncio.sleep(0.02)
+
+
+def pids(child: Child) -> list[int]:
+    """Every process that the log names, oldest first."""
+    log = child.command.log
+    return [int(line) for line in log.read_text().split()] if log.exists() else []
+
+
+async def test_stopping_takes_the_whole_family(family: Child) -> None:
+    """What the child has started goes with it."""
+    await until(lambda: len(pids(family)) == 1)
+    await family.stop()
+    await until(lambda: not psutil.pid_exists(pids(family)[0]))
+
+
+async def test_a_child_that_dies_is_started_again_without_its_orphans(family: Child) -> None:
+    """kill -9 leaves no grandchild behind, and the next child comes by itself."""
+    await until(lambda: len(pids(family)) == 1)
+    assert family.pid is not None
+    os.kill(family.pid, signal.SIGKILL)
+    await until(lambda: len(pids(family)) == 2)
+    assert family.restarts == 1
+    await until(lambda: not psutil.pid_exists(pids(family)[0]))
+
+
+async def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
+    """Draining has an end."""
+    child = Child(Command("deaf", [sys.executable, "-c", DEAF], os.environ, tmp_path / "log"), stop_s=0.2)
+    running = asyncio.create_task(child.run())
+    await until(lambda: len(pids(child)) == 1)
+    pid = child.pid
+    await child.stop()
+    await running
+    assert pid is not None
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_process_dies_with_its_parent(tmp_path: Path) -> None:
+    """Not even kill -9 of the parent leaves it behind: the kernel sees to it."""
+    child = (
+        "import time; from adapter_store.process import die_with_parent; die_with_parent(); "
+        "print('up', flush=True); time.sleep(600)"
+    )
+    parent = (
+        "import subprocess, sys, time; "
+        f"below = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE); "
+        "below.stdout.readline(); print(below.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        below = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+        _, alive = psutil.wait_procs([below], timeout=10)
+        assert alive == []
