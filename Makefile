@@ -1,6 +1,6 @@
 # `make demo` runs the main job, `make test` the tests; each installs what it needs into .venv first.
 
-SHELL := /bin/bash
+SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,16 +19,17 @@ help:  ## these lines
 
 install: $(INSTALLED)  ## virtual environment in .venv with everything, servers for tests included
 
-# --no-deps: the lock is complete, and without torchvision, torchaudio and torchcodec, whose registry builds are CUDA's
-# and break the import of transformers beside a CPU torch.
+# --no-deps: the locks are complete; the CPU one leaves out torchvision, torchaudio and torchcodec, whose registry builds
+# are CUDA's and break the import of transformers beside a CPU torch.
 $(INSTALLED): pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@begin=$$(date +%s); \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || exit 1; \
 	torch=$$(grep '^torch==' $(LOCK)); index=; \
-	if [ $(ENGINE) = cpu ] && ! $(BIN)/python -m pip download -q --no-deps -d $$(mktemp -d) "$$torch" >/dev/null 2>&1; then index="--extra-index-url $(TORCH_CPU_INDEX)"; fi; \
-	echo "installing $$(grep -c == $(LOCK)) packages for $(ENGINE) (some minutes, once)"; \
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps $$index -r $(LOCK) || exit 1; \
+	if [ $(ENGINE) = cpu ] && ! $(BIN)/python -m pip install -q --dry-run --no-deps "$$torch" >/dev/null 2>&1; then index="--extra-index-url $(TORCH_CPU_INDEX)"; fi; \
+	total=$$(grep -c == $(LOCK)); echo "installing $$total packages for $(ENGINE) (some minutes, once)"; \
+	$(BIN)/python -m pip install --progress-bar off --disable-pip-version-check --no-deps $$index -r $(LOCK) \
+	  | awk -v total=$$total '/^(Collecting|Requirement already)/ {printf "\r  %d of %d fetched", ++n, total; fflush()} /^Installing/ {printf "\n  installing them\n"; fflush()}' || exit 1; \
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . || exit 1; \
 	echo $$(( $$(date +%s) - begin )) > $@
 
@@ -57,7 +58,9 @@ format: $(INSTALLED)  ## write the format and what the linter can mend
 	$(BIN)/ruff check --fix .
 
 lock: $(INSTALLED)  ## write the lock of this engine anew from what is installed
-	$(BIN)/python -m pip freeze --exclude-editable | grep -vE '^(torchvision|torchaudio|torchcodec|tailor)\b' > $(LOCK)
+	$(BIN)/python -m pip freeze --all --exclude-editable | grep -v '^pip==' \
+	  | if [ $(ENGINE) = cpu ]; then grep -vE '^(torchvision|torchaudio|torchcodec|triton)=='; else cat; fi > $(LOCK)
 
-clean:  ## remove environment, caches and the demo's data
-	rm -rf $(VENV) .tailor build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+clean:  ## remove environment, caches and the demo's files; a server's data in .tailor stays
+	rm -rf $(VENV) .tailor/cache .tailor/demo .tailor/demo.json .tailor/.install-counted
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

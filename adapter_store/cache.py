@@ -127,13 +127,15 @@ class DiskCache:
 
     async def _make_room(self) -> None:
         """Removes unpinned folders, the longest unused first, until the reserved bytes fit."""
-        spare = [digest for digest in self._entries if digest not in self._pins and digest not in self._fetches]
         while self.used_bytes + self._reserved_bytes > self._limit_bytes:
-            if not spare:
+            # chosen anew each time: while one folder is removed, another may be pinned
+            spare = (digest for digest in self._entries if digest not in self._pins and digest not in self._fetches)
+            victim = next(spare, None)
+            if victim is None:
                 raise StorageFull(
                     f"the adapter cache of {self._limit_bytes} bytes is full of adapters in use: raise it"
                 )
-            await self._discard(spare.pop(0))
+            await self._discard(victim)
 
     async def _discard(self, digest: str) -> None:
         if self._entries.pop(digest, None) is not None:

@@ -11,23 +11,34 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
 from adapter_store.bundle import Staging
 from adapter_store.changes import Change
+from adapter_store.errors import AdapterStoreError
 from adapter_store.faults import Bounds
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
 from gateway.api import adapters, admin, health
 from gateway.api import models as models_api
+from gateway.api.body import receive_in_time
 from gateway.api.generation import Generation
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
 from gateway.database import migrate, open_engine
 from gateway.dependencies import Parts
-from gateway.errors import GatewayError, MethodNotAllowed, RequestInvalid, RouteUnknown, answer
+from gateway.errors import (
+    BodyTooLarge,
+    GatewayError,
+    MethodNotAllowed,
+    RequestInvalid,
+    RouteUnknown,
+    answer,
+    authorization_of,
+    send_error,
+)
 from gateway.home import Home
 from gateway.housekeeping import tidy
 from gateway.models import Models
@@ -37,7 +48,7 @@ from gateway.replicas.replica import Replica
 from gateway.replicas.upstream import Upstream
 from gateway.request_policy import ChatRequest, CompletionRequest, RequestPolicy
 from gateway.settings import Settings
-from gateway.tenants import KEY_CHANGE, Tenants
+from gateway.tenants import KEY_CHANGE, Tenants, new_secret
 from gateway.tenants import Scope as KeyScope
 
 log = logging.getLogger("tailor.gateway")
@@ -51,30 +62,73 @@ def create_app(settings: Settings) -> ASGIApp:
     """
     home = Home(settings.home)
     parts = _build(settings, home)
-    app = FastAPI(title="Tailor", version="0.1.0", docs_url=None, redoc_url=None, lifespan=_lifespan(parts, home))
+    app = FastAPI(
+        title="Tailor",
+        version="0.1.0",
+        openapi_url=None,  # it would tell strangers the operators' routes
+        redirect_slashes=False,  # it would answer with whatever Host the client sent
+        lifespan=_lifespan(parts, home),
+    )
     app.state.parts = parts
     for router in (health.router, models_api.router, adapters.router, admin.router):
         app.include_router(router)
     _install_error_handlers(app)
-    return Front(app, _generation(settings, parts, _salts(home.secret_key(settings.secret_key))))
+    return Front(app, parts.auth, _generation(settings, parts, _salts(home.secret_key(settings.secret_key))))
+
+
+OPEN_PATHS = ("/health", "/ready")
+UPLOAD_PATH = "/v1/adapters"
+SMALL_BODY_BYTES = 65_536
 
 
 class Front:
-    """Sends generation requests down the hot path and everything else to FastAPI."""
+    """Sends generation requests down the hot path and everything else, once the key is good, to FastAPI.
 
-    def __init__(self, app: FastAPI, hot: dict[str, Generation]) -> None:
+    FastAPI reads a body before it asks who sends it: without a key nothing of a body is read here, and with one no more
+    than 64 KiB, but for uploads, which are streamed.
+    """
+
+    def __init__(self, app: FastAPI, auth: Auth, hot: dict[str, Generation]) -> None:
         self.app = app
+        self._auth = auth
         self._hot = hot
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        hot = self._hot.get(scope["path"]) if scope["type"] == "http" else None
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path: str = scope["path"]
+        hot = self._hot.get(path)
         if hot is not None and scope["method"] == "POST":
             return await hot(scope, receive, send)
+        if path not in OPEN_PATHS:
+            try:
+                await self._auth.live_key(authorization_of(scope))
+                if hot is not None:
+                    raise MethodNotAllowed("This path takes POST only.")
+            except (GatewayError, AdapterStoreError) as error:
+                return await send_error(send, error)
+            if path != UPLOAD_PATH:
+                receive = _bounded(receive)
         return await self.app(scope, receive, send)
 
 
+def _bounded(receive: Receive) -> Receive:
+    size = 0
+
+    async def bounded() -> Message:
+        nonlocal size
+        message = await receive_in_time(receive)
+        size += len(message.get("body", b""))
+        if size > SMALL_BODY_BYTES:
+            raise HTTPException(413)  # the one kind that FastAPI lets through from under its own reading
+        return message
+
+    return bounded
+
+
 def _build(settings: Settings, home: Home) -> Parts:
-    base = BaseModel.read(home.base_model(settings.base_model), name=settings.base_model_name, dtype=settings.dtype)
+    folder, name = home.base_model(settings.base_model, settings.base_model_name)
+    base = BaseModel.read(folder, name=name, dtype=settings.dtype)
     engine = open_engine(settings.database)
     tenants = Tenants(engine)
     inspector = Inspector(base, Bounds(settings.max_lora_rank, settings.max_adapter_bytes))
@@ -155,8 +209,9 @@ def _lifespan(parts: Parts, home: Home) -> Callable[[FastAPI], AbstractAsyncCont
         await migrate(parts.engine)
         parts.staging.sweep()
         if not await parts.tenants.has_operator():
-            _key, secret = await parts.tenants.create_key(None, [KeyScope.OPERATOR], label="first operator key")
-            home.keep_operator_key(secret)
+            secret = new_secret()
+            home.keep_operator_key(secret)  # first the file: a key that nobody has ever seen would lock everybody out
+            await parts.tenants.create_key(None, [KeyScope.OPERATOR], label="first operator key", secret=secret)
         await parts.changes.start()
         tasks = [asyncio.create_task(work) for work in (parts.changes.follow(), tidy(parts.store))]
         parts.pool.start()
@@ -180,19 +235,23 @@ def _install_error_handlers(app: FastAPI) -> None:
             log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return Response(told.body, told.status, {name.decode(): value.decode() for name, value in told.headers})
 
-    for kind in (GatewayError, RequestValidationError, HTTPException, Exception):
+    for kind in (GatewayError, AdapterStoreError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, respond)
 
 
 def _as_ours(error: Exception) -> Exception:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return RequestInvalid("The body is not JSON.", code="invalid_json")
         field = ".".join(str(part) for part in first["loc"][1:]) or None
         return RequestInvalid(f"{field or 'The body'}: {first['msg']}.", param=field)
     if isinstance(error, HTTPException) and error.status_code == 404:
         return RouteUnknown("There is no such path; docs/api.md lists those that exist.")
     if isinstance(error, HTTPException) and error.status_code == 405:
         return MethodNotAllowed("This path does not take that method.")
+    if isinstance(error, HTTPException) and error.status_code == 413:
+        return BodyTooLarge(f"The body is larger than {SMALL_BODY_BYTES} bytes.")
     if isinstance(error, HTTPException):
         return RequestInvalid(str(error.detail))
     return error

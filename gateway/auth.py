@@ -24,7 +24,18 @@ class Auth:
         """The live key behind an `Authorization` header.
 
         Raises:
-            KeyInvalid: no such key, or it is expired or revoked. ScopeMissing: it is for other things.
+            KeyInvalid: as in `live_key`. ScopeMissing: it is for other things.
+        """
+        key = await self.live_key(authorization)
+        if scope not in key.scopes:
+            raise ScopeMissing(f"This key may not be used here: it lacks the scope '{scope}'.")
+        return key
+
+    async def live_key(self, authorization: bytes | None) -> ApiKey:
+        """The live key behind an `Authorization` header, whatever it is for.
+
+        Raises:
+            KeyInvalid: no such key, or it is expired or revoked.
         """
         if authorization is None or authorization[:7].lower() != b"bearer " or len(authorization) > 256:
             raise KeyInvalid(_REFUSAL)
@@ -34,8 +45,6 @@ class Auth:
             key = await self._look_up(digest)
         if not key.is_live(time.time()):
             raise KeyInvalid(_REFUSAL)
-        if scope not in key.scopes:
-            raise ScopeMissing(f"This key may not be used here: it lacks the scope '{scope}'.")
         return key
 
     async def tenant(self, authorization: bytes | None, scope: Scope) -> TenantId:

@@ -40,6 +40,10 @@ class ChangeFeed:
                 await self.catch_up()
             except StorageError as error:
                 log.warning("the change feed cannot be read: %s", type(error).__name__)
+            except Exception:  # following must never end: a revoked key would work for ever
+                log.exception("a change could not be taken in: every cache starts empty")
+                for drop in self._resets:
+                    drop()
 
     async def catch_up(self) -> None:
         async with reading(self._engine) as connection:

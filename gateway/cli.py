@@ -90,10 +90,12 @@ def replica(
         if settings.listen is None or settings.replica_token is None:
             raise ConfigurationError("A replica alone needs TAILOR_LISTEN (or --listen) and TAILOR_REPLICA_TOKEN.")
         home = Home(settings.home)
+        base_path, base_name = home.base_model(settings.base_model, settings.base_model_name)
         command, environment = replica_command(
             settings,
             home,
-            base_model=home.base_model(settings.base_model),
+            base_model=base_path,
+            base_name=base_name,
             listen=settings.listen,
             token=settings.replica_token.get_secret_value(),
         )
@@ -147,6 +149,18 @@ def key_list(tenant: str, url: Url = None, key: OperatorKey = None, as_json: Jso
     with _told():
         found = _operator(url, key).call("GET", f"/admin/v1/tenants/{_segment(tenant)}/keys")["data"]
     _table(found, as_json, ("id", "prefix", "label", "scopes", "created_at", "revoked_at"))
+
+
+@key_app.command("operator")
+def key_operator(as_json: Json = False) -> None:
+    """Make another operator's key, straight in the database of this machine: for when the last one is lost."""
+    with _told():
+        from gateway.tenants import make_operator_key
+
+        settings = _settings()
+        made = asyncio.run(make_operator_key(settings.database))
+        Home(settings.home).keep_operator_key(made)
+    _show({"secret": made}, as_json, f"{made}\n(kept in {settings.home / 'operator-key'})")
 
 
 @key_app.command("revoke")
@@ -252,7 +266,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Examples in a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal bytes.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; equal numbers give equal bytes.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; equal numbers give equal bytes.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train a LoRA adapter on this machine; publish it with `tailor adapter push`."""
@@ -293,7 +307,7 @@ def demo(as_json: Json = False) -> None:
     from gateway.demo import run_demo
 
     with _told():
-        report = asyncio.run(run_demo(_settings(), quiet=as_json))
+        report = run_demo(_settings(), quiet=as_json)
     if as_json:
         _table(report, True, ())
 
@@ -312,6 +326,8 @@ def _told() -> Iterator[None]:
         _fail(str(error))
     except ValidationError as error:
         _fail(explain(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except Exception as error:
         if not _is_ours(error):
             raise

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -57,50 +58,66 @@ class Customer:
         return sum(said.strip() == wanted for said, wanted in zip(answers, right, strict=True)) / len(right)
 
 
-async def run_demo(settings: Settings, *, quiet: bool) -> dict[str, Any]:
+def run_demo(settings: Settings, *, quiet: bool) -> dict[str, Any]:
     """Run it all and return the report, which is also written to `demo.json` in the home folder.
 
     Raises:
         ConfigurationError: something is missing, or a promise was not kept.
     """
-    begin = time.monotonic()
-    console = Console(stderr=True)
+    clock = _Clock()
     home = Home(settings.home)
-
-    def tell(text: str) -> None:
-        console.print(f"[dim]{time.monotonic() - begin:6.1f} s[/dim]  {text}")
-
-    tell("the base model: a small Llama built here from a seed (once; kept in the cache)")
+    clock.tell("the base model: a small Llama built here from a seed (once; kept in the cache)")
     base = cached_tiny_base(home.path / "cache", lambda: progress_bar("base model"))
-    base_s = time.monotonic() - begin
+    clock.lap("base")
     customers = _customers()
     for customer in customers:
-        tell(f"training {customer.name}'s adapter on {len(customer.task.train)} examples")
+        clock.tell(f"training {customer.name}'s adapter on {len(customer.task.train)} examples")
         _train(home, base, customer)
-    train_s = time.monotonic() - begin - base_s
-
-    tell("starting the engine and the gateway (half a minute or more)")
-    settings = _for_demo(settings, base)
-    started = time.monotonic()
-    async with running_stack(settings, tell) as stack:
-        await stack.wait_ready()
-        start_s = time.monotonic() - started
-        tell("asking")
-        cross_tenant = await asyncio.to_thread(_ask_everything, stack.url, home, customers, base.name)
-    install_s = float(os.environ.get(INSTALL_SECONDS, "0"))
-    report = _report(customers, cross_tenant, base.name)
-    report["seconds"] = {
-        "install": round(install_s, 1),
-        "base": round(base_s, 1),
-        "train": round(train_s, 1),
-        "start": round(start_s, 1),
-        "total": round(install_s + time.monotonic() - begin, 1),
-    }
+    clock.lap("train")
+    # only now an event loop: it would take a Ctrl-C during training for its own
+    cross_tenant = asyncio.run(_serve_and_ask(_for_demo(settings, base), home, customers, base.name, clock))
+    report = {**_report(customers, cross_tenant, base.name), "seconds": clock.seconds()}
     (home.path / "demo.json").write_text(json.dumps(report, indent=2) + "\n")
     if not quiet:
         _show(Console(), customers, report, base)
     _check(report)
     return report
+
+
+async def _serve_and_ask(
+    settings: Settings, home: Home, customers: Sequence[Customer], base_name: str, clock: "_Clock"
+) -> dict[str, Any]:
+    async with running_stack(settings, clock.tell) as stack:
+        with clock.waiting("starting the engine and the gateway (half a minute or more)"):
+            await stack.wait_ready()
+        clock.lap("start")
+        clock.tell("asking")
+        return await asyncio.to_thread(_ask_everything, stack.url, home, customers, base_name)
+
+
+class _Clock:
+    """Tells what happens when, and how long each part took (seconds)."""
+
+    def __init__(self) -> None:
+        self._begin = self._last = time.monotonic()
+        self._laps = {"install": float(os.environ.get(INSTALL_SECONDS, "0"))}
+        self._console = Console(stderr=True)
+
+    def tell(self, text: str) -> None:
+        self._console.print(f"[dim]{time.monotonic() - self._begin:6.1f} s[/dim]  {text}", soft_wrap=True)
+
+    def waiting(self, text: str) -> AbstractContextManager[object]:
+        """The same, with something that moves while it takes long."""
+        self.tell(text)
+        return self._console.status(text)
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self._laps[name], self._last = now - self._last, now
+
+    def seconds(self) -> dict[str, float]:
+        total = self._laps["install"] + time.monotonic() - self._begin
+        return {name: round(value, 1) for name, value in (*self._laps.items(), ("total", total))}
 
 
 def _customers() -> tuple[Customer, ...]:

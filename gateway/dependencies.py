@@ -12,6 +12,7 @@ from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
+from gateway.errors import authorization_of
 from gateway.models import Models
 from gateway.replicas.pool import ReplicaPool
 from gateway.tenants import ApiKey, Scope, Tenants
@@ -40,21 +41,16 @@ def _parts(request: Request) -> Parts:
 AppParts = Annotated[Parts, Depends(_parts)]
 
 
-def _authorization(request: Request) -> bytes | None:
-    value = request.headers.get("authorization")
-    return None if value is None else value.encode("latin-1")
-
-
 async def _operator(request: Request, parts: AppParts) -> ApiKey:
-    return await parts.auth.caller(_authorization(request), Scope.OPERATOR)
+    return await parts.auth.caller(authorization_of(request.scope), Scope.OPERATOR)
 
 
 async def _reader(request: Request, parts: AppParts) -> TenantId:
-    return await parts.auth.tenant(_authorization(request), Scope.INFERENCE)
+    return await parts.auth.tenant(authorization_of(request.scope), Scope.INFERENCE)
 
 
 async def _publisher(request: Request, parts: AppParts) -> TenantId:
-    return await parts.auth.tenant(_authorization(request), Scope.ADAPTERS)
+    return await parts.auth.tenant(authorization_of(request.scope), Scope.ADAPTERS)
 
 
 Operator = Annotated[ApiKey, Depends(_operator)]

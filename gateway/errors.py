@@ -11,6 +11,7 @@
     │   ├── RequestInvalid              400
     │   │   └── ContextLengthExceeded   400
     │   ├── BodyTooLarge                413
+    │   ├── BodyTooSlow                 408
     │   ├── NameTaken                   409
     │   ├── ReplicaUnavailable          503 + Retry-After
     │   ├── ReplicaFailed               502
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import msgspec
+from starlette.types import Scope, Send
 
 from adapter_store import errors as store
 from adapter_store.faults import Fault
@@ -110,6 +112,12 @@ class BodyTooLarge(GatewayError):
     """More bytes than this route takes."""
 
     status, type, code = 413, "invalid_request_error", "request_too_large"
+
+
+class BodyTooSlow(GatewayError):
+    """The client stopped sending in the middle of its request."""
+
+    status, type, code = 408, "invalid_request_error", "request_timeout"
 
 
 class NameTaken(GatewayError):
@@ -232,3 +240,19 @@ def _answer(status: int, body: bytes, retry_after_s: int | None) -> ErrorAnswer:
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     return ErrorAnswer(status, body, headers)
+
+
+async def send_error(send: Send, error: Exception, *more_headers: tuple[bytes, bytes]) -> None:
+    """A whole answer that tells of an error, as ASGI messages."""
+    told = answer(error)
+    await send({"type": "http.response.start", "status": told.status, "headers": [*told.headers, *more_headers]})
+    await send({"type": "http.response.body", "body": told.body})
+
+
+def authorization_of(scope: Scope) -> bytes | None:
+    """The request's `Authorization` header."""
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            found: bytes = value
+            return found
+    return None

@@ -1,11 +1,16 @@
 """The home folder: where one installation keeps its database, blobs, caches, logs and secrets."""
 
 import os
+import re
 import secrets
 import stat
 from pathlib import Path
 
 from pydantic import SecretStr
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9._-]{1,96}")
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 class ConfigurationError(Exception):
@@ -42,8 +47,11 @@ class Home:
         """What gateway and replicas know each other by."""
         return self._kept("replica-token", given)
 
-    def base_model(self, given: str | None) -> Path:
-        """The base model's folder: a path as given, or a Hugging Face id's files, fetched if need be.
+    def base_model(self, given: str | None, name: str | None = None) -> tuple[Path, str]:
+        """The base model's folder, and what tenants call it.
+
+        `given` is a folder, or a Hugging Face id whose files are fetched if need be. The name is `name`, else the id,
+        else the folder's own name.
 
         Raises:
             ConfigurationError: nothing is given, or it is neither a folder nor a model that can be had.
@@ -52,21 +60,15 @@ class Home:
             raise ConfigurationError("TAILOR_BASE_MODEL is not set: name the base model's folder or Hugging Face id.")
         path = Path(given).expanduser()
         if path.is_dir():
-            return path.resolve()
-        if given.startswith((".", "/", "~")) or given.count("/") != 1:
+            path = path.resolve()
+            name = name or path.name
+        elif HUB_ID.fullmatch(given):
+            path, name = _fetch(given), name or given
+        else:
             raise ConfigurationError(f"The base model's folder {given} does not exist.")
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            return Path(
-                snapshot_download(given, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ConfigurationError(
-                f"The base model {given} is no folder here and could not be fetched from the Hugging Face hub: "
-                f"{type(error).__name__}."
-            ) from error
+        if not MODEL_NAME.fullmatch(name):
+            raise ConfigurationError(f"'{name}' is no name for a model: set TAILOR_BASE_MODEL_NAME.")
+        return path, name
 
     def _kept(self, name: str, given: SecretStr | None) -> str:
         if given is not None:
@@ -93,3 +95,16 @@ class Home:
         beside.touch(mode=0o600)
         beside.write_text(value + "\n")
         beside.replace(file)
+
+
+def _fetch(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigurationError(
+            f"The base model {hub_id} is no folder here and could not be fetched from the Hugging Face hub: "
+            f"{type(error).__name__}."
+        ) from error

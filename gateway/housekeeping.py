@@ -19,6 +19,8 @@ async def tidy(store: AdapterStore) -> None:
             removed = await store.collect_orphans(ORPHANS_AFTER_S)
         except AdapterStoreError as error:
             log.warning("orphans were not collected: %s", error)
+        except Exception:  # tidying must never end
+            log.exception("orphans were not collected")
         else:
             if removed:
                 log.info("%d orphaned blobs removed", removed)

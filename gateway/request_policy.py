@@ -28,6 +28,9 @@ LogitBias = Annotated[
     msgspec.Meta(max_length=1_024),
 ]
 
+MOST_ENTRIES: Final = 131_072
+"""Tokens with their alternatives in one answer: about 10 MB of JSON."""
+
 GATEWAY_SET: Final = frozenset({"model", "cache_salt", "priority", "request_id"})
 IGNORED: Final = ("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
 
@@ -270,6 +273,12 @@ class RequestPolicy:
             raise RequestInvalid(
                 f"max_tokens may be at most {self._max_output_tokens} on this server.", param="max_tokens"
             )
+        alternatives = (request.top_logprobs if isinstance(request, ChatRequest) else request.logprobs) or 0
+        if (request.n or 1) * request.max_tokens * (1 + alternatives) > MOST_ENTRIES:
+            raise RequestInvalid(
+                f"n × max_tokens × (1 + top_logprobs) may be at most {MOST_ENTRIES}: the answer would be too long.",
+                param="max_tokens",
+            )
         if request.min_tokens is not None and request.min_tokens > request.max_tokens:
             raise RequestInvalid("min_tokens is above max_tokens.", param="min_tokens")
 
@@ -312,7 +321,7 @@ def _invalid(text: str) -> RequestInvalid:
         return RequestInvalid(f"{field} is not a parameter of this call.", param=field, code="unknown_parameter")
     place_found = _PLACE.search(text)
     place = _param(place_found[1]) if place_found else None
-    sentence = _PLACE.sub("", text)
+    sentence = _PLACE.sub("", text)[:200]  # it may quote a field's name, which has no bound
     return RequestInvalid(f"{place or 'The body'}: {sentence}.", param=place)
 
 

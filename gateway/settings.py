@@ -4,6 +4,8 @@ Each is an environment variable with the prefix `TAILOR_` (`TAILOR_PORT=8001`) o
 composition root takes plain values; nothing else reads the environment.
 """
 
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Self
@@ -13,6 +15,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
 Seconds = Annotated[float, Field(gt=0, le=3_600)]
+ADDRESS = re.compile(r"unix:/.+|http://([^/:\[\]]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}/?")
+LISTEN = re.compile(r"unix:/.+|[^/:]+:[0-9]{1,5}")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -51,7 +55,7 @@ class Settings(BaseSettings):
     replica_token: SecretStr | None = Field(
         None,
         min_length=16,
-        description="what gateway and replicas know each other by; made anew by `tailor up`",
+        description="what gateway and replicas know each other by; `tailor up` makes one and keeps it",
     )
 
     # requests
@@ -93,8 +97,21 @@ class Settings(BaseSettings):
     @classmethod
     def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for url in value:
-            if not (url.startswith("unix:/") or (url.startswith("http://") and url.count(":") == 2)):
+            if not ADDRESS.fullmatch(url):
                 raise ValueError(f"'{url}' is neither http://host:port nor unix:/path")
+        return value
+
+    @field_validator("listen")
+    @classmethod
+    def _listens_somewhere(cls, value: str | None) -> str | None:
+        if value is not None and not LISTEN.fullmatch(value):
+            raise ValueError(f"'{value}' is neither host:port nor unix:/path")
+        return value
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _arguments(cls, value: str) -> str:
+        shlex.split(value)  # raises ValueError for an open quote
         return value
 
     @model_validator(mode="after")
@@ -125,7 +142,9 @@ class Settings(BaseSettings):
 
     @property
     def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        """Where this machine reaches the gateway."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104  a key, no bind
+        host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}"
 
 

@@ -71,12 +71,12 @@ async def running_stack(settings: Settings, tell: Callable[[str], None]) -> Asyn
         ConfigurationError: something the stack needs is missing or taken; nothing is left running.
     """
     home = Home(settings.home)
-    base_model = home.base_model(settings.base_model)
+    base_model, base_name = home.base_model(settings.base_model, settings.base_model_name)
     bind(settings.host, settings.port).close()
     async with AsyncExitStack() as held:
         held.enter_context(_only_stack_of(home))
         run = held.enter_context(_run_folder(home))
-        gateway, replica = _children(settings, home, base_model, run)
+        gateway, replica = _children(settings, home, base_model, base_name, run)
         tasks = [asyncio.create_task(replica.run()), asyncio.create_task(gateway.run())]
         stack = Stack(settings, home, gateway, replica)
         try:
@@ -91,12 +91,14 @@ async def running_stack(settings: Settings, tell: Callable[[str], None]) -> Asyn
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _children(settings: Settings, home: Home, base_model: Path, run: Path) -> tuple[Child, Child]:
+def _children(settings: Settings, home: Home, base_model: Path, base_name: str, run: Path) -> tuple[Child, Child]:
     logs = home.path / "logs"
     logs.mkdir(exist_ok=True)
     socket = run / "replica-0.sock"
     token = home.replica_token(settings.replica_token)
-    argv, environment = replica_command(settings, home, base_model=base_model, listen=f"unix:{socket}", token=token)
+    argv, environment = replica_command(
+        settings, home, base_model=base_model, base_name=base_name, listen=f"unix:{socket}", token=token
+    )
     replica = Command(
         "replica-0",
         [*argv, "--with-parent"],
@@ -107,7 +109,7 @@ def _children(settings: Settings, home: Home, base_model: Path, run: Path) -> tu
     overrides = {
         "TAILOR_HOME": str(home.path),
         "TAILOR_BASE_MODEL": str(base_model),
-        "TAILOR_BASE_MODEL_NAME": settings.base_model_name or base_model.name,
+        "TAILOR_BASE_MODEL_NAME": base_name,
         "TAILOR_REPLICAS": f"unix:{socket}",
         "TAILOR_HOST": settings.host,
         "TAILOR_PORT": str(settings.port),
@@ -158,6 +160,7 @@ async def run_up(settings: Settings, tell: Callable[[str], None]) -> None:
     set_up_logging("WARNING")
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    os.umask(0o077)
     first_start = Home(settings.home).operator_key() is None
     async with running_stack(settings, tell) as stack:
 
@@ -184,8 +187,9 @@ async def run_up(settings: Settings, tell: Callable[[str], None]) -> None:
 
 def _greeting(stack: Stack, first_start: bool) -> str:
     lines = []
-    if first_start:
-        lines.append(f"operator key: {stack.home.operator_key()}")
+    key = stack.home.operator_key()
+    if first_start and key is not None:
+        lines.append(f"operator key: {key}")
         lines.append(f"  (shown this once; kept in {stack.home.operator_key_file}, for the command on this machine)")
     lines += [
         "next:  tailor tenant create acme",

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from adapter_store.changes import record_change
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
-from gateway.database import api_keys, tenants
+from gateway.database import api_keys, migrate, open_engine, tenants
 from gateway.errors import NameTaken, ObjectUnknown, RequestInvalid
 
 KeyId = NewType("KeyId", str)
@@ -62,6 +62,11 @@ class ApiKey:
 
     def is_live(self, now: float) -> bool:
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
+
+def new_secret() -> str:
+    """256 random bits, spelled so that they can be told for a key of ours."""
+    return KEY_PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(43))
 
 
 def hash_key(secret: bytes) -> str:
@@ -121,9 +126,10 @@ class Tenants:
         *,
         label: str = "",
         expires_at: int | None = None,
+        secret: str | None = None,
     ) -> tuple[ApiKey, str]:
         """A new key and its secret, which is shown this once and stored only as a hash."""
-        secret = KEY_PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(43))  # 256 bits
+        secret = secret or new_secret()
         key = ApiKey(
             id=KeyId(f"key_{secrets.token_hex(12)}"),
             tenant_id=tenant_id,
@@ -195,3 +201,14 @@ def _key_of(row: Row[tuple[object, ...]]) -> ApiKey:
         expires_at=row.expires_at,
         revoked_at=row.revoked_at,
     )
+
+
+async def make_operator_key(database_url: str) -> str:
+    """The secret of a new operator's key, made straight in the database; for whoever owns that machine."""
+    engine = open_engine(database_url)
+    try:
+        await migrate(engine)
+        _, secret = await Tenants(engine).create_key(None, [Scope.OPERATOR], label="made on the machine")
+    finally:
+        await engine.dispose()
+    return secret

@@ -1,6 +1,7 @@
 """Entry points by which vLLM takes the agent in (`vllm.endpoint_plugins`, `vllm.general_plugins`; vLLM 0.32)."""
 
 import asyncio
+import multiprocessing
 import os
 import secrets
 from argparse import Namespace
@@ -31,7 +32,8 @@ def prepare_process() -> None:
     """
     if ENVIRONMENT_VARIABLE not in os.environ:
         return
-    die_with_parent()
+    if multiprocessing.parent_process() is not None:  # the server's own parent may be a shell that goes its way
+        die_with_parent()
     if AgentSettings.from_environment().needs_null_adapter:  # a CPU replica
         wait_quietly()
 

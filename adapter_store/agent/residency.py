@@ -170,7 +170,7 @@ class Residency:
     async def _remove(self, resident: Resident) -> None:
         resident.leaving = True
         self._engine.hide(resident.name)
-        await self._engine.unload(resident.number)
+        await self._engine.unload(resident.number)  # fails only with the engine, and this process ends with it
         del self._residents[resident.name]
         self._cache.unpin(resident.digest)
 
@@ -207,4 +207,5 @@ class Residency:
                 "last_used": resident.last_used,
             }
             for resident in self._residents.values()
+            if not resident.leaving
         ]

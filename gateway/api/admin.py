@@ -35,7 +35,7 @@ class NewKey(BaseModel, extra="forbid"):
 
     label: Annotated[str, Field(max_length=128)] = ""
     scopes: Annotated[list[Scope], Field(min_length=1)] = sorted(TENANT_SCOPES)
-    expires_at: Annotated[int, Field(gt=0)] | None = None
+    expires_at: Annotated[int, Field(gt=0, le=253_402_300_799)] | None = None
 
 
 class KeyObject(BaseModel):

@@ -15,18 +15,27 @@ from starlette.types import Message, Receive, Scope, Send
 
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
-from gateway.api.discard import discard_body
+from gateway.api.body import discard_body, receive_in_time
 from gateway.auth import Auth
-from gateway.errors import BodyTooLarge, GatewayError, ReplicaFailed, ReplicaUnavailable, answer
+from gateway.errors import (
+    BodyTooLarge,
+    GatewayError,
+    ReplicaFailed,
+    ReplicaUnavailable,
+    answer,
+    authorization_of,
+    send_error,
+)
 from gateway.models import BASE, Models
 from gateway.relay import StreamTranslation, Translation, error_event, refusal
 from gateway.replicas.pool import ReplicaPool
 from gateway.replicas.replica import Replica
-from gateway.replicas.upstream import Connection, UpstreamError
+from gateway.replicas.upstream import Connection, OutOfDescriptorsError, UpstreamError
 from gateway.request_policy import Checked, RequestPolicy
 from gateway.tenants import Scope as KeyScope
 
 log = logging.getLogger("tailor.generation")
+PIECE_BYTES = 65_536
 Salts = Callable[[str], str]
 
 
@@ -72,17 +81,23 @@ class Generation:
         request_id = secrets.token_hex(16)
         sender = _Sender(send, request_id)
         client = _Client()
+        try:
+            await self._serve(scope, receive, sender, request_id, client)
+        except asyncio.CancelledError:
+            if not client.has_left():
+                raise
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, sender: "_Sender", request_id: str, client: "_Client"
+    ) -> None:
         with ExitStack() as held:
             try:
-                tenant_id = await self._auth.tenant(_authorization(scope), KeyScope.INFERENCE)
+                tenant_id = await self._auth.tenant(authorization_of(scope), KeyScope.INFERENCE)
                 body = await _read_body(scope, receive, self._max_body_bytes)
                 held.callback(client.watch(receive, sender).cancel)
                 await self._answer(tenant_id, body, sender, request_id, held)
             except ClientGone:
                 return
-            except asyncio.CancelledError:
-                if not client.has_left():
-                    raise
             except Exception as error:  # the edge: whatever it is, the client gets one envelope
                 if not isinstance(error, GatewayError) and answer(error).status == 500:
                     log.exception("request %s failed", request_id)
@@ -98,7 +113,7 @@ class Generation:
         if routed.connection.status != 200:
             raise await self._refused(routed)
         if asked.stream:
-            await _relay_stream(routed, asked, sender)
+            await self._relay_stream(routed, asked, sender)
         else:
             await _relay_whole(routed, asked, sender)
 
@@ -107,13 +122,13 @@ class Generation:
     ) -> Routed:
         """Send the request to a replica that holds the version, a second one if the first is gone unheard."""
         tried: list[Replica] = []
-        for attempt in range(3):
+        forgotten = False
+        while True:
             replica = self._pool.choose(version.digest if version else BASE, tried=tried)
             resident = None
             if version is not None:
                 resident = replica.residency.held(version) or await replica.residency.hold(version)
-                held.callback(resident.release)
-            name = resident.name if resident else replica.null_adapter or self._models.base_name
+            name = resident.name if resident else replica.null_adapter or replica.base_name
             body = asked.upstream_body(
                 model=name, cache_salt=salt, request_id=request_id, context_length=replica.context_length
             )
@@ -122,14 +137,15 @@ class Generation:
             if connection is None:
                 continue
             held.callback(replica.client.upstream.release, connection)
-            if connection.status == 404 and attempt == 0:  # the agent: it does not know the name (any more)
-                if resident is not None:
-                    replica.residency.forget(resident)
-                else:
-                    replica.suspect()
-                continue
-            return Routed(replica, connection, name)
-        raise ReplicaUnavailable("No engine could take the request; try again shortly.", retry_after_s=5)
+            if connection.status != 404:
+                return Routed(replica, connection, name)
+            if resident is not None:  # the agent does not know the name (any more): load it afresh, once
+                replica.residency.forget(resident)
+            else:
+                replica.suspect()
+            if forgotten:
+                raise ReplicaUnavailable("The adapter waits for a free place; try again shortly.", retry_after_s=1)
+            forgotten = True
 
     async def _send(
         self, replica: Replica, adapter: str | None, body: bytes, tried: list[Replica]
@@ -139,7 +155,8 @@ class Generation:
             async with asyncio.timeout(self._first_byte_timeout_s):
                 return await replica.client.upstream.send(replica.client.generation_request(self._path, adapter, body))
         except UpstreamError as error:
-            replica.suspect()
+            if not isinstance(error, OutOfDescriptorsError):
+                replica.suspect()
             if error.answered or tried:
                 raise ReplicaUnavailable(
                     "The engine went away before it answered; try again shortly.", retry_after_s=5
@@ -148,6 +165,23 @@ class Generation:
             return None
         except TimeoutError as error:
             raise ReplicaUnavailable("The engine did not answer in time; try again.", retry_after_s=5) from error
+
+    async def _relay_stream(self, routed: Routed, asked: Checked, sender: "_Sender") -> None:
+        translation = StreamTranslation(routed.engine_name, asked.model, wants_usage=asked.wants_usage)
+        try:
+            async with asyncio.timeout(self._first_byte_timeout_s):  # the head comes before the engine has begun
+                data = await routed.connection.read()
+            while data:
+                if events := translation.feed(data):
+                    await sender.stream(events)
+                data = await routed.connection.read()
+            if not translation.finished:
+                raise UpstreamError("the stream ended early", answered=True)
+        except UpstreamError as error:
+            raise ReplicaFailed("The engine broke the answer off; try again.") from error
+        except TimeoutError as error:
+            raise ReplicaUnavailable("The engine did not answer in time; try again.", retry_after_s=5) from error
+        await sender.end()
 
     async def _refused(self, routed: Routed) -> GatewayError:
         status = routed.connection.status
@@ -163,19 +197,6 @@ class Generation:
         # the engine's text may quote the prompt: it is neither logged nor passed on
         log.warning("replica %s answered %d to an adapter %s", routed.replica.id, status, routed.engine_name)
         return refusal(status, body, self._prompt_param)
-
-
-async def _relay_stream(routed: Routed, asked: Checked, sender: "_Sender") -> None:
-    translation = StreamTranslation(routed.engine_name, asked.model, wants_usage=asked.wants_usage)
-    try:
-        while data := await routed.connection.read():
-            if events := translation.feed(data):
-                await sender.stream(events)
-        if not translation.finished:
-            raise UpstreamError("the stream ended early", answered=True)
-    except UpstreamError as error:
-        raise ReplicaFailed("The engine broke the answer off; try again.") from error
-    await sender.end()
 
 
 async def _relay_whole(routed: Routed, asked: Checked, sender: "_Sender") -> None:
@@ -226,8 +247,10 @@ class _Sender:
     async def whole(self, body: bytes) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), self._id]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        self.finished = True
-        await self._send({"type": "http.response.body", "body": body})
+        for start in range(0, len(body), PIECE_BYTES):  # a slow reader holds this request, not a pile of bytes
+            piece = body[start : start + PIECE_BYTES]
+            self.finished = start + PIECE_BYTES >= len(body)
+            await self._send({"type": "http.response.body", "body": piece, "more_body": not self.finished})
 
     async def stream(self, events: bytes) -> None:
         if not self._begun:
@@ -250,34 +273,25 @@ class _Sender:
             await self.stream(error_event(shown))
             await self.end()
             return
-        told = answer(error)
-        await self._send({"type": "http.response.start", "status": told.status, "headers": [*told.headers, self._id]})
         self.finished = True
-        await self._send({"type": "http.response.body", "body": told.body})
-
-
-def _authorization(scope: Scope) -> bytes | None:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            found: bytes = value
-            return found
-    return None
+        await send_error(self._send, error, self._id)
 
 
 async def _read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     """The request's body.
 
     Raises:
-        BodyTooLarge: it passes the limit; what is over it is not kept. ClientGone: it never came.
+        BodyTooLarge: it passes the limit; what is over it is not kept.
+        BodyTooSlow: it stalls. ClientGone: it never came.
     """
-    message = await receive()
+    message = await receive_in_time(receive)
     if message["type"] == "http.disconnect":
         raise ClientGone
     body: bytes = message.get("body", b"")
     if message.get("more_body"):
         parts, size = [body], len(body)
         while message.get("more_body"):
-            message = await receive()
+            message = await receive_in_time(receive)
             if message["type"] == "http.disconnect":
                 raise ClientGone
             parts.append(message.get("body", b""))

@@ -29,7 +29,7 @@ async def list_models(tenant_id: InferenceTenant, parts: AppParts) -> ModelList:
     return ModelList(data=await _models(tenant_id, parts))
 
 
-@router.get("/{model}")
+@router.get("/{model:path}")
 async def show_model(model: str, tenant_id: InferenceTenant, parts: AppParts) -> Model:
     """One of them."""
     if model == parts.models.base_name:

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
@@ -10,8 +10,11 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from adapter_store.bundle import BUNDLE_FILES, StagedBundle, StagedFile
 from adapter_store.errors import AdapterStoreError
-from gateway.api.discard import discard_body
+from gateway.api.body import discard_body, receive_in_time
 from gateway.errors import RequestInvalid
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
 
 FIELD_LIMIT_BYTES: Final = 1_024
 HEADER_LIMIT_BYTES: Final = 4_096
@@ -34,18 +37,21 @@ class UploadForm:
         self._more = True  # whether more of the body is to come
         self._bundle = bundle
         self._events: list[tuple[str, bytes]] = []
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": lambda: self._events.append(("begin", b"")),
-                "on_part_data": self._on("data"),
-                "on_part_end": lambda: self._events.append(("end", b"")),
-                "on_header_field": self._on("header"),
-                "on_header_value": self._on("value"),
-                "on_header_end": lambda: self._events.append(("header_end", b"")),
-                "on_headers_finished": lambda: self._events.append(("headers", b"")),
-            },
-        )
+        try:
+            self._parser = MultipartParser(boundary, self._callbacks())
+        except FormParserError as error:
+            raise RequestInvalid("The multipart boundary is too long.", code="multipart_invalid") from error
+
+    def _callbacks(self) -> "MultipartCallbacks":
+        return {
+            "on_part_begin": lambda: self._events.append(("begin", b"")),
+            "on_part_data": self._on("data"),
+            "on_part_end": lambda: self._events.append(("end", b"")),
+            "on_header_field": self._on("header"),
+            "on_header_value": self._on("value"),
+            "on_header_end": lambda: self._events.append(("header_end", b"")),
+            "on_headers_finished": lambda: self._events.append(("headers", b"")),
+        }
 
     def _on(self, event: str):  # type: ignore[no-untyped-def]
         def note(data: bytes, start: int, end: int) -> None:
@@ -74,7 +80,7 @@ class UploadForm:
 
     async def _parsed(self) -> AsyncIterator[tuple[str, bytes]]:
         while self._more:
-            message = await self._receive()
+            message = await receive_in_time(self._receive)
             if message["type"] == "http.disconnect":
                 self._more = False
                 return

@@ -3,6 +3,7 @@
 import os
 import shlex
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 
 from adapter_store.agent.serve import launch_plan
@@ -13,18 +14,18 @@ from gateway.settings import Settings
 
 
 def replica_command(
-    settings: Settings, home: Home, *, base_model: Path, listen: str, token: str, name: str = "replica-0"
+    settings: Settings, home: Home, *, base_model: Path, base_name: str, listen: str, token: str
 ) -> tuple[list[str], Mapping[str, str]]:
     """Command line and environment of one replica that listens on `unix:/path` or `host:port`."""
     device = device_of(settings.device)
-    base = BaseModel.read(base_model, name=settings.base_model_name, dtype=settings.dtype)
+    base = BaseModel.read(base_model, name=base_name, dtype=settings.dtype)
     agent = AgentSettings(
         token=token,
         base_model=base_model,
         base_model_name=base.name,
         dtype=base.dtype,  # vLLM's own "auto" would serve a float32 model as bfloat16
         blobs_url=settings.blobs,
-        cache=home.path / "cache" / name,
+        cache=home.path / "cache" / f"replica-{sha256(listen.encode()).hexdigest()[:8]}",
         cache_limit_bytes=settings.cache_limit_bytes,
         tenant_slots=settings.adapter_slots,
         host_adapters=settings.host_adapters,
@@ -40,7 +41,9 @@ def replica_command(
     )
     if device == "cpu":
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(settings.cpu_kv_cache_gib)
-    return command, {**os.environ, **environment}
+    # the gateway's own secrets are none of the engine's business
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TAILOR_")}
+    return command, {**inherited, **environment}
 
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

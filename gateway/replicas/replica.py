@@ -3,12 +3,15 @@
 import asyncio
 import logging
 import time
+from contextlib import suppress
 from enum import Enum
 from typing import Final
 
+from adapter_store.catalog import Version
 from gateway.errors import GatewayError
 from gateway.replicas.client import CONTROL_ERRORS, ReplicaClient, ReplicaReport
 from gateway.replicas.residency import Residency
+from gateway.replicas.upstream import OutOfDescriptorsError
 
 log = logging.getLogger("tailor.replica")
 
@@ -54,12 +57,19 @@ class Replica:
         self._fingerprint = fingerprint
         self._probe_interval_s = probe_interval_s
         self._probe_deadline_s = probe_deadline_s
+        self._load_timeout_s = load_timeout_s
         self._look_now = asyncio.Event()
+        self._last_reason = ""
 
     @property
     def context_length(self) -> int:
         """Tokens of prompt and answer together; known once the replica has been ready."""
         return self.report.engine.max_model_len if self.report is not None else 1 << 31
+
+    @property
+    def base_name(self) -> str:
+        """What the engine calls its base model, which need not be what tenants call it."""
+        return self.report.base_model.name if self.report is not None else ""
 
     @property
     def null_adapter(self) -> str | None:
@@ -96,17 +106,20 @@ class Replica:
             report, _ = await asyncio.gather(
                 self.client.state(self._probe_deadline_s), self.client.probe(self._probe_deadline_s)
             )
+        except OutOfDescriptorsError:
+            log.error("replica %s cannot be looked at: this gateway has no descriptor left", self.id)
+            return
         except CONTROL_ERRORS as error:
             if self.state is ReplicaState.READY and self.client.upstream.heard_since(asked_at):
                 return  # it is busy, not frozen: tokens of others came meanwhile
+            self._tell(repr(error))
             if self.state is ReplicaState.READY:
-                log.warning("replica %s is out of rotation: %r", self.id, error)
                 self.client.upstream.close()  # streams on it end in an error now, not after the client's patience
             self._become(ReplicaState.UNREACHABLE)
             return
         if report.base_model.fingerprint != self._fingerprint:
             if self.state is not ReplicaState.MISMATCHED:
-                log.error("replica %s serves another base model: it gets no requests", self.id)
+                self._tell("it serves another base model")
                 self._become(ReplicaState.UNREACHABLE)
                 self._become(ReplicaState.MISMATCHED)
             return
@@ -120,18 +133,33 @@ class Replica:
         if self.state is not ReplicaState.READY:
             self._become(ReplicaState.RESTORING)
             self._become(ReplicaState.READY)
+            self._last_reason = ""
             log.info("replica %s is ready, generation %s", self.id, report.generation)
 
     async def _restore(self, report: ReplicaReport, asked_at: float) -> None:
-        """Bring back what a restarted engine has forgotten, the hottest first, before it takes requests."""
+        """Bring back what a restarted engine has forgotten, the hottest first, before it takes requests.
+
+        As many as the device holds, within the time of one load; the rest is loaded when it is asked for.
+        """
         self._become(ReplicaState.RESTORING)
         held = self.residency.start_over()
         self.residency.adopt(report.adapters, asked_at=asked_at)
-        for version in held[: report.engine.max_cpu_loras]:
-            try:
-                (await self.residency.hold(version)).release()
-            except GatewayError as error:
-                log.warning("adapter %s not restored: %s", version.digest, error)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._load_timeout_s):
+                for version in held[: report.engine.max_loras]:
+                    await self._restore_one(version)
+
+    async def _restore_one(self, version: Version) -> None:
+        try:
+            await self.residency.hold(version)
+        except GatewayError as error:
+            log.warning("adapter %s not restored: %s", version.digest, error)
+
+    def _tell(self, reason: str) -> None:
+        """Say once why the replica gets no requests."""
+        if reason != self._last_reason:
+            log.warning("replica %s gets no requests: %s", self.id, reason)
+        self._last_reason = reason
 
     def _become(self, state: ReplicaState) -> None:
         if state is self.state:

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,10 +30,6 @@ class Resident:
     version: Version | None
     last_used: float
     loaded_at: float = 0.0
-    in_flight: int = 0
-
-    def release(self) -> None:
-        self.in_flight -= 1
 
 
 class Residency:
@@ -43,19 +40,20 @@ class Residency:
         self._load_timeout_s = load_timeout_s
         self._residents: dict[Key, Resident] = {}
         self._loading: dict[Key, asyncio.Task[Resident]] = {}
+        self._reported: dict[str, Key] = {}
+        self._waiting: Counter[Key] = Counter()
         self._turn = asyncio.Lock()
 
     def held(self, version: Version) -> Resident | None:
-        """The resident, pinned by one request (`release` it), or None when it must be loaded first."""
+        """The resident, or None when it must be loaded first."""
         resident = self._residents.get((version.tenant_id, version.digest))
         if resident is not None:
-            resident.in_flight += 1
             resident.last_used = time.time()
             resident.version = version
         return resident
 
     async def hold(self, version: Version) -> Resident:
-        """The resident, loaded if it is cold, pinned by one request.
+        """The resident, loaded if it is cold. Its requests are counted by the agent, which waits for them.
 
         Raises:
             AdapterNotLoadable: the replica would not take it.
@@ -67,8 +65,13 @@ class Residency:
                 loading = asyncio.create_task(self._load(key, version))
                 self._loading[key] = loading
                 loading.add_done_callback(lambda done: self._loaded(key, done))
-            # a waiting client that goes away must not stop the load for the others
-            await asyncio.shield(loading)
+            self._waiting[key] += 1
+            try:
+                await asyncio.shield(loading)  # a client that goes away must not stop the load for the others
+            finally:
+                self._waiting[key] -= 1
+                if not self._waiting[key]:
+                    del self._waiting[key]
         return resident
 
     def _loaded(self, key: Key, done: asyncio.Task[Resident]) -> None:
@@ -80,6 +83,8 @@ class Residency:
         name = f"a-{secrets.token_hex(16)}"
         try:
             async with self._turn:
+                if key not in self._waiting:
+                    raise AdapterNotLoadable("Nobody waits for the adapter any more.", retry_after_s=1)
                 report = await self._client.load(name, version, self._load_timeout_s)
         except CONTROL_ERRORS as error:
             log.warning("adapter %s of tenant %s not loaded: %r", version.digest, version.tenant_id, error)
@@ -101,6 +106,9 @@ class Residency:
         `asked_at` (monotonic seconds) is when the report was asked for: what was loaded since may be missing in it.
         """
         known = {adapter.name: adapter for adapter in reported if adapter.tier != "disk"}
+        self._reported = {
+            name: (TenantId(adapter.owner), adapter.digest) for name, adapter in known.items() if adapter.owner
+        }
         for resident in list(self._residents.values()):
             if resident.name not in known and resident.loaded_at < asked_at:
                 self.forget(resident)
@@ -111,14 +119,17 @@ class Residency:
 
     async def unload(self, tenant_id: TenantId, digests: Iterable[str]) -> None:
         """Take a tenant's deleted versions out of the replica; a failure is mended by the replica's own eviction."""
-        for digest in digests:
-            resident = self._residents.pop((tenant_id, digest), None)
-            if resident is None:
-                continue
-            try:
-                await self._client.unload(resident.name, self._load_timeout_s)
-            except CONTROL_ERRORS as error:
-                log.warning("adapter %s not unloaded: %r", resident.name, error)
+        for key in ((tenant_id, digest) for digest in digests):
+            # two gateways that load one adapter at the same time give it two names
+            names = {name for name, other in self._reported.items() if other == key}
+            resident = self._residents.pop(key, None)
+            if resident is not None:
+                names.add(resident.name)
+            for name in names:
+                try:
+                    await self._client.unload(name, self._load_timeout_s)
+                except CONTROL_ERRORS as error:
+                    log.warning("adapter %s not unloaded: %r", name, error)
 
     def start_over(self) -> list[Version]:
         """The engine is a new one: forget every name; returns what was held, the hottest first."""

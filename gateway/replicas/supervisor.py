@@ -24,7 +24,6 @@ class Command:
     argv: Sequence[str]
     environment: Mapping[str, str]
     log: Path
-    cwd: Path | None = None
     prepare: Callable[[], None] | None = None
 
 
@@ -47,17 +46,22 @@ class Child:
         pause_s = FIRST_PAUSE_S
         while not self._stopping.is_set():
             begin = time.monotonic()
-            status = await self._run_once()
+            try:
+                status: object = await self._run_once()
+            except OSError as error:  # no log file, no descriptor, no memory: it may pass
+                status = error
             if self._stopping.is_set():
                 return
             lived_s = time.monotonic() - begin
-            pause_s = FIRST_PAUSE_S if lived_s > STEADY_S else min(pause_s * 2, LONGEST_PAUSE_S)
+            if lived_s > STEADY_S:
+                pause_s = FIRST_PAUSE_S
             self.restarts += 1
             log.error(
                 "%s ended with status %s after %.0f s; started again in %.1f s; its output: %s",
                 self.command.name, status, lived_s, pause_s, self.command.log,
             )  # fmt: skip
             await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
     async def _run_once(self) -> int:
         command = self.command
@@ -70,7 +74,6 @@ class Child:
                 stdout=output,
                 stderr=output,
                 env=dict(command.environment),
-                cwd=command.cwd,
                 start_new_session=True,
             )
         try:

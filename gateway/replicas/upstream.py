@@ -5,6 +5,7 @@ httptools parses the answer. `docs/benchmarks.md` has what that saves.
 """
 
 import asyncio
+import errno
 from collections import deque
 from typing import Final, cast
 
@@ -25,18 +26,22 @@ class UpstreamError(Exception):
         self.answered = answered
 
 
+class OutOfDescriptorsError(UpstreamError):
+    """This process, not the replica, is at its end."""
+
+
 class Connection(asyncio.Protocol):
     """One keep-alive connection; one request at a time."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport
         self.closed = False
-        self.heard_at = 0.0
         self.idle_since = 0.0
         self._loop = asyncio.get_running_loop()
         self._reset()
 
     def _reset(self) -> None:
+        self.heard_at = 0.0
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
         self._parser = httptools.HttpResponseParser(self)
@@ -44,6 +49,7 @@ class Connection(asyncio.Protocol):
         self._buffered = 0
         self._answered = False
         self._complete = False
+        self._kept_alive = False
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
 
@@ -54,7 +60,6 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._answered = True
-        self.heard_at = self._loop.time()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
@@ -74,6 +79,8 @@ class Connection(asyncio.Protocol):
         self.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
+        if self.status == 200:  # only the engine answers so: a refusal proves no more than that the API server lives
+            self.heard_at = self._loop.time()
         self._chunks.append(body)
         self._buffered += len(body)
         if self._buffered > PAUSE_BYTES and not self._paused:
@@ -82,6 +89,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = True
+        self._kept_alive = self._parser.should_keep_alive()  # httptools 0.9 knows it only now
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -143,7 +151,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        return self._complete and not self.closed and self._parser.should_keep_alive()
+        return self._complete and self._kept_alive and not self.closed
 
     def abort(self) -> None:
         """Close at once: vLLM takes a closed connection as the request's cancellation."""
@@ -167,8 +175,8 @@ class Upstream:
             self.host_header = "localhost"
         else:
             authority = url.removeprefix("http://").rstrip("/")
-            self._host, _, port = authority.rpartition(":")
-            self._port = int(port)
+            host, _, port = authority.rpartition(":")
+            self._host, self._port = host.strip("[]"), int(port)
             self.host_header = authority
 
     async def send(self, request: bytes) -> Connection:
@@ -215,7 +223,9 @@ class Upstream:
                     _, connection = await loop.create_unix_connection(Connection, self._path)
                 else:
                     _, connection = await loop.create_connection(Connection, self._host, self._port)
-        except (OSError, TimeoutError) as error:
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise OutOfDescriptorsError("no descriptor is left here", answered=False) from error
             raise UpstreamError("the replica cannot be reached", answered=False) from error
         return connection
 

@@ -1,6 +1,7 @@
 """What the gateway process carries, and how soon it is ready."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -47,15 +48,19 @@ class _gateway:  # noqa: N801  reads as a verb in `with`
     """A gateway process, until the block ends."""
 
     def __init__(self, home: Path, base: Path) -> None:
-        settings = {"TAILOR_HOME": str(home), "TAILOR_BASE_MODEL": str(base), "TAILOR_PORT": "18473"}
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self._url = f"http://127.0.0.1:{port}/health"
+        settings = {"TAILOR_HOME": str(home), "TAILOR_BASE_MODEL": str(base), "TAILOR_PORT": str(port)}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("TAILOR_")}
         self._begin = time.monotonic()
         command = [sys.executable, "-m", "gateway.server"]
-        self._process = subprocess.Popen(command, env={**os.environ, **settings}, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(command, env={**kept, **settings}, stderr=subprocess.DEVNULL)
 
     def __enter__(self) -> tuple[subprocess.Popen[bytes], float]:
         while self._process.poll() is None:
             try:
-                httpx.get("http://127.0.0.1:18473/health", timeout=1)
+                httpx.get(self._url, timeout=1)
             except httpx.TransportError:
                 time.sleep(0.02)
             else:

@@ -40,7 +40,7 @@ class RealStack:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "TAILOR_HOME": str(self.home), "TAILOR_URL": self.url}
+        return {**clean_environment(), "TAILOR_HOME": str(self.home), "TAILOR_URL": self.url}
 
     def tailor(self, *arguments: str, key: str | None = None, expect: int = 0) -> str:
         """Run the command as a person would; returns what it printed."""
@@ -64,6 +64,14 @@ class RealStack:
             answer = client.get("/tailor/state", headers={"authorization": f"Bearer {token}"}, timeout=30)
         state: dict[str, Any] = answer.raise_for_status().json()
         return state
+
+    def generation(self) -> str | None:
+        """The engine's generation; None while there is no engine to ask."""
+        try:
+            found: str = self.replica_state()["generation"]
+        except (httpx.HTTPError, AssertionError, psutil.NoSuchProcess):
+            return None
+        return found
 
     def replica_socket(self) -> str:
         """Where the engine listens: below the home folder, or a short path where that one is too long."""
@@ -111,7 +119,7 @@ def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     }
     command = [str(Path(sys.executable).parent / "tailor"), "up", "--base-model", str(tiny_base)]
     with output.open("wb") as log:
-        process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env={**clean_environment(), **settings}, stdout=log, stderr=log)
     stack = RealStack(process, home, f"http://127.0.0.1:{port}", tiny_base, output)
     try:
         stack.wait_ready()
@@ -127,6 +135,11 @@ def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     """Twelve adapters, each with an answer of its own to the same question."""
     folder = tmp_path_factory.mktemp("adapters")
     return [save_random_adapter(tiny_base, folder / f"adapter-{seed}", seed=seed) for seed in range(12)]
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without a developer's own settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("TAILOR_")}
 
 
 def _tail(log: Path) -> str:

@@ -107,6 +107,7 @@ async def test_answers_equal_peft_token_by_token(
         expected = wanted[model][number]
         assert said.choices[0].logprobs is not None
         got = [token.logprob for token in said.choices[0].logprobs.content or ()]
+        assert [token.token for token in said.choices[0].logprobs.content or ()] == expected.tokens, model
         assert said.choices[0].message.content == expected.text, model
         assert len(got) == len(expected.logprobs), model
         return max(abs(a - b) for a, b in zip(got, expected.logprobs, strict=True))
@@ -121,23 +122,26 @@ async def test_an_upload_beside_running_streams_disturbs_none(
 ) -> None:
     """While eight streams of one tenant run, another uploads and gets its first token; every stream ends right."""
     right = {model: await acme.answer(model) for model in published}
-    streaming = asyncio.Event()
+    enough = asyncio.Event()
+    flowing = asyncio.Semaphore(0)
 
     async def stream_on(model: str) -> list[str]:
         said: list[str] = []
-        while not streaming.is_set() or not said:
+        while not enough.is_set() or not said:
             said.append(await acme.stream(model))
+            flowing.release()
         return said
 
     running = [asyncio.create_task(stream_on(published[number % 4])) for number in range(8)]
-    await asyncio.sleep(0.5)
+    for _ in running:
+        await flowing.acquire()
     begin = time.monotonic()
     pushed = await asyncio.to_thread(
         stack.tailor, "adapter", "push", str(adapters[5]), "--name", "fresh", "--json", key=globex.key
     )
     answer = await globex.answer("fresh")
     took_s = time.monotonic() - begin
-    streaming.set()
+    enough.set()
     for number, task in enumerate(running):
         for said in await task:
             assert said == right[published[number % 4]]
@@ -275,9 +279,9 @@ async def test_a_killed_engine_comes_back_with_its_adapters(
     assert refused.status_code == 503
     assert int(refused.headers["retry-after"]) >= 1
     assert set(refused.json()["error"]) == {"message", "type", "param", "code"}
-    await asyncio.sleep(1)  # the gateway has noticed by now, if it had not before
+    while await asyncio.to_thread(stack.generation) in (None, generation):
+        await asyncio.sleep(0.5)
     await asyncio.to_thread(stack.wait_ready)
-    assert stack.replica_state()["generation"] != generation
     assert stack.replica_state()["adapters"]  # back before the first request
     assert await acme.answer(published[0]) == right
 
