@@ -63,5 +63,5 @@ class Answerer:
             torch.log_softmax(logits[0], dim=-1)[token].item()
             for logits, token in zip(output.logits, token_ids, strict=True)
         ]
-        tokens = [self._tokenizer.decode([token]) for token in token_ids]
+        tokens = [self.tokenizer.decode([token]) for token in token_ids]
         return Generation(self.tokenizer.decode(token_ids, skip_special_tokens=True), token_ids, tokens, logprobs)

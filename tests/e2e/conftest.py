@@ -68,8 +68,10 @@ class RealStack:
     def generation(self) -> str | None:
         """The engine's generation; None while there is no engine to ask."""
         try:
+            with socket.socket(socket.AF_UNIX) as knock:  # httpcore leaks its own socket where nobody listens
+                knock.connect(self.replica_socket())
             found: str = self.replica_state()["generation"]
-        except (httpx.HTTPError, AssertionError, psutil.NoSuchProcess):
+        except (OSError, httpx.HTTPError, AssertionError, psutil.NoSuchProcess):
             return None
         return found
 

@@ -107,7 +107,9 @@ async def test_answers_equal_peft_token_by_token(
         expected = wanted[model][number]
         assert said.choices[0].logprobs is not None
         got = [token.logprob for token in said.choices[0].logprobs.content or ()]
-        assert [token.token for token in said.choices[0].logprobs.content or ()] == expected.tokens, model
+        for token, wanted_token in zip(said.choices[0].logprobs.content or (), expected.tokens, strict=True):
+            # a token that is half a character has no text of its own
+            assert token.token == wanted_token or "\ufffd" in wanted_token, model
         assert said.choices[0].message.content == expected.text, model
         assert len(got) == len(expected.logprobs), model
         return max(abs(a - b) for a, b in zip(got, expected.logprobs, strict=True))
