@@ -58,26 +58,22 @@ class Residency:
         Raises:
             AdapterNotLoadable: the replica would not take it.
         """
+        resident = self.held(version)
+        if resident is not None:
+            return resident
         key = (version.tenant_id, version.digest)
-        while (resident := self.held(version)) is None:
-            loading = self._loading.get(key)
-            if loading is None:
-                loading = asyncio.create_task(self._load(key, version))
-                self._loading[key] = loading
-                loading.add_done_callback(lambda done: self._loaded(key, done))
-            self._waiting[key] += 1
-            try:
-                await asyncio.shield(loading)  # a client that goes away must not stop the load for the others
-            finally:
-                self._waiting[key] -= 1
-                if not self._waiting[key]:
-                    del self._waiting[key]
-        return resident
-
-    def _loaded(self, key: Key, done: asyncio.Task[Resident]) -> None:
-        self._loading.pop(key, None)
-        if not done.cancelled() and done.exception() is None:
-            self._residents[key] = done.result()
+        loading = self._loading.get(key)
+        if loading is None:
+            loading = asyncio.create_task(self._load(key, version))
+            self._loading[key] = loading
+            loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
+        self._waiting[key] += 1
+        try:
+            return await asyncio.shield(loading)  # a client that goes away must not stop the load for the others
+        finally:
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
 
     async def _load(self, key: Key, version: Version) -> Resident:
         name = f"a-{secrets.token_hex(16)}"
@@ -89,11 +85,15 @@ class Residency:
         except CONTROL_ERRORS as error:
             log.warning("adapter %s of tenant %s not loaded: %r", version.digest, version.tenant_id, error)
             raise _not_loadable(error) from error
+        finally:
+            del self._loading[key]
         log.info(
             "adapter %s of tenant %s loaded as %s: fetch %.3f s, load %.3f s",
             version.digest, version.tenant_id, name, report.fetch_s, report.load_s,
         )  # fmt: skip
-        return Resident(key, name, version, time.time(), loaded_at=time.monotonic())
+        resident = Resident(key, name, version, time.time(), loaded_at=time.monotonic())
+        self._residents[key] = resident
+        return resident
 
     def forget(self, resident: Resident) -> None:
         """The replica says that it does not know this name: the next request loads afresh."""
