@@ -23,6 +23,7 @@ class Faults:
     error_event_after: int | None = None
     garble_after: int | None = None
     hang_before_answer: bool = False
+    head_then_nothing: bool = False
     probe_hangs: bool = False
     load_status: int | None = None
     load_delay_s: float = 0.0
@@ -49,6 +50,7 @@ class FakeReplica:
     requests: list[dict[str, Any]] = field(default_factory=list)
     loads: list[str] = field(default_factory=list)
     cancelled: int = 0
+    connections: int = 0
     violations: list[str] = field(default_factory=list)
     port: int = 0
     _server: asyncio.Server | None = None
@@ -81,6 +83,7 @@ class FakeReplica:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
+        self.connections += 1
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 lines = head.decode().split("\r\n")
@@ -176,6 +179,13 @@ class FakeReplica:
             return self._json(writer, 404, {"error": {"code": "adapter_unknown"}})
         if self.faults.hang_before_answer:
             await reader.read()  # until the client goes away
+            self.cancelled += 1
+            return None
+        if self.faults.head_then_nothing:
+            if "logit_bias" in body:  # as an API server refuses without asking its engine
+                return self._json(writer, 400, {"error": {"message": "no such token"}})
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+            await reader.read()
             self.cancelled += 1
             return None
         if self.faults.status is not None:
