@@ -10,12 +10,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlsplit
-
-import obstore
-from obstore.exceptions import BaseError
-from obstore.store import LocalStore, from_url
 
 from adapter_store.errors import BlobCorrupt, StorageFull, StorageUnavailable
 from adapter_store.ids import TenantId
@@ -56,11 +52,20 @@ class StoredBlob:
         return blob_key(self.tenant_id, self.sha256)
 
 
+def _obstore() -> Any:
+    """The library, loaded with the first blob: 4 MiB that a gateway which only relays never needs."""
+    import obstore
+    import obstore.exceptions
+    import obstore.store
+
+    return obstore
+
+
 class Blobs:
     """Content-addressed files."""
 
-    def __init__(self, store: "ObjectStore", folder: Path | None) -> None:
-        self._store = store
+    def __init__(self, store: "ObjectStore | None", folder: Path | None) -> None:
+        self._opened = store
         self._folder = folder
         self._part_bytes = REMOTE_PART_BYTES if folder is None else FOLDER_PART_BYTES
 
@@ -69,11 +74,18 @@ class Blobs:
         """`url`: a path, `file:///…`, or what obstore understands (`s3://bucket/prefix`)."""
         parts = urlsplit(url)
         if parts.scheme not in ("", "file"):
-            return cls(from_url(url), None)
+            return cls(_obstore().store.from_url(url), None)
         folder = Path(unquote(parts.path) if parts.scheme else url).absolute()
         with _store_errors():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return cls(LocalStore(folder), folder)
+        return cls(None, folder)
+
+    @property
+    def _store(self) -> "ObjectStore":
+        if self._opened is None:
+            assert self._folder is not None
+            self._opened = _obstore().store.LocalStore(self._folder)
+        return self._opened
 
     async def put(self, key: str, path: Path) -> None:
         """Stores the file under `key`: whole, visible at once, durable.
@@ -81,14 +93,16 @@ class Blobs:
         Raises StorageFull, StorageUnavailable.
         """
         with _store_errors():
-            await obstore.put_async(self._store, key, path, chunk_size=self._part_bytes, max_concurrency=PARTS_AT_ONCE)
+            await _obstore().put_async(
+                self._store, key, path, chunk_size=self._part_bytes, max_concurrency=PARTS_AT_ONCE
+            )
             if self._folder is not None:
                 await in_thread(_make_durable, self._folder, self._folder / key)
 
     async def exists(self, key: str, size_bytes: int) -> bool:
         with _store_errors():
             try:
-                return (await obstore.head_async(self._store, key))["size"] == size_bytes
+                return bool((await _obstore().head_async(self._store, key))["size"] == size_bytes)
             except FileNotFoundError:
                 return False
 
@@ -97,7 +111,7 @@ class Blobs:
         """The blob's bytes in pieces. Raises BlobCorrupt where there is none, StorageUnavailable."""
         with _store_errors():
             try:
-                found = await obstore.get_async(self._store, key)
+                found = await _obstore().get_async(self._store, key)
             except FileNotFoundError as error:
                 raise BlobCorrupt(f"blob {key} is gone") from error
             yield found.stream(min_chunk_size=READ_BYTES)
@@ -106,13 +120,13 @@ class Blobs:
         """Removes the blob; it may be gone already."""
         with _store_errors():
             try:
-                await obstore.delete_async(self._store, key)
+                await _obstore().delete_async(self._store, key)
             except FileNotFoundError:
                 return
 
     async def list(self) -> AsyncIterator[StoredBlob]:
         with _store_errors():
-            async for page in obstore.list(self._store, f"{PREFIX}/"):
+            async for page in _obstore().list(self._store, f"{PREFIX}/"):
                 for item in page:
                     if (key := KEY.fullmatch(item["path"])) is not None:
                         yield StoredBlob(TenantId(key[1]), key[2], item["last_modified"].timestamp())
@@ -153,7 +167,9 @@ def _store_errors() -> Iterator[None]:
     """obstore's errors → StorageFull or StorageUnavailable; the text of the store stays in the cause."""
     try:
         yield
-    except (BaseError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, _obstore().exceptions.BaseError)):
+            raise
         if FULL.search(str(error)) or getattr(error, "errno", None) in (27, 28, 122):
             raise StorageFull("no space left in the blob store") from error
         raise StorageUnavailable("the blob store does not answer as it should") from error

@@ -1,4 +1,4 @@
-"""Process hygiene: no child process outlives the one that started it."""
+"""Process hygiene: no child outlives its parent, and no start-up memory outlives the start."""
 
 import ctypes
 import os
@@ -20,3 +20,10 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended between the two calls
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def give_back_free_memory() -> None:
+    """Hand pages that were needed only to start up back to the system (glibc only)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -42,6 +42,7 @@ def serve(settings: Settings) -> None:
         server_header=False,
         timeout_graceful_shutdown=int(settings.drain_s),
         timeout_keep_alive=75,
+        proxy_headers=False,  # nothing here trusts a forwarded address, and each request would pay for it
     )
     uvicorn.Server(config).run(sockets=[listener])
 
