@@ -20,7 +20,6 @@ from adapter_store.changes import Change
 from adapter_store.errors import AdapterStoreError
 from adapter_store.faults import Bounds
 from adapter_store.inspector import Inspector
-from adapter_store.process import give_back_free_memory
 from adapter_store.store import AdapterStore
 from gateway.api import adapters, admin, health
 from gateway.api import models as models_api
@@ -218,7 +217,6 @@ def _lifespan(parts: Parts, home: Home) -> Callable[[FastAPI], AbstractAsyncCont
         parts.pool.start()
         gc.collect()
         gc.freeze()  # what lives as long as the process is never walked by the collector again
-        give_back_free_memory()
         yield
         for task in tasks:
             task.cancel()

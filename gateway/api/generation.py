@@ -125,14 +125,12 @@ class Generation:
         forgotten = False
         while True:
             replica = self._pool.choose(version.digest if version else BASE, tried=tried)
-            resident = None
-            if version is not None:
-                resident = replica.residency.held(version) or await replica.residency.hold(version)
-            name = resident.name if resident else replica.null_adapter or replica.base_name
+            resident = await replica.residency.hold(version) if version is not None else None
+            adapter = resident.name if resident else replica.null_adapter
+            name = adapter or replica.base_name
             body = asked.upstream_body(
                 model=name, cache_salt=salt, request_id=request_id, context_length=replica.context_length
             )
-            adapter = resident.name if resident else replica.null_adapter
             connection = await self._send(replica, adapter, body, tried)
             if connection is None:
                 continue
