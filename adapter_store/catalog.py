@@ -75,6 +75,7 @@ aliases = Table(
     Column("name", Text, primary_key=True),
     Column("version_id", Text, ForeignKey("versions.id", name="fk_aliases_version_id"), nullable=False),
     Column("moved_at", BigInteger, nullable=False),
+    Column("fallback", Text, nullable=False, server_default="fail"),  # who answers where the version cannot
 )
 
 

@@ -1,4 +1,4 @@
-"""The database: opened by URL, brought to the newest schema, and the tables of tenants and keys.
+"""The database: opened by URL, brought to the newest schema, and the gateway's own tables.
 
 SQLite (the default) runs in WAL mode with synchronous=FULL: what was committed survives a power cut.
 PostgreSQL takes the same statements. Times are whole seconds since 1970, UTC: the same in both, and nothing
@@ -8,7 +8,21 @@ to convert.
 from collections.abc import Callable
 from pathlib import Path
 
-from sqlalchemy import BigInteger, Column, Connection, ForeignKey, Table, Text, event, insert, inspect, text
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    Table,
+    Text,
+    event,
+    insert,
+    inspect,
+    text,
+)
 from sqlalchemy.engine import make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -18,7 +32,7 @@ from adapter_store.catalog import metadata
 from adapter_store.transactions import WRITES, reading, writing
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-HEAD = "0001"  # the newest file in migrations/versions; a test holds the two together
+HEAD = "0002"  # the newest file in migrations/versions; a test holds the two together
 CONNECTIONS = 4
 PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA foreign_keys=ON")
 MIGRATION_LOCK = 7_461_696_972  # any number: what PostgreSQL's advisory lock is known by
@@ -28,6 +42,22 @@ tenants = Table(
     metadata,
     Column("id", Text, primary_key=True),
     Column("name", Text, nullable=False, unique=True),
+    Column("created_at", BigInteger, nullable=False),
+    Column("plan", Text, nullable=False, server_default="default"),
+    Column("suspended_at", BigInteger),
+)
+plans = Table(  # null: no limit
+    "plans",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("weight", Double, nullable=False),
+    Column("requests_per_minute", BigInteger),
+    Column("tokens_per_minute", BigInteger),
+    Column("concurrent_requests", BigInteger),
+    Column("max_output_tokens", BigInteger),
+    Column("max_prompt_bytes", BigInteger),
+    Column("tokens_per_month", BigInteger),
+    Column("loads_per_minute", BigInteger),
     Column("created_at", BigInteger, nullable=False),
 )
 api_keys = Table(
@@ -43,7 +73,38 @@ api_keys = Table(
     Column("expires_at", BigInteger),
     Column("revoked_at", BigInteger),
     Column("last_used_at", BigInteger),
+    Column("created_by", Text),  # id of the key that made it; null: the machine's owner
+    Column("replaces", Text),  # id of the key that it was rotated from
+    Index("ix_api_keys_tenant_id", "tenant_id"),
 )
+usage = Table(  # tokens by hour; the base model is adapter '' version 0
+    "usage",
+    metadata,
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),  # its first second
+    Column("tenant_id", Text, primary_key=True),
+    Column("adapter", Text, primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("requests", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Index("ix_usage_tenant_id_hour", "tenant_id", "hour"),
+)
+usage_batches = Table(  # which batches of a gateway's journal are in `usage` already
+    "usage_batches",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+)
+replicas = Table(  # those added at run time; `drained_at`: an operator keeps requests away
+    "replicas",
+    metadata,
+    Column("url", Text, primary_key=True),
+    Column("created_at", BigInteger, nullable=False),
+    Column("drained_at", BigInteger),
+)
+DEFAULT_PLAN = {"name": "default", "weight": 1.0, "created_at": 0}
 
 
 def open_engine(url: str, *, busy_timeout_s: float = 5.0) -> AsyncEngine:
@@ -113,6 +174,7 @@ def _create_schema(connection: Connection) -> None:
     """What all migrations together make; a test compares the two."""
     metadata.create_all(connection)
     connection.execute(insert(changes.change_counter).values(id=1, value=0))
+    connection.execute(insert(plans).values(DEFAULT_PLAN))
     connection.execute(text("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"))
     connection.execute(text("INSERT INTO alembic_version VALUES (:head)"), {"head": HEAD})
 

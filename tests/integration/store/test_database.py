@@ -135,7 +135,7 @@ async def test_a_failed_transaction_leaves_no_change(engine: AsyncEngine) -> Non
 
 async def test_foreign_keys_hold(engine: AsyncEngine) -> None:
     """A key of a tenant that does not exist cannot be written."""
-    statement = "INSERT INTO api_keys VALUES ('k', 'nobody', 'aa', 'p', '', '', 0, NULL, NULL, NULL)"
+    statement = "INSERT INTO api_keys VALUES ('k', 'nobody', 'aa', 'p', '', '', 0, NULL, NULL, NULL, NULL, NULL)"
     with pytest.raises(IntegrityError):
         async with writing(engine) as connection:
             await connection.execute(text(statement))
