@@ -1,0 +1,91 @@
+"""`tailor adapter` and `tailor chat`: the tenant's work."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gateway.commands.common import Json, Key, Url, segment, show, show_table, tenant_client, told
+from gateway.home import ConfigurationError
+
+app = typer.Typer()
+adapter_app = typer.Typer(help="A tenant's adapters (with the tenant's key).", no_args_is_help=True)
+
+
+@adapter_app.command("push")
+def adapter_push(
+    folder: Annotated[Path, typer.Argument(help="Folder with adapter_config.json and adapter_model.safetensors.")],
+    name: Annotated[str | None, typer.Option(help="What requests call it; default: the folder's name.")] = None,
+    url: Url = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Publish an adapter: checked, stored, and served from the next request on."""
+    with told():
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / file).is_file():
+                raise ConfigurationError(f"{folder / file} does not exist: name the folder that PEFT saved.")
+        made = tenant_client(url, key).push(name or folder.resolve().name, folder)
+    current = made["current"]
+    show(
+        made,
+        as_json,
+        f"{made['name']}@{current['number']}: rank {current['rank']}, {current['bytes']:,} bytes",
+    )
+
+
+@adapter_app.command("list")
+def adapter_list(url: Url = None, key: Key = None, as_json: Json = False) -> None:
+    """List the tenant's adapters."""
+    with told():
+        client = tenant_client(url, key)
+        found: list[dict[str, Any]] = []
+        page = client.call("GET", "/v1/adapters?limit=1000")
+        found += page["data"]
+        while page["has_more"]:
+            page = client.call("GET", "/v1/adapters", params={"limit": 1000, "after": found[-1]["name"]})
+            found += page["data"]
+    rows = [{**adapter["current"], **adapter} for adapter in found]
+    show_table(found if as_json else rows, as_json, ("name", "number", "rank", "bytes", "created_at"))
+
+
+@adapter_app.command("show")
+def adapter_show(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
+    """Show one adapter with its versions."""
+    with told():
+        found = tenant_client(url, key).call("GET", f"/v1/adapters/{segment(name)}")
+    if as_json:
+        show_table(found, True, ())
+    else:
+        show_table(found["versions"], False, ("number", "digest", "rank", "bytes", "created_at"))
+
+
+@adapter_app.command("delete")
+def adapter_delete(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
+    """Delete an adapter with all its versions."""
+    with told():
+        tenant_client(url, key).call("DELETE", f"/v1/adapters/{segment(name)}")
+    show({"name": name, "deleted": True}, as_json, f"{name} is deleted")
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="An adapter's name, or the base model's.")],
+    text: Annotated[str, typer.Argument(help="What the user says.")],
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
+    url: Url = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a model and stream its answer."""
+    parameters: dict[str, Any] = {"temperature": temperature}
+    if max_tokens is not None:
+        parameters["max_tokens"] = max_tokens
+    said = []
+    with told():
+        for piece in tenant_client(url, key).chat(model, text, **parameters):
+            said.append(piece)
+            if not as_json:
+                print(piece, end="", flush=True)
+    show({"model": model, "content": "".join(said)}, as_json, "")
