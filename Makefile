@@ -12,7 +12,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint check format lock clean
+.PHONY: help install demo test test-full bench-gateway lint check format lock clean
 
 help:  ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,13 @@ test: $(INSTALLED)  ## all tests but the full-scale ones; starts one real vLLM
 
 test-full: $(INSTALLED)  ## the full-scale counts too: hours
 	$(PYTEST) -m 'full or not full'
+
+# nginx is the yardstick; ARGS=--quick for a look in under a minute, ARGS="--report FILE --markdown FILE" to keep the figures
+bench-gateway: $(INSTALLED)  ## what the gateway costs beside nginx: a line a figure, fails where a must is missed
+	@PATH=$$PATH:/usr/sbin:/usr/local/sbin; command -v nginx >/dev/null \
+	  || { command -v apt-get >/dev/null && [ $$(id -u) = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends nginx-light; } \
+	  || { echo "nginx is needed as the yardstick and could not be installed: install it with your system's packages, or put a build of it on PATH"; exit 1; }
+	$(BIN)/python -m loadtests.overhead $(ARGS)
 
 lint: $(INSTALLED)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

@@ -1,0 +1,130 @@
+"""`python -m loadtests.overhead`: the gateway beside nginx and the upstream itself, in one interleaved run.
+
+Prints one JSON object a line for each figure and ends with 1 where a must is missed. Nothing else should run on the
+machine; where it does, trust CPU per operation more than rates.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import uvloop
+
+from loadtests.overhead.client import Target
+from loadtests.overhead.features import missing_features
+from loadtests.overhead.model_files import BASE_NAME
+from loadtests.overhead.phases import Length, Sample, all_phases, median
+from loadtests.overhead.processes import listeners, on_core, rss_mib, two_cores
+from loadtests.overhead.report import Row, exit_code, load_rows, markdown, row
+from loadtests.overhead.scale import scale_rows
+from loadtests.overhead.stack import CannotMeasureError, Gateway, base_model, mock_upstream, nginx, nginx_path
+
+STARTS = 3
+
+
+def main() -> int:
+    args = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
+    try:
+        rows, rounds = measure(args)
+        if not args.skip_scale:
+            rows += scale_rows(quick=args.quick)
+    except CannotMeasureError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    for one in rows:
+        sys.stdout.write(one.line() + "\n")
+    if args.report is not None:
+        args.report.write_text(json.dumps(_report(rows, rounds), indent=1, ensure_ascii=False))
+    if args.markdown is not None:
+        args.markdown.write_text(markdown(rows))
+    return exit_code(rows)
+
+
+def measure(args: argparse.Namespace) -> tuple[list[Row], list[dict[str, dict[str, Sample]]]]:
+    """The figures of one run, and the rounds they are the medians of."""
+    proxy_core, client_core = two_cores()
+    length = Length(args.seconds or (1.0 if args.quick else 2.0), 100 if args.quick else 300)
+    with ExitStack() as held:
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tailor-overhead-")))
+        base, fingerprint = base_model(folder / BASE_NAME)
+        upstream = held.enter_context(mock_upstream(folder, fingerprint, client_core))
+        gateway = Gateway(folder, base, upstream, proxy_core, dict(args.set))
+        starts_s = []
+        for _ in range(STARTS - 1):
+            with gateway.started() as running:
+                starts_s.append(running.start.took_s)
+        running = held.enter_context(gateway.started())
+        starts_s.append(running.start.took_s)
+        ready_mib = rss_mib(running.start.process.pid)
+        through_nginx = held.enter_context(nginx(folder / "nginx", upstream, proxy_core))
+        targets = [Target("direct", upstream), through_nginx, running.target()]
+        watched = [(target, listeners(target.port)) for target in targets]
+        with on_core(client_core):
+            rounds = [uvloop.run(all_phases(watched, length)) for _ in range(args.rounds or (3 if args.quick else 9))]
+        loaded_mib = rss_mib(running.start.process.pid)
+        missing = missing_features(running, targets[-1], upstream)
+    rows = load_rows(median(rounds))
+    memory = {"at_readiness_mib": round(ready_mib, 1), "after_load_mib": round(loaded_mib, 1)}
+    rows.append(row("memory_per_worker_mib", max(ready_mib, loaded_mib), **memory))
+    rows.append(row("start_to_ready_s", max(starts_s), starts_s=[round(took, 2) for took in starts_s]))
+    rows.append(row("features_off", len(missing), missing=missing))
+    return rows, rounds
+
+
+def _report(rows: list[Row], rounds: list[dict[str, dict[str, Sample]]]) -> dict[str, object]:
+    return {
+        "figures": [json.loads(one.line()) for one in rows],
+        "machine": machine(),
+        "rounds": [
+            {phase: {name: asdict(sample) for name, sample in by.items()} for phase, by in one.items()}
+            for one in rounds
+        ],
+    }
+
+
+def machine() -> Mapping[str, object]:
+    """Where the figures come from."""
+    told = subprocess.run([nginx_path(), "-v"], capture_output=True, text=True, check=True).stderr.strip()
+    cpu = next(
+        (line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.machine(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "nginx": told.rpartition("/")[2],
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, _, value = text.partition("=")
+    return name, value
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m loadtests.overhead", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="less than a minute: for a look, not for a record")
+    parser.add_argument("--rounds", type=int, help="how often each target is visited")
+    parser.add_argument("--seconds", type=float, help="length of each timed phase")
+    parser.add_argument("--skip-scale", action="store_true", help="leave out the 100,000 adapters")
+    parser.add_argument("--report", type=Path, help="write everything to this file, as JSON")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument("--set", type=_setting, action="append", default=[], help="NAME=VALUE for the gateway")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

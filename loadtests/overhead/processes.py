@@ -1,0 +1,76 @@
+"""Processes as /proc tells of them: who listens, what they cost, where they run (Linux)."""
+
+import os
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PROC = Path("/proc")
+LISTEN = "0A"
+
+
+def listeners(port: int) -> set[int]:
+    """Pids of the processes that listen on the TCP port, and of their descendants."""
+    sockets = _listening_sockets(port)
+    parents: dict[int, int] = {}
+    pids = set()
+    for process in PROC.iterdir():
+        if process.name.isdigit():
+            with suppress(OSError):  # it may end while we look
+                pid = int(process.name)
+                parents[pid] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+                if any(str(file.readlink()) in sockets for file in (process / "fd").iterdir()):
+                    pids.add(pid)
+    return with_descendants(pids, parents)
+
+
+def with_descendants(pids: set[int], parents: dict[int, int]) -> set[int]:
+    """`parents`: pid → parent's pid."""
+    found = set(pids)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def _listening_sockets(port: int) -> set[str]:
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in (PROC / "net" / table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                found.add(f"socket:[{fields[9]}]")
+    return found
+
+
+def cpu_ns(pids: Collection[int]) -> int:
+    """Time that the processes' threads have run so far."""
+    total = 0
+    for pid in pids:
+        for task in (PROC / str(pid) / "task").glob("*/schedstat"):
+            with suppress(OSError):
+                total += int(task.read_text().split()[0])
+    return total
+
+
+def rss_mib(pid: int) -> float:
+    """Resident memory of one process."""
+    found = re.search(r"^VmRSS:\s+(\d+) kB", (PROC / str(pid) / "status").read_text(), re.MULTILINE)
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def two_cores() -> tuple[int, int]:
+    """One for what is measured, one for who measures; the same where the machine has only one."""
+    allowed = sorted(os.sched_getaffinity(0))
+    return allowed[0], allowed[-1] if len(allowed) < 2 else allowed[1]
+
+
+@contextmanager
+def on_core(core: int) -> Iterator[None]:
+    """What is started inside runs on that core alone: a child inherits it with its first instruction."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
