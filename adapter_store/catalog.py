@@ -7,6 +7,8 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
+from sys import intern
 from typing import Any
 
 from sqlalchemy import (
@@ -86,6 +88,14 @@ class Provenance(StrEnum):
     JOB = "job"
 
 
+class Fallback(StrEnum):
+    """Who answers, flagged, where the version that an alias points to cannot."""
+
+    FAIL = "fail"
+    BASE = "base"
+    PREVIOUS = "previous"
+
+
 @dataclass(frozen=True, slots=True)
 class BlobFile:
     """One file of a bundle: `key` is where its bytes lie in the blob store."""
@@ -98,7 +108,12 @@ class BlobFile:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """An immutable set of weights; `digest` names its content."""
+    """An immutable set of weights; `digest` names its content.
+
+    Compact, because gateways keep 100,000 of them: the two files are 64 bytes of hashes and two sizes, spelled out
+    only when `files` is asked for. `fallback` is the alias's by which the version was found; `fail` where it was found
+    by number.
+    """
 
     id: VersionId
     adapter_id: AdapterId
@@ -106,16 +121,30 @@ class Version:
     adapter_name: str
     number: int
     digest: str
-    files: tuple[BlobFile, ...]
+    file_hashes: bytes  # SHA-256 of the config, then of the weights
+    config_bytes: int
+    weights_bytes: int
     rank: int
     modules: tuple[str, ...]
     base_fingerprint: str
     provenance: Provenance
     created_at: int
+    fallback: Fallback = Fallback.FAIL
+
+    @property
+    def files(self) -> tuple[BlobFile, BlobFile]:
+        """Config and weights."""
+        return (
+            self._file(CONFIG_FILE, self.file_hashes[:32], self.config_bytes),
+            self._file(WEIGHTS_FILE, self.file_hashes[32:], self.weights_bytes),
+        )
+
+    def _file(self, name: str, sha256: bytes, size_bytes: int) -> BlobFile:
+        return BlobFile(name, blob_key(self.tenant_id, sha256.hex()), sha256.hex(), size_bytes)
 
     @property
     def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files)
+        return self.config_bytes + self.weights_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,27 +162,30 @@ def _select_versions() -> Select[Any]:
     return select(versions, adapters.c.name).join(adapters, versions.c.adapter_id == adapters.c.id)
 
 
-def _version(row: Row[Any]) -> Version:
-    def file(name: str, sha256: str, size_bytes: int) -> BlobFile:
-        return BlobFile(name, blob_key(row.tenant_id, sha256), sha256, size_bytes)
-
+def _version(row: Row[Any], fallback: str = Fallback.FAIL) -> Version:
     return Version(
         id=row.id,
         adapter_id=row.adapter_id,
-        tenant_id=row.tenant_id,
+        tenant_id=TenantId(intern(row.tenant_id)),
         adapter_name=row.name,
         number=row.number,
         digest=row.digest,
-        files=(
-            file(CONFIG_FILE, row.config_sha256, row.config_bytes),
-            file(WEIGHTS_FILE, row.weights_sha256, row.weights_bytes),
-        ),
+        file_hashes=bytes.fromhex(row.config_sha256 + row.weights_sha256),
+        config_bytes=row.config_bytes,
+        weights_bytes=row.weights_bytes,
         rank=row.rank,
-        modules=tuple(json.loads(row.modules)),
-        base_fingerprint=row.base_fingerprint,
+        modules=_modules(row.modules),
+        base_fingerprint=intern(row.base_fingerprint),
         provenance=Provenance(row.provenance),
         created_at=row.created_at,
+        fallback=Fallback(fallback),
     )
+
+
+@lru_cache(maxsize=1024)
+def _modules(encoded: str) -> tuple[str, ...]:
+    """One tuple for all versions that adapt the same modules."""
+    return tuple(intern(name) for name in json.loads(encoded))
 
 
 async def find_by_alias(
@@ -161,16 +193,34 @@ async def find_by_alias(
 ) -> Version | None:
     statement = (
         _select_versions()
+        .add_columns(aliases.c.fallback)
         .join(aliases, aliases.c.version_id == versions.c.id)
         .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name, aliases.c.name == alias)
     )
     row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else _version(row)
+    return None if row is None else _version(row, row.fallback)
 
 
 async def find_by_number(connection: AsyncConnection, tenant_id: TenantId, name: str, number: int) -> Version | None:
     statement = _select_versions().where(
         adapters.c.tenant_id == tenant_id, adapters.c.name == name, versions.c.number == number
+    )
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else _version(row)
+
+
+async def find_previous(connection: AsyncConnection, version: Version) -> Version | None:
+    """The newest older version of the same adapter that was made for the same base model."""
+    statement = (
+        _select_versions()
+        .where(
+            versions.c.tenant_id == version.tenant_id,
+            versions.c.adapter_id == version.adapter_id,
+            versions.c.number < version.number,
+            versions.c.base_fingerprint == version.base_fingerprint,
+        )
+        .order_by(versions.c.number.desc())
+        .limit(1)
     )
     row = (await connection.execute(statement)).one_or_none()
     return None if row is None else _version(row)
@@ -190,7 +240,7 @@ async def list_adapters(
     """The tenant's adapters by name, those that come after `after`."""
     statement = (
         _select_versions()
-        .add_columns(adapters.c.created_at.label("adapter_created_at"))
+        .add_columns(adapters.c.created_at.label("adapter_created_at"), aliases.c.fallback)
         .join(aliases, aliases.c.version_id == versions.c.id)
         .where(adapters.c.tenant_id == tenant_id, aliases.c.name == DEFAULT_ALIAS)
         .order_by(adapters.c.name)
@@ -202,7 +252,7 @@ async def list_adapters(
 
 
 def _adapter(row: Row[Any]) -> Adapter:
-    return Adapter(row.adapter_id, row.tenant_id, row.name, row.adapter_created_at, _version(row))
+    return Adapter(row.adapter_id, row.tenant_id, row.name, row.adapter_created_at, _version(row, row.fallback))
 
 
 async def list_versions(connection: AsyncConnection, tenant_id: TenantId, name: str) -> tuple[Version, ...]:
@@ -239,7 +289,7 @@ async def next_number(connection: AsyncConnection, adapter_id: AdapterId) -> int
 
 
 async def insert_version(connection: AsyncConnection, version: Version) -> None:
-    config, weights = version.files
+    hashes = version.file_hashes
     await connection.execute(
         insert(versions).values(
             id=version.id,
@@ -247,10 +297,10 @@ async def insert_version(connection: AsyncConnection, version: Version) -> None:
             tenant_id=version.tenant_id,
             number=version.number,
             digest=version.digest,
-            config_sha256=config.sha256,
-            config_bytes=config.size_bytes,
-            weights_sha256=weights.sha256,
-            weights_bytes=weights.size_bytes,
+            config_sha256=hashes[:32].hex(),
+            config_bytes=version.config_bytes,
+            weights_sha256=hashes[32:].hex(),
+            weights_bytes=version.weights_bytes,
             rank=version.rank,
             modules=json.dumps(version.modules),
             base_fingerprint=version.base_fingerprint,
@@ -272,6 +322,12 @@ async def move_alias(connection: AsyncConnection, adapter_id: AdapterId, version
     else:
         await connection.execute(update(aliases).where(here).values(version_id=version_id, moved_at=now))
     return True
+
+
+async def set_fallback(connection: AsyncConnection, adapter_id: AdapterId, fallback: Fallback) -> None:
+    """Who answers where the version behind the default alias cannot."""
+    here = (aliases.c.adapter_id == adapter_id) & (aliases.c.name == DEFAULT_ALIAS)
+    await connection.execute(update(aliases).where(here).values(fallback=fallback.value))
 
 
 async def delete_adapter(connection: AsyncConnection, adapter_id: AdapterId) -> None:

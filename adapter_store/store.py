@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from adapter_store import catalog
 from adapter_store.blobs import Blobs, blob_key
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, StagedBundle, bundle_digest, storage_errors
-from adapter_store.catalog import Adapter, BlobFile, Provenance, Version
+from adapter_store.catalog import Adapter, BlobFile, Fallback, Provenance, Version
 from adapter_store.changes import record_change, take_turn
 from adapter_store.errors import (
     AdapterNotFound,
@@ -49,7 +49,7 @@ class _Checked:
 
     inspection: Inspection
     digest: str
-    files: tuple[BlobFile, ...]
+    files: tuple[BlobFile, BlobFile]
     paths: tuple[Path, ...]
 
 
@@ -107,6 +107,20 @@ class AdapterStore:
                 f"adapter {model!r} was made for another base model than '{self._base.name}': train it again"
             )
         return version
+
+    async def previous(self, version: Version) -> Version | None:
+        """The newest older version of the same adapter and base model. Raises StorageUnavailable."""
+        async with reading(self._engine) as connection:
+            return await catalog.find_previous(connection, version)
+
+    async def set_fallback(self, tenant_id: TenantId, name: str, fallback: Fallback) -> None:
+        """Declares who answers to `name` where its version cannot. Raises AdapterNotFound."""
+        async with writing(self._engine) as connection:
+            await record_change(connection, NOUN, tenant_id, name)
+            row = await catalog.find_adapter(connection, tenant_id, name)
+            if row is None:
+                raise AdapterNotFound(name)
+            await catalog.set_fallback(connection, row.id, fallback)
 
     async def list(self, tenant_id: TenantId, after: str | None = None, limit: int = 100) -> tuple[Adapter, ...]:
         """The tenant's adapters by name; the next page starts `after` the last name of this one."""
@@ -225,6 +239,7 @@ class AdapterStore:
         now: int,
     ) -> Version:
         adapter_id = await catalog.ensure_adapter(connection, tenant_id, name, now)
+        config, weights = checked.files
         return Version(
             id=new_version_id(),
             adapter_id=adapter_id,
@@ -232,7 +247,9 @@ class AdapterStore:
             adapter_name=name,
             number=await catalog.next_number(connection, adapter_id),
             digest=checked.digest,
-            files=checked.files,
+            file_hashes=bytes.fromhex(config.sha256 + weights.sha256),
+            config_bytes=config.size_bytes,
+            weights_bytes=weights.size_bytes,
             rank=checked.inspection.rank,
             modules=checked.inspection.modules,
             base_fingerprint=self._base.fingerprint,
