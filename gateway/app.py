@@ -5,7 +5,7 @@ import gc
 import hashlib
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
@@ -62,18 +62,19 @@ def create_app(settings: Settings) -> ASGIApp:
     """
     home = Home(settings.home)
     parts = _build(settings, home)
+    hot = _generation(settings, parts, _salts(home.secret_key(settings.secret_key)))
     app = FastAPI(
         title="Tailor",
         version="0.1.0",
         openapi_url=None,  # it would tell strangers the operators' routes
         redirect_slashes=False,  # it would answer with whatever Host the client sent
-        lifespan=_lifespan(parts, home),
+        lifespan=_lifespan(parts, home, hot.values()),
     )
     app.state.parts = parts
     for router in (health.router, models_api.router, adapters.router, admin.router):
         app.include_router(router)
     _install_error_handlers(app)
-    return Front(app, parts.auth, _generation(settings, parts, _salts(home.secret_key(settings.secret_key))))
+    return Front(app, parts.auth, hot)
 
 
 OPEN_PATHS = ("/health", "/ready")
@@ -91,19 +92,17 @@ class Front:
     def __init__(self, app: FastAPI, auth: Auth, hot: dict[str, Generation]) -> None:
         self.app = app
         self._auth = auth
-        self._hot = hot
+        self.hot = {path.encode(): generation for path, generation in hot.items()}  # gateway/protocol.py serves them
+        self._hot_paths = frozenset(hot)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path: str = scope["path"]
-        hot = self._hot.get(path)
-        if hot is not None and scope["method"] == "POST":
-            return await hot(scope, receive, send)
         if path not in OPEN_PATHS:
             try:
                 await self._auth.live_key(authorization_of(scope))
-                if hot is not None:
+                if path in self._hot_paths:
                     raise MethodNotAllowed("This path takes POST only.")
             except (GatewayError, AdapterStoreError) as error:
                 return await send_error(send, error)
@@ -203,7 +202,9 @@ def _salts(secret: bytes) -> Callable[[str], str]:
     return salt_of
 
 
-def _lifespan(parts: Parts, home: Home) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    parts: Parts, home: Home, hot: Collection[Generation]
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await migrate(parts.engine)
@@ -214,6 +215,7 @@ def _lifespan(parts: Parts, home: Home) -> Callable[[FastAPI], AbstractAsyncCont
             await parts.tenants.create_key(None, [KeyScope.OPERATOR], label="first operator key", secret=secret)
         await parts.changes.start()
         tasks = [asyncio.create_task(work) for work in (parts.changes.follow(), tidy(parts.store))]
+        tasks += [asyncio.create_task(generation.watch()) for generation in hot]
         parts.pool.start()
         gc.collect()
         gc.freeze()  # what lives as long as the process is never walked by the collector again

@@ -1,28 +1,302 @@
-"""uvicorn's HTTP/1.1 protocol with the bounds that it lacks: how long and how large a request's head may be."""
+"""uvicorn's HTTP/1.1 protocol, with bounds that it lacks and a short way for generation requests.
+
+A generation request makes no ASGI scope, messages or events: its `Exchange` takes the body from the parser and writes the
+answer to the transport. That halves the CPU of a request (docs/benchmarks.md). Everything else goes through ASGI as uvicorn
+does it: an `Exchange` stands where uvicorn's own request cycle would, and keeps that one's contract (checked with uvicorn
+0.54: `response_complete`, `disconnected`, `keep_alive`, `body`, `more_body`, `message_event`).
+"""
 
 import asyncio
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from gateway.errors import BodyTooLarge, BodyTooSlow
 
 HEAD_LIMIT_BYTES: Final = 65_536
 HEAD_PATIENCE_S: Final = 10.0
+BODY_STALL_S: Final = 30.0
+PIECE_BYTES: Final = 65_536
+LOOK_S: Final = 5.0
+REFUSED_BODY_BYTES: Final = 64 << 20
+REFUSED_BODY_S: Final = 10.0
 
 
-class BoundedHttpProtocol(HttpToolsProtocol):
-    """Closes connections that send no whole head in time, or one without end: they cost memory and descriptors."""
+class ClientGone(Exception):
+    """The client closed the connection before its request was whole, or before its answer was."""
 
-    _head_bytes = 0
-    _in_head = True
-    _late: asyncio.TimerHandle | None = None
+
+class HotPath(Protocol):
+    """What serves one path without ASGI."""
+
+    max_body_bytes: int
+
+    async def serve(self, exchange: "Exchange") -> None:
+        """Answer; raises nothing."""
+        ...
+
+
+class Flow(Protocol):
+    """What is told how fast the client reads, and that it left."""
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def leave(self) -> None: ...
+
+
+class _Signal:
+    """Stands for the event that uvicorn sets when bytes come or the client goes."""
+
+    __slots__ = ("_exchange",)
+
+    def __init__(self, exchange: "Exchange") -> None:
+        self._exchange = exchange
+
+    def set(self) -> None:
+        self._exchange.wake()
+
+
+class Exchange:
+    """One request on the short way, and its answer."""
+
+    def __init__(self, protocol: "FrontProtocol", hot: HotPath, headers: list[tuple[bytes, bytes]]) -> None:
+        self.headers = headers
+        self.began_at = protocol.loop.time()
+        # what uvicorn's protocol reads and writes
+        self.body: bytearray | _Overflow = bytearray()
+        self.more_body = True
+        self.response_complete = False
+        self.keep_alive = True
+        self.message_event = _Signal(self)
+        # ours
+        self.task: asyncio.Task[None] | None = None
+        self.begun = False
+        self.flow: Flow | None = None
+        self.expired = False
+        self._protocol = protocol
+        self._hot = hot
+        self._gone = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    # the request
+
+    def header(self, name: bytes) -> bytes | None:
+        """The first header of that (lower-case) name."""
+        for found, value in self.headers:
+            if found == name:
+                return value
+        return None
+
+    async def read_body(self) -> bytes:
+        """The whole body. Call it once the sender is known: until then nothing more is read than what came with the head.
+
+        Raises:
+            BodyTooLarge: it passes the limit. BodyTooSlow: it stalls. ClientGone: it never came.
+        """
+        if self.more_body:
+            await self._receive()
+        if isinstance(self.body, _Overflow) or len(self.body) > self._hot.max_body_bytes:
+            raise BodyTooLarge(f"The body is larger than {self._hot.max_body_bytes} bytes.")
+        return bytes(self.body)
+
+    async def _receive(self) -> None:
+        self._protocol.continue_if_expected()
+        while self.more_body:
+            self._protocol.flow.resume_reading()
+            if len(self.body) > self._hot.max_body_bytes:
+                return await self._discard()
+            await self._bytes_come(BODY_STALL_S)
+
+    async def _bytes_come(self, patience_s: float) -> None:
+        self._waiter = self._protocol.loop.create_future()
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._waiter
+        except TimeoutError as error:
+            self.keep_alive = False
+            raise BodyTooSlow(f"The body stalled for {patience_s:.0f} s; send it again.") from error
+        finally:
+            self._waiter = None
+        if self._gone:
+            raise ClientGone
+
+    async def _discard(self) -> None:
+        """Read the rest of a refused body off, within limits, so that the client gets to read why."""
+        overflow = self.body = _Overflow(len(self.body))
+        try:
+            async with asyncio.timeout(REFUSED_BODY_S):
+                while self.more_body and overflow.size < REFUSED_BODY_BYTES:
+                    self._protocol.flow.resume_reading()
+                    await self._bytes_come(REFUSED_BODY_S)
+        except (TimeoutError, BodyTooSlow):
+            pass
+        self.keep_alive = self.keep_alive and not self.more_body
+
+    def wake(self) -> None:
+        """Bytes have come."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    @property
+    def disconnected(self) -> bool:
+        return self._gone
+
+    @disconnected.setter
+    def disconnected(self, gone: bool) -> None:
+        """The client has left: whoever works on its answer learns it, wherever that waits."""
+        self._gone = gone
+        if self.flow is not None:
+            self.flow.leave()
+        elif self._waiter is None and self.task is not None:
+            self.task.cancel()
+
+    # the answer
+
+    async def answer(self, status: int, headers: bytes, body: bytes) -> None:
+        """A whole answer; `headers` are lines, each with its end. A slow reader holds this request, not a pile of bytes."""
+        head = b"%bcontent-length: %d\r\n%b" % (self._head(status), len(body), headers)
+        self.begun = True
+        if self._gone:
+            return
+        if self.more_body:
+            self.keep_alive = False  # a refusal before the body was read: what follows is no request
+        close = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
+        write = self._protocol.transport.write
+        if len(body) <= PIECE_BYTES:
+            write(b"%b%b%b" % (head, close, body))
+        else:
+            write(head + close)
+            for start in range(0, len(body), PIECE_BYTES):
+                write(body[start : start + PIECE_BYTES])
+                if self._protocol.flow.write_paused:
+                    await self._protocol.flow.drain()
+                if self._gone:
+                    raise ClientGone
+        self._complete()
+
+    def begin(self, headers: bytes) -> None:
+        """The head of a stream of server-sent events."""
+        self.begun = True
+        if self._gone:
+            return
+        close = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
+        self._protocol.transport.write(b"%btransfer-encoding: chunked\r\n%b%b" % (self._head(200), headers, close))
+
+    def write(self, events: bytes) -> None:
+        """Whole events of the stream; `flow` is told when the client cannot take more."""
+        if not self._gone:
+            self._protocol.transport.write(b"%x\r\n%b\r\n" % (len(events), events))
+
+    def end(self) -> None:
+        """The end of the stream."""
+        if not self._gone:
+            self._protocol.transport.write(b"0\r\n\r\n")
+            self._complete()
+
+    def expire(self) -> None:
+        """It has taken too long: whoever works on it is told by a cancellation that `expired` explains."""
+        self.expired = True
+        if self.task is not None:
+            self.task.cancel()
+
+    @property
+    def writable(self) -> bool:
+        return not self._protocol.flow.write_paused
+
+    def _head(self, status: int) -> bytes:
+        return STATUS_LINE[status] + self._protocol.default_head()
+
+    def _complete(self) -> None:
+        self.response_complete = True
+        if not self.keep_alive:
+            self._protocol.transport.close()
+        self._protocol.on_response_complete()
+
+    # being run
+
+    def start(self) -> None:
+        self.task = self._protocol.loop.create_task(self._run())
+        self._protocol.tasks.add(self.task)
+
+    async def _run(self) -> None:
+        try:
+            await self._hot.serve(self)
+        finally:
+            if self.task is not None:
+                self._protocol.tasks.discard(self.task)
+            if not self.response_complete and not self._gone:
+                self._protocol.transport.abort()  # whatever went wrong, a half answer must not look whole
+            self.task = None
+
+
+class _Overflow:
+    """A body that is only counted."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iadd__(self, piece: bytes) -> "_Overflow":
+        self.size += len(piece)
+        return self
+
+    def __len__(self) -> int:
+        return 0  # uvicorn pauses reading by it
+
+
+class FrontProtocol(HttpToolsProtocol):
+    """Generation requests take the short way. Connections with no whole head in time, or one without end, are cut."""
+
+    _default: tuple[list[tuple[bytes, bytes]] | None, bytes] = (None, b"")
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._hot: Mapping[bytes, HotPath] = self.app.hot  # type: ignore[attr-defined]  # the app is `app.Front`, unwrapped
+        self._head_bytes = 0
+        self._in_head = True
+        self._waits_since = 0.0
+        self._look: asyncio.TimerHandle | None = None
+        self._arriving: Exchange | None = None
+        self._running: Exchange | None = None
+
+    # connection
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._expect_head()
+        self._waits_since = self.loop.time()
+        self._look = self.loop.call_later(LOOK_S, self._look_after)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_is_whole()
+        if self._look is not None:
+            self._look.cancel()
+        self._arriving = None
+        self.pipeline.clear()
+        running = self._running
+        if running is not None and running is not self.cycle and not running.response_complete:
+            running.disconnected = True  # uvicorn tells the newest of several pipelined requests only
         super().connection_lost(exc)
+
+    def _look_after(self) -> None:
+        """One timer per connection, not two per request: heads that take too long, connections idle for too long."""
+        waited_s = self.loop.time() - self._waits_since
+        if self._in_head and waited_s > HEAD_PATIENCE_S:
+            self.transport.abort()
+        elif waited_s > self.timeout_keep_alive and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
+        else:
+            self._look = self.loop.call_later(LOOK_S, self._look_after)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._running is not None and self._running.flow is not None:
+            self._running.flow.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._running is not None and self._running.flow is not None:
+            self._running.flow.resume()
+
+    # parsing
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -30,23 +304,74 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_LIMIT_BYTES:
                 self.transport.abort()
+        if self._arriving is not None:
+            exchange, self._arriving = self._arriving, None
+            if exchange.more_body:
+                self.flow.pause_reading()  # not before it is known who sends
+            self._start(exchange)
 
     def on_message_begin(self) -> None:
-        self._expect_head()
-        super().on_message_begin()
+        self.url = b""
+        self.expect_100_continue = False
+        self.headers = []
+        self._in_head = True
+        self._waits_since = self.loop.time()
 
     def on_headers_complete(self) -> None:
-        self._head_is_whole()
-        super().on_headers_complete()
-
-    def _expect_head(self) -> None:
-        self._in_head = True
-        if self._late is None:
-            self._late = self.loop.call_later(HEAD_PATIENCE_S, self.transport.abort)
-
-    def _head_is_whole(self) -> None:
         self._in_head = False
         self._head_bytes = 0
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+        hot = self._hot.get(self.url.partition(b"?")[0]) if self.parser.get_method() == b"POST" else None
+        if hot is None:
+            self._begin_asgi()
+            return
+        exchange = Exchange(self, hot, self.headers)
+        exchange.keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        before, self.cycle = self.cycle, exchange  # type: ignore[assignment]  # keeps the contract
+        if before is None or before.response_complete:
+            self._arriving = exchange
+        else:  # pipelined: it waits its turn
+            self.flow.pause_reading()
+            self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
+
+    def _begin_asgi(self) -> None:
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expects
+        self.headers += headers  # the list is the scope's
+        super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        if isinstance(cycle, Exchange):
+            self._start(cycle)
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _start(self, exchange: Exchange) -> None:
+        self._running = exchange
+        exchange.start()
+
+    # answering
+
+    def continue_if_expected(self) -> None:
+        if self.expect_100_continue:
+            self.expect_100_continue = False
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def default_head(self) -> bytes:
+        """uvicorn's own headers (the date, renewed each second) as lines."""
+        lines = self.server_state.default_headers
+        known, head = FrontProtocol._default
+        if known is not lines:
+            head = b"".join([b"%b: %b\r\n" % line for line in lines])
+            FrontProtocol._default = (lines, head)
+        return head
+
+    def on_response_complete(self) -> None:
+        """As uvicorn's, without a timer per request."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self._waits_since = self.loop.time()
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())

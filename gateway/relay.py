@@ -12,7 +12,8 @@ from gateway.errors import ContextLengthExceeded, GatewayError, ReplicaFailed, R
 
 DONE: Final = b"data: [DONE]\n\n"
 _ERROR_MARK: Final = b'data: {"error"'
-_USAGE_MARK: Final = b'"usage":{'
+_USAGE_MARK: Final = b',"usage":{'
+_NO_CHOICES: Final = b'"choices":[]'
 EVENT_LIMIT_BYTES: Final = 1 << 20
 
 
@@ -28,33 +29,42 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptDetails | None = None
 
 
-class _Event(msgspec.Struct):
-    usage: Usage | None = None
-    choices: list[msgspec.Raw] = []
-
-
 class Translation:
     """One answer's way from the engine's words to the tenant's."""
 
     def __init__(self, engine_name: str, shown_name: str) -> None:
         self._engine_name = b'"model":"' + engine_name.encode() + b'"'
         self._shown_name = b'"model":' + msgspec.json.encode(shown_name)
-        self.usage: Usage | None = None
+        self._counted = b""
 
     def whole(self, body: bytes) -> bytes:
         """A complete JSON answer."""
-        self._read_usage(body)
+        at = body.rfind(_USAGE_MARK)
+        if at >= 0:
+            self._counted = body[slice(*_usage_in(body, at))]
         return body.replace(self._engine_name, self._shown_name, 1)
 
-    def _read_usage(self, event: bytes) -> _Event:
-        decoded = msgspec.json.decode(event, type=_Event)
-        if decoded.usage is not None:
-            self.usage = decoded.usage
-        return decoded
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens so far, as the engine counted them last."""
+        return msgspec.json.decode(self._counted, type=Usage) if self._counted else None
+
+
+def _usage_in(event: bytes, at: int) -> tuple[int, int]:
+    """Where the usage object begins and ends whose mark stands at `at`."""
+    begin = at + len(_USAGE_MARK) - 1
+    end = event.find(b"}", begin) + 1
+    while event.count(b"{", begin, end) > event.count(b"}", begin, end):  # its details are objects of their own
+        end = event.find(b"}", end) + 1
+    return begin, end
 
 
 class StreamTranslation(Translation):
-    """The same for a stream of server-sent events."""
+    """The same for a stream of server-sent events.
+
+    Each event of the engine's carries the usage so far (`continuous_usage_stats`), so that a stream that is cut anywhere
+    is counted exactly; clients get the OpenAI form, with one last usage event if they asked for it.
+    """
 
     def __init__(self, engine_name: str, shown_name: str, *, wants_usage: bool) -> None:
         super().__init__(engine_name, shown_name)
@@ -68,34 +78,37 @@ class StreamTranslation(Translation):
         Raises:
             ReplicaFailed: the engine reported an error inside the stream, or an event grew past all bounds.
         """
-        if self._rest:
-            data = self._rest + data
-            self._rest = b""
-        if data[-2:] != b"\n\n":
-            cut = data.rfind(b"\n\n") + 2
-            if cut == 1:
-                cut = 0
-            self._rest = data[cut:]
-            if len(self._rest) > EVENT_LIMIT_BYTES:
-                raise ReplicaFailed("The engine's answer broke off; try again.")
-            data = data[:cut]
-        if _USAGE_MARK in data or _ERROR_MARK in data:
-            data = self._careful(data)
-        if data[-len(DONE) :] == DONE:
-            self.finished = True
-        return data.replace(self._engine_name, self._shown_name)
+        if self._rest or data[-2:] != b"\n\n":
+            data = self._whole_events(data)
+        if data.find(b"\n\n") == len(data) - 2:  # one event: what an engine step gives
+            return self._event(data)
+        return b"".join([self._event(event + b"\n\n") for event in data.split(b"\n\n")[:-1]])
 
-    def _careful(self, data: bytes) -> bytes:
-        kept = []
-        for event in data.split(b"\n\n")[:-1]:
+    def _whole_events(self, data: bytes) -> bytes:
+        data = self._rest + data
+        cut = data.rfind(b"\n\n") + 2
+        if cut == 1:
+            cut = 0
+        self._rest = data[cut:]
+        if len(self._rest) > EVENT_LIMIT_BYTES:
+            raise ReplicaFailed("The engine's answer broke off; try again.")
+        return data[:cut]
+
+    def _event(self, event: bytes) -> bytes:
+        at = event.rfind(_USAGE_MARK)
+        if at < 0:
             if event.startswith(_ERROR_MARK):
                 raise ReplicaFailed("The engine broke the answer off; try again.")
-            if _USAGE_MARK in event and event.startswith(b"data: "):
-                decoded = self._read_usage(event[6:])
-                if not decoded.choices and not self._wants_usage:
-                    continue
-            kept.append(event + b"\n\n")
-        return b"".join(kept)
+            if event == DONE:
+                self.finished = True
+            return event.replace(self._engine_name, self._shown_name, 1)
+        begin, end = _usage_in(event, at)
+        self._counted = event[begin:end]
+        if not event.endswith(_NO_CHOICES, 0, at):
+            event = event[:at] + event[end:]
+        elif not self._wants_usage:
+            return b""
+        return event.replace(self._engine_name, self._shown_name, 1)
 
 
 def error_event(error: GatewayError) -> bytes:

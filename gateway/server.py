@@ -15,7 +15,7 @@ from adapter_store.process import die_with_parent
 from gateway.app import create_app
 from gateway.home import ConfigurationError
 from gateway.logs import set_up_logging
-from gateway.protocol import BoundedHttpProtocol
+from gateway.protocol import FrontProtocol
 from gateway.settings import Settings, explain
 
 STALLED_CLIENT_S: Final = 30.0
@@ -34,7 +34,7 @@ def serve(settings: Settings) -> None:
     config = uvicorn.Config(
         create_app(settings),
         loop="uvloop",
-        http=BoundedHttpProtocol,
+        http=FrontProtocol,
         lifespan="on",
         ws="none",
         access_log=False,

@@ -1,32 +1,26 @@
-"""`POST /v1/chat/completions` and `/v1/completions`: the hot path, a plain ASGI callable in front of FastAPI.
+"""Generation requests: the hot path, one task per request in front of FastAPI.
 
-One function reads top to bottom: who, what, which version, where, relay. Everything a request holds hangs on one
-ExitStack and is given back in its end, however that comes. No database, no framework, no span, no parsed chunk on it.
+`Generation._answer` reads top to bottom: who, what, which version, may they, where, relay; `_settle` gives back what a
+request holds, once, however it ends. No database, no framework and no span stands on that path, and no chunk wakes a task:
+`_Pipe` moves them from the replica's connection to the client's.
 """
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-
-from starlette.types import Message, Receive, Scope, Send
+from random import getrandbits
+from typing import Final
 
 from adapter_store.catalog import Version
-from adapter_store.ids import TenantId
-from gateway.api.body import discard_body, receive_in_time
 from gateway.auth import Auth
 from gateway.errors import (
-    BodyTooLarge,
     GatewayError,
     ReplicaFailed,
     ReplicaUnavailable,
     answer,
-    authorization_of,
-    send_error,
 )
 from gateway.models import BASE, Models
+from gateway.protocol import ClientGone, Exchange
 from gateway.relay import StreamTranslation, Translation, error_event, refusal
 from gateway.replicas.pool import ReplicaPool
 from gateway.replicas.replica import Replica
@@ -35,21 +29,36 @@ from gateway.request_policy import Checked, RequestPolicy
 from gateway.tenants import Scope as KeyScope
 
 log = logging.getLogger("tailor.generation")
-PIECE_BYTES = 65_536
+LOOK_S: Final = 0.25
+HEAR_OUT_S: Final = 2.0
 Salts = Callable[[str], str]
+JSON: Final = b"content-type: application/json\r\n"
+EVENTS: Final = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
 
 
-class ClientGone(Exception):
-    """The client closed the connection before its answer began."""
+class _Request:
+    """What one request has found out and holds so far."""
 
+    __slots__ = ("adapter", "asked", "connection", "deadline", "exchange", "id", "name", "pipe", "replica", "version")
 
-@dataclass(frozen=True, slots=True)
-class Routed:
-    """A request on its way: the replica, the connection its answer comes on, the name it goes by there."""
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.id = b"%032x" % getrandbits(128)
+        self.deadline = 0.0
+        self.asked: Checked
+        self.version: Version | None = None
+        self.replica: Replica
+        self.adapter: str | None = None
+        self.name = ""
+        self.connection: Connection | None = None
+        self.pipe: _Pipe | None = None
 
-    replica: Replica
-    connection: Connection
-    engine_name: str
+    def expire(self) -> None:
+        """Its time is over: for the first byte of an answer, or for hearing an engine out whose client has left."""
+        if self.pipe is None:
+            self.exchange.expire()
+        else:
+            self.pipe.expire()
 
 
 class Generation:
@@ -74,69 +83,79 @@ class Generation:
         self._models = models
         self._pool = pool
         self._salt_of = salt_of
-        self._max_body_bytes = max_body_bytes
+        self.max_body_bytes = max_body_bytes
         self._first_byte_timeout_s = first_byte_timeout_s
+        self._running: set[_Request] = set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = secrets.token_hex(16)
-        sender = _Sender(send, request_id)
-        client = _Client()
+    async def watch(self) -> None:
+        """End requests whose engine has not answered in time, for ever; one look at all costs less than a timer each."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            now = loop.time()
+            for request in [request for request in self._running if 0.0 < request.deadline < now]:
+                request.expire()
+
+    async def serve(self, exchange: Exchange) -> None:
+        """Answer one request; whatever happens, the client gets one envelope and what was held is given back."""
+        request = _Request(exchange)
+        self._running.add(request)
         try:
-            await self._serve(scope, receive, sender, request_id, client)
+            await self._answer(request)
+        except ClientGone:
+            pass
         except asyncio.CancelledError:
-            if not client.has_left():
+            if exchange.expired:
+                await self._fail(
+                    request, ReplicaUnavailable("The engine did not answer in time; try again.", retry_after_s=5)
+                )
+            elif not exchange.disconnected:
                 raise
+        except Exception as error:
+            if not isinstance(error, GatewayError) and answer(error).status == 500:
+                log.exception("request %s failed", request.id.decode())
+            await self._fail(request, error)
+        finally:
+            self._running.discard(request)
+            self._settle(request)
 
-    async def _serve(
-        self, scope: Scope, receive: Receive, sender: "_Sender", request_id: str, client: "_Client"
-    ) -> None:
-        with ExitStack() as held:
-            try:
-                tenant_id = await self._auth.tenant(authorization_of(scope), KeyScope.INFERENCE)
-                body = await _read_body(scope, receive, self._max_body_bytes)
-                held.callback(client.watch(receive, sender).cancel)
-                await self._answer(tenant_id, body, sender, request_id, held)
-            except ClientGone:
-                return
-            except Exception as error:  # the edge: whatever it is, the client gets one envelope
-                if not isinstance(error, GatewayError) and answer(error).status == 500:
-                    log.exception("request %s failed", request_id)
-                await sender.error(error)
-
-    async def _answer(
-        self, tenant_id: TenantId, body: bytes, sender: "_Sender", request_id: str, held: ExitStack
-    ) -> None:
-        asked = self._policy.check(body)
-        version = await self._models.resolve(tenant_id, asked.model)
-        salt = self._salt_of(tenant_id)
-        routed = await self._route(asked, version, salt, request_id, held)
-        if routed.connection.status != 200:
-            raise await self._refused(routed)
+    async def _answer(self, request: _Request) -> None:
+        exchange = request.exchange
+        tenant_id = await self._auth.tenant(exchange.header(b"authorization"), KeyScope.INFERENCE)
+        asked = request.asked = self._policy.check(await exchange.read_body())
+        request.version = await self._models.resolve(tenant_id, asked.model)
+        request.deadline = exchange.began_at + self._first_byte_timeout_s
+        await self._route(request, self._salt_of(tenant_id))
+        assert request.connection is not None
+        if request.connection.status != 200:
+            raise await self._refused(request, request.connection)
         if asked.stream:
-            await self._relay_stream(routed, asked, sender)
+            await self._relay_stream(request, request.connection)
         else:
-            await _relay_whole(routed, asked, sender)
+            await self._relay_whole(request, request.connection)
 
-    async def _route(
-        self, asked: Checked, version: Version | None, salt: str, request_id: str, held: ExitStack
-    ) -> Routed:
+    async def _route(self, request: _Request, salt: str) -> None:
         """Send the request to a replica that holds the version, a second one if the first is gone unheard."""
         tried: list[Replica] = []
         forgotten = False
+        asked, version = request.asked, request.version
         while True:
             replica = self._pool.choose(version.digest if version else BASE, tried=tried)
             resident = await replica.residency.hold(version) if version is not None else None
             adapter = resident.name if resident else replica.null_adapter
             name = adapter or replica.base_name
             body = asked.upstream_body(
-                model=name, cache_salt=salt, request_id=request_id, context_length=replica.context_length
+                model=name, cache_salt=salt, request_id=request.id.decode(), context_length=replica.context_length
             )
             connection = await self._send(replica, adapter, body, tried)
             if connection is None:
                 continue
-            held.callback(replica.client.upstream.release, connection)
+            request.replica, request.name = replica, name
+            request.connection = connection
             if connection.status != 404:
-                return Routed(replica, connection, name)
+                return
+            replica.client.upstream.release(connection)
+            request.connection = None
             if resident is not None:  # the agent does not know the name (any more): load it afresh, once
                 replica.residency.forget(resident)
             else:
@@ -150,8 +169,7 @@ class Generation:
     ) -> Connection | None:
         """The connection with the answer's head, or None where the replica is gone and another may be asked."""
         try:
-            async with asyncio.timeout(self._first_byte_timeout_s):
-                return await replica.client.upstream.send(replica.client.generation_request(self._path, adapter, body))
+            return await replica.client.upstream.send(replica.client.generation_request(self._path, adapter, body))
         except UpstreamError as error:
             if not isinstance(error, OutOfDescriptorsError):
                 replica.suspect()
@@ -161,144 +179,132 @@ class Generation:
                 ) from error
             tried.append(replica)
             return None
-        except TimeoutError as error:
-            raise ReplicaUnavailable("The engine did not answer in time; try again.", retry_after_s=5) from error
 
-    async def _relay_stream(self, routed: Routed, asked: Checked, sender: "_Sender") -> None:
-        translation = StreamTranslation(routed.engine_name, asked.model, wants_usage=asked.wants_usage)
+    def _head(self, request: _Request, kind: bytes) -> bytes:
+        return b"%bx-request-id: %b\r\n" % (kind, request.id)
+
+    async def _relay_stream(self, request: _Request, connection: Connection) -> None:
+        asked = request.asked
+        translation = StreamTranslation(request.name, asked.model, wants_usage=asked.wants_usage)
+        pipe = request.pipe = _Pipe(request, connection, translation, self._head(request, EVENTS))
+        await pipe.run()
+        request.exchange.end()
+
+    async def _relay_whole(self, request: _Request, connection: Connection) -> None:
         try:
-            async with asyncio.timeout(self._first_byte_timeout_s):  # the head comes before the engine has begun
-                data = await routed.connection.read()
-            while data:
-                if events := translation.feed(data):
-                    await sender.stream(events)
-                data = await routed.connection.read()
-            if not translation.finished:
-                raise UpstreamError("the stream ended early", answered=True)
+            body = await connection.read_all(64 << 20)
         except UpstreamError as error:
             raise ReplicaFailed("The engine broke the answer off; try again.") from error
-        except TimeoutError as error:
-            raise ReplicaUnavailable("The engine did not answer in time; try again.", retry_after_s=5) from error
-        await sender.end()
+        body = Translation(request.name, request.asked.model).whole(body)
+        await request.exchange.answer(200, self._head(request, JSON), body)
 
-    async def _refused(self, routed: Routed) -> GatewayError:
-        status = routed.connection.status
+    async def _refused(self, request: _Request, connection: Connection) -> GatewayError:
+        status = connection.status
         if status in (429, 503):
             return ReplicaUnavailable("The engine is full just now; try again shortly.", retry_after_s=1)
         if status >= 500:  # this request's fault or the engine's end: the next look at the replica tells
-            routed.replica.look_soon()
+            request.replica.look_soon()
             return ReplicaUnavailable("The engine failed on this request; try again shortly.", retry_after_s=5)
         try:
-            body = await routed.connection.read_all()
+            body = await connection.read_all()
         except UpstreamError:
             return ReplicaFailed("The engine broke the answer off; try again.")
         # the engine's text may quote the prompt: it is neither logged nor passed on
-        log.warning("replica %s answered %d to an adapter %s", routed.replica.id, status, routed.engine_name)
+        log.warning("replica %s answered %d to an adapter %s", request.replica.id, status, request.name)
         return refusal(status, body, self._prompt_param)
 
+    async def _fail(self, request: _Request, error: Exception) -> None:
+        exchange = request.exchange
+        try:
+            if exchange.begun:
+                shown = error if isinstance(error, GatewayError) else ReplicaFailed("The server failed; try again.")
+                exchange.write(error_event(shown))
+                exchange.end()
+                return
+            told = answer(error)
+            lines = b"".join([b"%b: %b\r\n" % line for line in told.headers if line[0] != b"content-length"])
+            await exchange.answer(told.status, self._head(request, lines), told.body)
+        except ClientGone:
+            pass
 
-async def _relay_whole(routed: Routed, asked: Checked, sender: "_Sender") -> None:
-    try:
-        body = await routed.connection.read_all(64 << 20)
-    except UpstreamError as error:
-        raise ReplicaFailed("The engine broke the answer off; try again.") from error
-    await sender.whole(Translation(routed.engine_name, asked.model).whole(body))
-
-
-class _Client:
-    """Ends the request's task when the client leaves, wherever that task waits: the engine works for nobody then."""
-
-    def __init__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._left = False
-
-    def watch(self, receive: Receive, sender: "_Sender") -> "asyncio.Future[Message]":
-        """After the body nothing can come but the client's leaving; cancel what is returned when the answer is out."""
-
-        def leave(done: "asyncio.Future[Message]") -> None:
-            if not done.cancelled() and not sender.finished:
-                self._left = True
-                self._task.cancel()
-
-        watching = asyncio.ensure_future(receive())
-        watching.add_done_callback(leave)
-        return watching
-
-    def has_left(self) -> bool:
-        """Whether the cancellation that is being handled is the client's doing; it is then taken back."""
-        if self._left:
-            self._task.uncancel()
-        return self._left
+    def _settle(self, request: _Request) -> None:
+        if request.connection is not None:
+            request.replica.client.upstream.release(request.connection)
 
 
-class _Sender:
-    """ASGI messages of one answer; knows whether it has begun and whether it is out."""
+class _Pipe:
+    """An engine's stream on its way to a client: no task wakes per chunk.
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send = send
-        self._id = (b"x-request-id", request_id.encode())
-        self._begun = False
-        self.finished = False
-
-    async def whole(self, body: bytes) -> None:
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), self._id]
-        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        for start in range(0, len(body), PIECE_BYTES):  # a slow reader holds this request, not a pile of bytes
-            piece = body[start : start + PIECE_BYTES]
-            self.finished = start + PIECE_BYTES >= len(body)
-            await self._send({"type": "http.response.body", "body": piece, "more_body": not self.finished})
-
-    async def stream(self, events: bytes) -> None:
-        if not self._begun:
-            self._begun = True
-            headers = [
-                (b"content-type", b"text/event-stream; charset=utf-8"),
-                (b"cache-control", b"no-cache"),
-                self._id,
-            ]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
-
-    async def end(self) -> None:
-        self.finished = True
-        await self._send({"type": "http.response.body", "body": b""})
-
-    async def error(self, error: Exception) -> None:
-        if self._begun:
-            shown = error if isinstance(error, GatewayError) else ReplicaFailed("The server failed; try again.")
-            await self.stream(error_event(shown))
-            await self.end()
-            return
-        self.finished = True
-        await send_error(self._send, error, self._id)
-
-
-async def _read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
-    """The request's body.
-
-    Raises:
-        BodyTooLarge: it passes the limit; what is over it is not kept.
-        BodyTooSlow: it stalls. ClientGone: it never came.
+    A client that reads slower than the engine writes holds the engine's connection, not a pile of bytes here.
     """
-    message = await receive_in_time(receive)
-    if message["type"] == "http.disconnect":
-        raise ClientGone
-    body: bytes = message.get("body", b"")
-    if message.get("more_body"):
-        parts, size = [body], len(body)
-        while message.get("more_body"):
-            message = await receive_in_time(receive)
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > limit_bytes:
-                if message.get("more_body"):
-                    await discard_body(receive)
-                break
-        body = b"".join(parts)
-    if len(body) > limit_bytes:
-        raise BodyTooLarge(f"The body is larger than {limit_bytes} bytes.")
-    return body
+
+    __slots__ = ("_connection", "_done", "_exchange", "_head", "_left", "_loop", "_request", "_translation", "first_at")
+
+    def __init__(self, request: _Request, connection: Connection, translation: StreamTranslation, head: bytes) -> None:
+        self._request = request
+        self._exchange = request.exchange
+        self._connection = connection
+        self._translation = translation
+        self._head = head
+        self._left = False
+        self._loop = asyncio.get_running_loop()
+        self._done: asyncio.Future[None] = self._loop.create_future()
+        self.first_at = 0.0
+
+    async def run(self) -> None:
+        """Until the stream has ended.
+
+        Raises:
+            ReplicaFailed: it broke off. ClientGone: nobody read to its end.
+        """
+        self._exchange.flow = self
+        try:
+            self._connection.pipe_to(self)
+            await self._done
+        finally:
+            self._exchange.flow = None
+        if self._left:
+            raise ClientGone
+        if not self._translation.finished:
+            raise ReplicaFailed("The engine broke the answer off; try again.")
+
+    # what comes from the replica
+
+    def feed(self, data: bytes) -> None:
+        try:
+            events = self._translation.feed(data)
+        except Exception as error:  # noqa: BLE001  raised again in `run`, where every failure of a request is told
+            self._connection.unpipe()
+            if not self._done.done():
+                self._done.set_exception(error)
+            return
+        if events and not self._left:
+            if not self.first_at:
+                self.first_at = self._loop.time()
+                self._request.deadline = 0.0
+                self._exchange.begin(self._head)
+            self._exchange.write(events)
+
+    def end(self, error: UpstreamError | None) -> None:
+        if not self._done.done():
+            self._done.set_result(None)
+
+    # what comes from the client
+
+    def pause(self) -> None:
+        if not self._left:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        self._connection.resume()
+
+    def leave(self) -> None:
+        """The client has gone: the engine stops, and is heard out for what it had counted."""
+        self._left = True
+        self._request.deadline = self._loop.time() + HEAR_OUT_S
+        self._connection.hang_up()
+
+    def expire(self) -> None:
+        if not self._done.done():
+            late = ReplicaUnavailable("The engine did not answer in time; try again.", retry_after_s=5)
+            self._done.set_exception(ClientGone() if self._left else late)

@@ -6,8 +6,7 @@ httptools parses the answer. `docs/benchmarks.md` has what that saves.
 
 import asyncio
 import errno
-from collections import deque
-from typing import Final, cast
+from typing import Final, Protocol, cast
 
 import httptools
 
@@ -30,28 +29,39 @@ class OutOfDescriptorsError(UpstreamError):
     """This process, not the replica, is at its end."""
 
 
+class Sink(Protocol):
+    """Where a connection's body goes while it is piped: called from the event loop, never awaited."""
+
+    def feed(self, data: bytes) -> None: ...
+    def end(self, error: UpstreamError | None) -> None: ...
+
+
 class Connection(asyncio.Protocol):
-    """One keep-alive connection; one request at a time."""
+    """One keep-alive connection; one request at a time.
+
+    The body is either read (`read`, `read_all`) or piped into a sink (`pipe_to`), which wakes no task per chunk.
+    """
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport
         self.closed = False
         self.idle_since = 0.0
         self._loop = asyncio.get_running_loop()
+        self._parser = httptools.HttpResponseParser(self)  # takes one answer after the other
         self._reset()
 
     def _reset(self) -> None:
         self.heard_at = 0.0
         self.status = 0
-        self.headers: dict[bytes, bytes] = {}
-        self._parser = httptools.HttpResponseParser(self)
-        self._chunks: deque[bytes] = deque()
+        self._chunks: list[bytes] = []
         self._buffered = 0
         self._answered = False
         self._complete = False
         self._kept_alive = False
         self._paused = False
+        self._hung_up = False
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
 
     # transport callbacks
 
@@ -64,16 +74,19 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError:
             self.abort()
-        self._wake()
+        if self._sink is None:
+            self._wake()
+        else:
+            self._pour(self._sink)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
-        self._wake()
+        if self._sink is None:
+            self._wake()
+        else:
+            self._pour(self._sink)
 
     # parser callbacks
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
@@ -83,7 +96,7 @@ class Connection(asyncio.Protocol):
             self.heard_at = self._loop.time()
         self._chunks.append(body)
         self._buffered += len(body)
-        if self._buffered > PAUSE_BYTES and not self._paused:
+        if self._buffered > PAUSE_BYTES and self._sink is None and not self._paused:
             self._paused = True
             self.transport.pause_reading()
 
@@ -126,13 +139,55 @@ class Connection(asyncio.Protocol):
             if self.closed:
                 raise UpstreamError("the replica broke the answer off", answered=True)
             await self._wait()
-        data = self._chunks.popleft() if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
+        data = self._take()
+        self.resume()
+        return data
+
+    def _take(self) -> bytes:
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks = []
         self._buffered = 0
+        return data
+
+    def pipe_to(self, sink: Sink) -> None:
+        """Give the sink what has come and what comes, then its `end`, once, with the error if the answer broke off."""
+        self._sink = sink
+        self.resume()
+        self._pour(sink)
+
+    def _pour(self, sink: Sink) -> None:
+        if self._chunks:
+            sink.feed(self._take())
+        if self._sink is not None and (self._complete or self.closed):  # feeding may have unpiped it
+            self._sink = None
+            sink.end(None if self._complete else UpstreamError("the replica broke the answer off", answered=True))
+
+    def unpipe(self) -> None:
+        """The sink wants nothing more, not even an end."""
+        self._sink = None
+
+    def pause(self) -> None:
+        """Take nothing more from the replica until `resume`: who reads the answer is slower than the engine."""
+        if not self._paused and not self.closed:
+            self._paused = True
+            self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Take on."""
         if self._paused:
             self._paused = False
-            self.transport.resume_reading()
-        return data
+            if not self.closed:
+                self.transport.resume_reading()
+
+    def hang_up(self) -> None:
+        """Tell the replica that nobody wants the rest, and go on reading what it had sent before it hears so.
+
+        vLLM's server (uvicorn) writes out what it has, closes, and aborts the request.
+        """
+        self.resume()
+        self._hung_up = True
+        if not self.closed:
+            self.transport.write_eof()
 
     async def read_all(self, limit_bytes: int = 1 << 20) -> bytes:
         """The whole body.
@@ -151,7 +206,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        return self._complete and self._kept_alive and not self.closed
+        return self._complete and self._kept_alive and not (self.closed or self._hung_up)
 
     def abort(self) -> None:
         """Close at once: vLLM takes a closed connection as the request's cancellation."""
@@ -236,6 +291,7 @@ class Upstream:
     def release(self, connection: Connection) -> None:
         """Give a connection back: kept when its answer is complete, closed otherwise (which cancels the request)."""
         self._busy.discard(connection)
+        connection.unpipe()
         if connection.reusable:
             connection.idle_since = asyncio.get_running_loop().time()
             self._idle.append(connection)

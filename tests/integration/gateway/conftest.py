@@ -17,7 +17,7 @@ from adapter_store.base_model import BaseModel
 from gateway.app import Front, create_app
 from gateway.dependencies import Parts
 from gateway.home import Home
-from gateway.protocol import BoundedHttpProtocol
+from gateway.protocol import FrontProtocol
 from gateway.settings import Settings
 from tests.bad_adapters import write_base, write_good
 from tests.fakes.replica import TOKEN, FakeReplica
@@ -108,7 +108,7 @@ async def serving(settings: Settings) -> AsyncIterator[Gateway]:
     assert isinstance(app, Front)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
-        uvicorn.Config(app, http=BoundedHttpProtocol, log_config=None, lifespan="on", timeout_graceful_shutdown=1)
+        uvicorn.Config(app, http=FrontProtocol, log_config=None, lifespan="on", timeout_graceful_shutdown=1, proxy_headers=False)
     )
     task = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
