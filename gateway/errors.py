@@ -13,6 +13,10 @@
     │   ├── BodyTooLarge                413
     │   ├── BodyTooSlow                 408
     │   ├── NameTaken                   409
+    │   ├── RateLimited                 429 + Retry-After, x-ratelimit-*
+    │   │   ├── TokenRateLimited        429 + Retry-After, x-ratelimit-*
+    │   │   ├── QuotaSpent              429   waiting does not help
+    │   │   └── RequestExceedsLimit     400   larger than a minute's limit: can never be admitted
     │   ├── ReplicaUnavailable          503 + Retry-After
     │   ├── ReplicaFailed               502
     │   └── AdapterNotLoadable          503 + Retry-After
@@ -37,6 +41,7 @@ class GatewayError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
+    headers: tuple[tuple[bytes, bytes], ...] = ()  # what the answer carries beside the usual ones
 
     def __init__(
         self,
@@ -124,6 +129,41 @@ class NameTaken(GatewayError):
     """The name is in use."""
 
     status, type, code = 409, "invalid_request_error", "name_taken"
+
+
+class RateLimited(GatewayError):
+    """The plan allows no more requests just now; types and codes are OpenAI's."""
+
+    status, type, code = 429, "requests", "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        headers: tuple[tuple[bytes, bytes], ...] = (),
+    ) -> None:
+        super().__init__(message, param=param, retry_after_s=retry_after_s)
+        self.headers = headers
+
+
+class TokenRateLimited(RateLimited):
+    """The plan allows no more tokens just now."""
+
+    type = "tokens"
+
+
+class QuotaSpent(RateLimited):
+    """The month's tokens are spent."""
+
+    type, code = "insufficient_quota", "insufficient_quota"
+
+
+class RequestExceedsLimit(RateLimited):
+    """One request asks for more tokens than the plan gives in a whole minute: a client must not try it again."""
+
+    status, type, code = 400, "invalid_request_error", "request_exceeds_limit"
 
 
 class ReplicaUnavailable(GatewayError):
@@ -215,7 +255,7 @@ def envelope(error: GatewayError) -> bytes:
 def answer(error: Exception) -> ErrorAnswer:
     """The one place where an exception becomes a status and an envelope; the unforeseen is a bare 500."""
     if isinstance(error, GatewayError):
-        return _answer(error.status, envelope(error), error.retry_after_s)
+        return _answer(error.status, envelope(error), error.retry_after_s, error.headers)
     if isinstance(error, store.AdapterStoreError):
         return _store_answer(error)
     return _answer(500, envelope(GatewayError("The server failed on this request; try again.")), None)
@@ -233,8 +273,10 @@ def _store_answer(error: store.AdapterStoreError) -> ErrorAnswer:
     return _answer(found.status, msgspec.json.encode(body), found.retry_after_s)
 
 
-def _answer(status: int, body: bytes, retry_after_s: int | None) -> ErrorAnswer:
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+def _answer(
+    status: int, body: bytes, retry_after_s: int | None, more: tuple[tuple[bytes, bytes], ...] = ()
+) -> ErrorAnswer:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *more]
     if retry_after_s is not None:
         headers.append((b"retry-after", b"%d" % retry_after_s))
     if status == 401:

@@ -66,6 +66,17 @@ class Settings(BaseSettings):
     max_schema_bytes: int = Field(16_384, ge=256, le=1 << 20, description="largest JSON schema in response_format")
     first_byte_timeout_s: Seconds = Field(300, description="longest wait for a replica's first byte")
 
+    # limits and the usage ledger
+    redis_url: SecretStr | None = Field(
+        None, description="where gateways share their limits: redis://, rediss:// or unix://; default: each its own"
+    )
+    limits_timeout_s: Seconds = Field(0.25, description="Redis slower than this: limits are counted in memory")
+    usage_flush_s: Seconds = Field(1, description="time between two writings of usage into the database")
+    usage_journal_bytes: int = Field(
+        1 << 30, ge=1 << 20, description="most of the usage journal on disk while the database is away"
+    )
+    usage_fsync: bool = Field(False, description="each request's usage waits for the disk: for power cuts")
+
     # adapters
     max_lora_rank: int = Field(64, ge=1, le=512, description="highest rank served (vLLM reserves memory for it)")
     max_adapter_bytes: int = Field(2 << 30, ge=1_024, description="largest adapter upload")
@@ -106,6 +117,13 @@ class Settings(BaseSettings):
     def _listens_somewhere(cls, value: str | None) -> str | None:
         if value is not None and not LISTEN.fullmatch(value):
             raise ValueError(f"'{value}' is neither host:port nor unix:/path")
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("begins with redis://, rediss:// or unix://")  # the value may hold a password
         return value
 
     @field_validator("vllm_args")
