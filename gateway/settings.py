@@ -37,6 +37,22 @@ class Settings(BaseSettings):
     drain_s: Seconds = Field(30, description="time that running requests get after SIGTERM")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="least level that is logged")
 
+    # telemetry
+    operator_host: str = Field("127.0.0.1", description="address of the operator port; others than loopback as above")
+    operator_port: int = Field(
+        9464,
+        ge=0,
+        le=65_535,
+        description="port of GET /metrics, the first worker's; each next one has the next; 0: none",
+    )
+    metrics_tenants: int = Field(200, ge=0, le=100_000, description="tenants with a label of their own in the metrics")
+    metrics_adapters: int = Field(
+        500, ge=0, le=100_000, description="adapters with a label of their own in the metrics"
+    )
+    trace_trust_parent: bool = Field(
+        False, description="callers may decide what is traced: set it behind a proxy that writes traceparent itself"
+    )
+
     # the base model
     base_model: str | None = Field(None, description="folder or Hugging Face id of the base model")
     base_model_name: str | None = Field(
@@ -147,6 +163,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"host {self.host} is reachable from other machines: set TAILOR_ALLOW_PUBLIC=true if that is meant, "
                 "and put TLS in front"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _operator_port_is_private(self) -> Self:
+        if self.operator_port and self.operator_host not in LOOPBACK and not self.allow_public:
+            raise ValueError(
+                f"operator_host {self.operator_host} is reachable from other machines: set TAILOR_ALLOW_PUBLIC=true if "
+                "that is meant, and let only your monitoring reach it"
             )
         return self
 
