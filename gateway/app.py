@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import logging
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,12 +16,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
 from adapter_store.bundle import Staging
-from adapter_store.changes import Change
-from adapter_store.errors import AdapterStoreError
+from adapter_store.errors import AdapterStoreError, StorageError
 from adapter_store.faults import Bounds
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
 from gateway.api import adapters, admin, health
+from gateway.api import keys as keys_api
 from gateway.api import models as models_api
 from gateway.api.body import receive_in_time
 from gateway.api.generation import Generation
@@ -39,17 +39,20 @@ from gateway.errors import (
     authorization_of,
     send_error,
 )
+from gateway.freshness import Freshness
 from gateway.home import Home
 from gateway.housekeeping import tidy
+from gateway.keys import Keys, new_secret
 from gateway.models import Models
+from gateway.plans import Plans
 from gateway.replicas.client import ReplicaClient
 from gateway.replicas.pool import ReplicaPool
 from gateway.replicas.replica import Replica
 from gateway.replicas.upstream import Upstream
 from gateway.request_policy import ChatRequest, CompletionRequest, RequestPolicy
 from gateway.settings import Settings
-from gateway.tenants import KEY_CHANGE, Tenants, new_secret
 from gateway.tenants import Scope as KeyScope
+from gateway.tenants import Tenants
 
 log = logging.getLogger("tailor.gateway")
 
@@ -71,7 +74,7 @@ def create_app(settings: Settings) -> ASGIApp:
         lifespan=_lifespan(parts, home, hot.values()),
     )
     app.state.parts = parts
-    for router in (health.router, models_api.router, adapters.router, admin.router):
+    for router in (health.router, models_api.router, adapters.router, keys_api.router, admin.router):
         app.include_router(router)
     _install_error_handlers(app)
     return Front(app, parts.auth, hot)
@@ -129,16 +132,12 @@ def _build(settings: Settings, home: Home) -> Parts:
     folder, name = home.base_model(settings.base_model, settings.base_model_name)
     base = BaseModel.read(folder, name=name, dtype=settings.dtype)
     engine = open_engine(settings.database)
-    tenants = Tenants(engine)
     inspector = Inspector(base, Bounds(settings.max_lora_rank, settings.max_adapter_bytes))
     store = AdapterStore(engine, Blobs.open(settings.blobs), inspector)
-    auth = Auth(tenants)
-    models = Models(store, base.name)
-
-    def forget_key(change: Change) -> None:
-        if change.noun == KEY_CHANGE and change.name is not None:
-            auth.forget(change.name)
-
+    freshness = Freshness(settings.max_staleness_s)
+    keys = Keys(engine)
+    auth = Auth(keys, freshness)
+    models = Models(store, base.name, freshness)
     token = home.replica_token(settings.replica_token)
     pool = ReplicaPool(
         Replica(
@@ -152,14 +151,21 @@ def _build(settings: Settings, home: Home) -> Parts:
     )
     return Parts(
         engine=engine,
-        tenants=tenants,
+        tenants=Tenants(engine),
+        plans=Plans(engine),
+        keys=keys,
         auth=auth,
         store=store,
         inspector=inspector,
         staging=Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes),
         models=models,
         pool=pool,
-        changes=ChangeFeed(engine, [models.forget, forget_key], [models.clear, auth.clear]),
+        changes=ChangeFeed(
+            open_engine(settings.database),  # its own: see there
+            [models.take_in, auth.take_in],
+            [models.clear, auth.clear],
+            freshness,
+        ),
     )
 
 
@@ -209,13 +215,14 @@ def _lifespan(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await migrate(parts.engine)
         parts.staging.sweep()
-        if not await parts.tenants.has_operator():
+        if not await parts.keys.has_operator():
             secret = new_secret()
             home.keep_operator_key(secret)  # first the file: a key that nobody has ever seen would lock everybody out
-            await parts.tenants.create_key(None, [KeyScope.OPERATOR], label="first operator key", secret=secret)
+            await parts.keys.create(None, [KeyScope.OPERATOR], maker=None, label="first operator key", secret=secret)
         await parts.changes.start()
         tasks = [asyncio.create_task(work) for work in (parts.changes.follow(), tidy(parts.store))]
         tasks += [asyncio.create_task(generation.watch()) for generation in hot]
+        tasks.append(asyncio.create_task(parts.auth.uses.follow()))
         parts.pool.start()
         gc.collect()
         gc.freeze()  # what lives as long as the process is never walked by the collector again
@@ -225,6 +232,9 @@ def _lifespan(
         await asyncio.gather(*tasks, return_exceptions=True)
         await parts.pool.stop()
         await parts.inspector.close()
+        with suppress(StorageError):
+            await parts.auth.uses.flush()
+        await parts.changes.close()
         await parts.engine.dispose()
 
     return lifespan

@@ -12,8 +12,10 @@ from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
-from gateway.errors import authorization_of
+from gateway.errors import ScopeMissing, authorization_of
+from gateway.keys import Keys
 from gateway.models import Models
+from gateway.plans import Plans
 from gateway.replicas.pool import ReplicaPool
 from gateway.tenants import ApiKey, Scope, Tenants
 
@@ -24,6 +26,8 @@ class Parts:
 
     engine: AsyncEngine
     tenants: Tenants
+    plans: Plans
+    keys: Keys
     auth: Auth
     store: AdapterStore
     inspector: Inspector
@@ -31,6 +35,14 @@ class Parts:
     models: Models
     pool: ReplicaPool
     changes: ChangeFeed
+
+
+@dataclass(frozen=True, slots=True)
+class TenantAdmin:
+    """A key with the scope `admin`, and the tenant that it administers."""
+
+    key: ApiKey
+    tenant_id: TenantId
 
 
 def _parts(request: Request) -> Parts:
@@ -45,6 +57,13 @@ async def _operator(request: Request, parts: AppParts) -> ApiKey:
     return await parts.auth.caller(authorization_of(request.scope), Scope.OPERATOR)
 
 
+async def _tenant_admin(request: Request, parts: AppParts) -> TenantAdmin:
+    key = await parts.auth.caller(authorization_of(request.scope), Scope.ADMIN)
+    if key.tenant_id is None:
+        raise ScopeMissing("An operator's key stands for no tenant: use a key of the tenant, or /admin/v1.")
+    return TenantAdmin(key, key.tenant_id)
+
+
 async def _reader(request: Request, parts: AppParts) -> TenantId:
     return await parts.auth.tenant(authorization_of(request.scope), Scope.INFERENCE)
 
@@ -54,5 +73,6 @@ async def _publisher(request: Request, parts: AppParts) -> TenantId:
 
 
 Operator = Annotated[ApiKey, Depends(_operator)]
+KeyAdmin = Annotated[TenantAdmin, Depends(_tenant_admin)]
 InferenceTenant = Annotated[TenantId, Depends(_reader)]
 AdapterTenant = Annotated[TenantId, Depends(_publisher)]

@@ -4,6 +4,7 @@
     ├── GatewayError                    raised by this package; message, param and retry_after_s travel to the client
     │   ├── KeyInvalid                  401
     │   ├── ScopeMissing                403
+    │   ├── GrantTooWide                403   a key would grant more than its maker has
     │   ├── RouteUnknown                404
     │   ├── MethodNotAllowed            405
     │   ├── ModelUnknown                404   missing and another tenant's alike
@@ -13,11 +14,18 @@
     │   ├── BodyTooLarge                413
     │   ├── BodyTooSlow                 408
     │   ├── NameTaken                   409
+    │   ├── PlanInUse                   409
+    │   ├── KeyIsOver                   409   what is revoked or expired is not rotated
+    │   ├── LastOperatorKey             409
+    │   ├── TooManyKeys                 409
     │   ├── RateLimited                 429 + Retry-After, x-ratelimit-*
     │   │   ├── TokenRateLimited        429 + Retry-After, x-ratelimit-*
     │   │   ├── QuotaSpent              429   waiting does not help
     │   │   └── RequestExceedsLimit     400   larger than a minute's limit: can never be admitted
     │   ├── ReplicaUnavailable          503 + Retry-After
+    │   ├── TooBusy                     503 + Retry-After
+    │   ├── TooManyWaiting              429 + Retry-After
+    │   ├── TooManyLoads                429 + Retry-After
     │   ├── ReplicaFailed               502
     │   └── AdapterNotLoadable          503 + Retry-After
     └── adapter_store.errors.AdapterStoreError     mapped below, class by class
@@ -68,6 +76,12 @@ class ScopeMissing(GatewayError):
     """The key is good, but not for this."""
 
     status, type, code = 403, "permission_error", "insufficient_scope"
+
+
+class GrantTooWide(GatewayError):
+    """The key asked for would grant more than the one that makes it has."""
+
+    status, type, code = 403, "permission_error", "grant_too_wide"
 
 
 class RouteUnknown(GatewayError):
@@ -131,6 +145,30 @@ class NameTaken(GatewayError):
     status, type, code = 409, "invalid_request_error", "name_taken"
 
 
+class PlanInUse(GatewayError):
+    """A plan that tenants are on, or begin with, is not deleted."""
+
+    status, type, code = 409, "invalid_request_error", "plan_in_use"
+
+
+class KeyIsOver(GatewayError):
+    """A key that is revoked or expired is not rotated."""
+
+    status, type, code = 409, "invalid_request_error", "key_is_over"
+
+
+class LastOperatorKey(GatewayError):
+    """Without it nobody could administer anything any more."""
+
+    status, type, code = 409, "invalid_request_error", "last_operator_key"
+
+
+class TooManyKeys(GatewayError):
+    """The tenant has as many live keys as one may have."""
+
+    status, type, code = 409, "invalid_request_error", "too_many_keys"
+
+
 class RateLimited(GatewayError):
     """The plan allows no more requests just now; types and codes are OpenAI's."""
 
@@ -170,6 +208,24 @@ class ReplicaUnavailable(GatewayError):
     """No replica can answer now."""
 
     status, type, code = 503, "server_error", "engine_unavailable"
+
+
+class TooBusy(GatewayError):
+    """More requests wait than may, or this one has waited long enough."""
+
+    status, type, code = 503, "server_error", "server_overloaded"
+
+
+class TooManyWaiting(GatewayError):
+    """As many requests of this tenant wait already as may."""
+
+    status, type, code = 429, "requests", "too_many_waiting"
+
+
+class TooManyLoads(GatewayError):
+    """The tenant's requests have brought in as many cold adapters in this minute as its plan allows."""
+
+    status, type, code = 429, "requests", "adapter_load_limit"
 
 
 class ReplicaFailed(GatewayError):

@@ -1,5 +1,6 @@
 """A bounded cache that the change feed keeps fresh: entries stay until a change names them."""
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
@@ -14,7 +15,7 @@ class FreshCache(Generic[K, V]):
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._entries: OrderedDict[K, V] = OrderedDict()
-        self._epoch = 0
+        self._reads = SharedReads[K, V]()
 
     def get(self, key: K) -> V | None:
         value = self._entries.get(key)
@@ -23,22 +24,67 @@ class FreshCache(Generic[K, V]):
         return value
 
     async def fill(self, key: K, read: Callable[[], Awaitable[V]]) -> V:
-        """Read a missing value and keep it, unless something was forgotten meanwhile."""
-        epoch = self._epoch
-        value = await read()
-        if epoch == self._epoch:
+        """Read a missing value and keep it, unless something was forgotten meanwhile; many askers cost one read."""
+
+        def keep(value: V) -> None:
             self._entries[key] = value
             if len(self._entries) > self._limit:
                 self._entries.popitem(last=False)
-        return value
+
+        return await self._reads.share(key, read, keep)
 
     def forget(self, key: K) -> None:
-        self._epoch += 1
+        self._reads.outdate()
         self._entries.pop(key, None)
 
+    def outdate(self) -> None:
+        """Something that reads depend on has changed: none that is under way may be kept."""
+        self._reads.outdate()
+
     def clear(self) -> None:
-        self._epoch += 1
+        self._reads.outdate()
         self._entries.clear()
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+class SharedReads(Generic[K, V]):
+    """Reads under way, each shared by all who ask for its key until a change outdates it."""
+
+    def __init__(self) -> None:
+        self._running: dict[K, asyncio.Task[V]] = {}
+        self._epoch = 0
+
+    async def share(self, key: K, read: Callable[[], Awaitable[V]], keep: Callable[[V], None]) -> V:
+        """What `read` gives; `keep` is told of it where nothing has changed meanwhile.
+
+        The read belongs to nobody who waits for it: one who leaves takes nothing from the others.
+        """
+        task = self._running.get(key)
+        if task is None:
+            task = self._running[key] = asyncio.ensure_future(self._read(key, read, keep))
+            task.add_done_callback(_seen)
+        return await asyncio.shield(task)
+
+    async def _read(self, key: K, read: Callable[[], Awaitable[V]], keep: Callable[[V], None]) -> V:
+        epoch = self._epoch
+        try:
+            value = await read()
+            if epoch == self._epoch:
+                keep(value)
+            return value
+        finally:
+            if self._running.get(key) is asyncio.current_task():
+                del self._running[key]
+
+    def outdate(self) -> None:
+        """A change: who asks from now on reads anew, and what is being read is given out but not kept."""
+        self._epoch += 1
+        self._running.clear()
+
+
+def _seen(task: "asyncio.Task[V]") -> None:
+    """Everybody may have left before it failed: that is no unhandled error."""
+    if not task.cancelled():
+        task.exception()

@@ -53,6 +53,10 @@ class Settings(BaseSettings):
         False, description="callers may decide what is traced: set it behind a proxy that writes traceparent itself"
     )
 
+    max_staleness_s: float = Field(
+        60, ge=1, le=3_600, description="how long cached keys and aliases serve while the database is away"
+    )
+
     # the base model
     base_model: str | None = Field(None, description="folder or Hugging Face id of the base model")
     base_model_name: str | None = Field(

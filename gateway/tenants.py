@@ -1,30 +1,26 @@
-"""Tenants and their keys: the rows, and the rules of who may be made."""
+"""Tenants: the rows, and what a key of one may do."""
 
-import hashlib
 import re
 import secrets
-import string
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NewType
+from typing import Final, NewType
 
 from sqlalchemy import Row, insert, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from adapter_store.changes import record_change
+from adapter_store.changes import record_change, take_turn
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
-from gateway.database import api_keys, migrate, open_engine, tenants
+from gateway.database import tenants
 from gateway.errors import NameTaken, ObjectUnknown, RequestInvalid
+from gateway.plans import DEFAULT, Plan, require_plan
 
 KeyId = NewType("KeyId", str)
-KEY_PREFIX = "sk-tailor-"
-_ALPHABET = string.ascii_letters + string.digits  # a double click selects all of it
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-KEY_CHANGE = "key"
+NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+TENANT_CHANGE: Final = "tenant"
 
 
 class Scope(StrEnum):
@@ -32,183 +28,141 @@ class Scope(StrEnum):
 
     INFERENCE = "inference"
     ADAPTERS = "adapters"
-    OPERATOR = "operator"
+    TRAINING = "training"
+    ADMIN = "admin"  # the keys of its own tenant
+    OPERATOR = "operator"  # everything under /admin/v1; stands for no tenant
 
 
-TENANT_SCOPES = frozenset({Scope.INFERENCE, Scope.ADAPTERS})
+TENANT_SCOPES: Final = frozenset({Scope.INFERENCE, Scope.ADAPTERS, Scope.TRAINING, Scope.ADMIN})
+DEFAULT_SCOPES: Final = TENANT_SCOPES - {Scope.ADMIN}
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """A customer; `created_at` in Unix seconds."""
+    """A customer; times in Unix seconds. While `suspended_at` is set none of its keys is good."""
 
     id: TenantId
     name: str
     created_at: int
+    plan: str
+    suspended_at: int | None
 
 
-@dataclass(frozen=True, slots=True)
+class Standing:
+    """What all keys of one tenant share; of operators' keys, `id` is None.
+
+    `stale`: something of it has changed, and whoever holds it must ask the database again.
+    """
+
+    __slots__ = ("__weakref__", "id", "plan", "stale", "suspended")
+
+    def __init__(self, tenant_id: TenantId | None, plan: Plan, *, suspended: bool = False) -> None:
+        self.id = tenant_id
+        self.plan = plan
+        self.suspended = suspended
+        self.stale = False
+
+
+@dataclass(slots=True, eq=False)
 class ApiKey:
-    """A key without its secret. `tenant_id` is None for an operator's key; times in Unix seconds."""
+    """What a request needs of a key; compact, because a gateway keeps as many as there are. Times in Unix seconds."""
 
     id: KeyId
-    tenant_id: TenantId | None
-    prefix: str
+    sha256: bytes
+    tenant: Standing
     scopes: frozenset[Scope]
-    label: str
-    created_at: int
     expires_at: int | None
-    revoked_at: int | None
+    revoked: bool
+    noted_at: float = 0.0  # when its use was last noted, in this process
+
+    @property
+    def tenant_id(self) -> TenantId | None:
+        """None for an operator's key."""
+        return self.tenant.id
+
+    @property
+    def plan(self) -> Plan:
+        """The tenant's, as it is now."""
+        return self.tenant.plan
 
     def is_live(self, now: float) -> bool:
-        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
-
-
-def new_secret() -> str:
-    """256 random bits, spelled so that they can be told for a key of ours."""
-    return KEY_PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(43))
-
-
-def hash_key(secret: bytes) -> str:
-    """What is stored of a key: 256 random bits need no slow hash."""
-    return hashlib.sha256(secret).hexdigest()
+        return not (self.revoked or self.tenant.suspended or (self.expires_at is not None and now >= self.expires_at))
 
 
 class Tenants:
-    """Tenants and keys in the database; every change is put into the change feed in the same transaction."""
+    """Tenants in the database; every change is put into the change feed in the same transaction."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
 
-    async def create(self, name: str) -> Tenant:
+    async def create(self, name: str, plan: str = DEFAULT) -> Tenant:
         """A new tenant.
 
         Raises:
-            RequestInvalid: the name breaks the rule. NameTaken: another tenant has it.
+            RequestInvalid: the name breaks the rule. NameTaken: another tenant has it. ObjectUnknown: no such plan.
         """
-        if not _NAME.fullmatch(name):
-            raise RequestInvalid(
-                "A tenant's name is 1 to 64 of a-z, 0-9, '.', '_' and '-', and begins with a letter or digit.",
-                param="name",
-            )
-        tenant = Tenant(TenantId(f"tnt_{secrets.token_hex(12)}"), name, int(time.time()))
+        check_name(name, "A tenant's")
+        tenant = Tenant(TenantId(f"tnt_{secrets.token_hex(12)}"), name, int(time.time()), plan, None)
+        row = {"id": tenant.id, "name": name, "created_at": tenant.created_at, "plan": plan}
         try:
             async with writing(self._engine) as connection:
-                await connection.execute(
-                    insert(tenants).values(id=tenant.id, name=tenant.name, created_at=tenant.created_at)
-                )
+                await take_turn(connection)
+                await require_plan(connection, plan)
+                await connection.execute(insert(tenants).values(row))
         except IntegrityError:
             raise NameTaken(f"A tenant named '{name}' exists.", param="name") from None
         return tenant
 
-    async def all(self) -> list[Tenant]:
+    async def page(self, after: str | None, limit: int) -> list[Tenant]:
+        """By name, those that come after `after`."""
+        query = select(tenants).order_by(tenants.c.name).limit(limit)
+        if after is not None:
+            query = query.where(tenants.c.name > after)
         async with reading(self._engine) as connection:
-            rows = await connection.execute(select(tenants).order_by(tenants.c.name))
-            return [Tenant(TenantId(row.id), row.name, row.created_at) for row in rows]
+            return [_tenant_of(row) for row in await connection.execute(query)]
 
     async def named(self, name: str) -> Tenant:
-        """The tenant of that name or id.
+        """The tenant of that name or id. Raises ObjectUnknown."""
+        async with reading(self._engine) as connection:
+            return await _find(connection, name)
+
+    async def change(self, name: str, *, plan: str | None = None, suspended: bool | None = None) -> Tenant:
+        """Put the tenant (name or id) on another plan, suspend it or let it go on; None leaves as it is.
 
         Raises:
-            ObjectUnknown: there is none.
+            ObjectUnknown: no such tenant, no such plan.
         """
-        async with reading(self._engine) as connection:
-            query = select(tenants).where((tenants.c.name == name) | (tenants.c.id == name))
-            row = (await connection.execute(query)).first()
-        if row is None:
-            raise ObjectUnknown(f"There is no tenant '{name[:64]}'.", param="tenant")
-        return Tenant(TenantId(row.id), row.name, row.created_at)
+        async with writing(self._engine) as connection:
+            await take_turn(connection)
+            tenant = await _find(connection, name)
+            values: dict[str, str | int | None] = {}
+            if plan is not None:
+                await require_plan(connection, plan)
+                values["plan"] = plan
+            if suspended is not None:
+                values["suspended_at"] = (tenant.suspended_at or int(time.time())) if suspended else None
+            if values:
+                await connection.execute(update(tenants).where(tenants.c.id == tenant.id).values(**values))
+                await record_change(connection, TENANT_CHANGE, tenant.id, tenant.name)
+            return await _find(connection, tenant.id)
 
-    async def create_key(
-        self,
-        tenant_id: TenantId | None,
-        scopes: Iterable[Scope],
-        *,
-        label: str = "",
-        expires_at: int | None = None,
-        secret: str | None = None,
-    ) -> tuple[ApiKey, str]:
-        """A new key and its secret, which is shown this once and stored only as a hash."""
-        secret = secret or new_secret()
-        key = ApiKey(
-            id=KeyId(f"key_{secrets.token_hex(12)}"),
-            tenant_id=tenant_id,
-            prefix=secret[: len(KEY_PREFIX) + 4],
-            scopes=frozenset(scopes),
-            label=label,
-            created_at=int(time.time()),
-            expires_at=expires_at,
-            revoked_at=None,
+
+def check_name(name: str, whose: str) -> None:
+    """Raises RequestInvalid for what is no name of a tenant or a plan."""
+    if not NAME.fullmatch(name):
+        raise RequestInvalid(
+            f"{whose} name is 1 to 64 of a-z, 0-9, '.', '_' and '-', and begins with a letter or digit.", param="name"
         )
-        async with writing(self._engine) as connection:
-            await connection.execute(
-                insert(api_keys).values(
-                    id=key.id,
-                    tenant_id=tenant_id,
-                    sha256=hash_key(secret.encode()),
-                    prefix=key.prefix,
-                    scopes=" ".join(sorted(key.scopes)),
-                    label=label,
-                    created_at=key.created_at,
-                    expires_at=expires_at,
-                )
-            )
-        return key, secret
-
-    async def keys(self, tenant_id: TenantId | None) -> list[ApiKey]:
-        async with reading(self._engine) as connection:
-            query = select(api_keys).where(api_keys.c.tenant_id == tenant_id).order_by(api_keys.c.created_at)
-            return [_key_of(row) for row in await connection.execute(query)]
-
-    async def key_by_hash(self, sha256: str) -> ApiKey | None:
-        async with reading(self._engine) as connection:
-            query = select(api_keys).where(api_keys.c.sha256 == sha256)
-            row = (await connection.execute(query)).first()
-        return None if row is None else _key_of(row)
-
-    async def has_operator(self) -> bool:
-        async with reading(self._engine) as connection:
-            query = select(api_keys.c.id).where(api_keys.c.tenant_id.is_(None), api_keys.c.revoked_at.is_(None))
-            return (await connection.execute(query.limit(1))).first() is not None
-
-    async def revoke_key(self, key_id: str) -> str:
-        """Revoke a key for good and return its hash; revoking twice is no error.
-
-        Raises:
-            ObjectUnknown: there is no such key.
-        """
-        async with writing(self._engine) as connection:
-            found = (await connection.execute(select(api_keys).where(api_keys.c.id == key_id))).first()
-            if found is None:
-                raise ObjectUnknown(f"There is no key '{key_id[:64]}'.", param="key")
-            await connection.execute(
-                update(api_keys)
-                .where(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
-                .values(revoked_at=int(time.time()))
-            )
-            await record_change(connection, KEY_CHANGE, found.tenant_id, found.sha256)
-        return str(found.sha256)
 
 
-def _key_of(row: Row[tuple[object, ...]]) -> ApiKey:
-    return ApiKey(
-        id=KeyId(row.id),
-        tenant_id=None if row.tenant_id is None else TenantId(row.tenant_id),
-        prefix=row.prefix,
-        scopes=frozenset(Scope(scope) for scope in row.scopes.split()),
-        label=row.label,
-        created_at=row.created_at,
-        expires_at=row.expires_at,
-        revoked_at=row.revoked_at,
-    )
+async def _find(connection: AsyncConnection, name: str) -> Tenant:
+    """An id is looked for first: nobody takes it over with a tenant that is named like it."""
+    for column in (tenants.c.id, tenants.c.name):
+        row = (await connection.execute(select(tenants).where(column == name))).first()
+        if row is not None:
+            return _tenant_of(row)
+    raise ObjectUnknown(f"There is no tenant '{name[:64]}'.", param="tenant")
 
 
-async def make_operator_key(database_url: str) -> str:
-    """The secret of a new operator's key, made straight in the database; for whoever owns that machine."""
-    engine = open_engine(database_url)
-    try:
-        await migrate(engine)
-        _, secret = await Tenants(engine).create_key(None, [Scope.OPERATOR], label="made on the machine")
-    finally:
-        await engine.dispose()
-    return secret
+def _tenant_of(row: Row[tuple[object, ...]]) -> Tenant:
+    return Tenant(TenantId(row.id), row.name, row.created_at, row.plan, row.suspended_at)

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
-from adapter_store.catalog import Adapter, Version
+from adapter_store.catalog import Adapter, Fallback, Version
 from gateway.api.multipart import UploadForm
 from gateway.dependencies import AdapterTenant, AppParts
 from gateway.errors import RequestInvalid
@@ -25,13 +25,20 @@ class VersionObject(BaseModel):
 
 
 class AdapterObject(BaseModel):
-    """An adapter; `current` is the version that its name stands for."""
+    """An adapter; `current` is the version that its name stands for, `fallback` who answers where that one cannot."""
 
     id: str
     object: str = "adapter"
     name: str
     created_at: int
+    fallback: Fallback
     current: VersionObject
+
+
+class AdapterChange(BaseModel, extra="forbid"):
+    """Who answers where the current version cannot: nobody, the base model, or the version before it."""
+
+    fallback: Fallback
 
 
 class AdapterWithVersions(AdapterObject):
@@ -83,6 +90,15 @@ async def show(name: str, tenant_id: AdapterTenant, parts: AppParts) -> AdapterW
     return AdapterWithVersions(**_adapter(adapter).model_dump(), versions=[_version(v) for v in versions])
 
 
+@router.patch("/{name}")
+async def change(name: str, body: AdapterChange, tenant_id: AdapterTenant, parts: AppParts) -> AdapterObject:
+    """Declare a fallback; answers that come by it are flagged."""
+    await parts.store.set_fallback(tenant_id, name, body.fallback)
+    parts.models.forget_tenant(tenant_id)
+    adapter, _ = await parts.store.show(tenant_id, name)
+    return _adapter(adapter)
+
+
 @router.delete("/{name}", status_code=204)
 async def delete(name: str, tenant_id: AdapterTenant, parts: AppParts) -> None:
     """Delete an adapter with all its versions: rows, files, and its place in every engine."""
@@ -93,7 +109,11 @@ async def delete(name: str, tenant_id: AdapterTenant, parts: AppParts) -> None:
 
 def _adapter(adapter: Adapter) -> AdapterObject:
     return AdapterObject(
-        id=adapter.id, name=adapter.name, created_at=adapter.created_at, current=_version(adapter.default)
+        id=adapter.id,
+        name=adapter.name,
+        created_at=adapter.created_at,
+        fallback=adapter.default.fallback,
+        current=_version(adapter.default),
     )
 
 

@@ -51,7 +51,7 @@ def key_list(tenant: str, url: Url = None, key: OperatorKey = None, as_json: Jso
 def key_operator(as_json: Json = False) -> None:
     """Make another operator's key, straight in the database of this machine: for when the last one is lost."""
     with told():
-        from gateway.tenants import make_operator_key
+        from gateway.keys import make_operator_key
 
         settings = settings_of()
         made = asyncio.run(make_operator_key(settings.database))
