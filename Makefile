@@ -12,7 +12,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full bench-gateway lint check format lock clean
+.PHONY: help install demo test test-full bench-gateway lint check format lock clean promtool
 
 help:  ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,10 +38,10 @@ demo: $(INSTALLED)  ## two tenants, one base model, end to end on a real engine
 	mkdir -p .tailor && touch .tailor/.install-counted; \
 	TAILOR_HOME=.tailor TAILOR_DEMO_INSTALL_S=$$install $(BIN)/tailor demo
 
-test: $(INSTALLED)  ## all tests but the full-scale ones; starts one real vLLM
+test: $(INSTALLED) promtool  ## all tests but the full-scale ones; starts one real vLLM
 	$(PYTEST)
 
-test-full: $(INSTALLED)  ## the full-scale counts too: hours
+test-full: $(INSTALLED) promtool  ## the full-scale counts too: hours
 	$(PYTEST) -m 'full or not full'
 
 # nginx is the yardstick; ARGS=--quick for a look in under a minute, ARGS="--report FILE --markdown FILE" to keep the figures
@@ -51,13 +51,21 @@ bench-gateway: $(INSTALLED)  ## what the gateway costs beside nginx: a line a fi
 	  || { echo "nginx is needed as the yardstick and could not be installed: install it with your system's packages, or put a build of it on PATH"; exit 1; }
 	$(BIN)/python -m loadtests.overhead $(ARGS)
 
+# Unpacked from the distribution's package, not installed: that would start a Prometheus server.
+promtool: $(INSTALLED)  ## Prometheus' checker of alert rules, for the tests
+	@if command -v promtool >/dev/null || test -x $(BIN)/promtool; then exit 0; fi; \
+	command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || { echo "promtool is needed: install Prometheus (brew install prometheus, or https://prometheus.io/download) so that promtool is on PATH"; exit 1; }; \
+	rm -rf $(VENV)/promtool && mkdir -p $(VENV)/promtool && cd $(VENV)/promtool && echo "fetching promtool (20 MB, once)" && \
+	{ apt-get -qq download prometheus 2>/dev/null || { if [ $$(id -u) = 0 ]; then apt-get -qq update; else sudo apt-get -qq update; fi && apt-get -qq download prometheus; }; } && \
+	dpkg-deb -x prometheus_*.deb . && mv usr/bin/promtool ../bin/promtool && cd .. && rm -rf promtool
+
 lint: $(INSTALLED)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint  ## lint and the unit tests
+check: lint promtool  ## lint and the unit tests
 	$(PYTEST) -q tests/unit
 
 format: $(INSTALLED)  ## write the format and what the linter can mend

@@ -40,12 +40,18 @@ class _Answer:
 
 
 class OperatorPort:
-    """Serves what `page` gives; a worker of several is given a port of its own."""
+    """Serves what `page` gives; a worker of several is given a port of its own.
 
-    def __init__(self, host: str, port: int, page: Callable[[], Awaitable[bytes]]) -> None:
+    A peer has `patience_s` to ask and as long again to take its answer.
+    """
+
+    def __init__(
+        self, host: str, port: int, page: Callable[[], Awaitable[bytes]], *, patience_s: float = PATIENCE_S
+    ) -> None:
         self._host = host
         self._port = port
         self._page = page
+        self._patience_s = patience_s
         self._listener: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
@@ -101,11 +107,11 @@ class OperatorPort:
             return
         self._open.add(writer)
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(self._patience_s):
                 answer = await self._answer(reader)
             writer.transport.set_write_buffer_limits(high=0)  # `drain` ends when all is with the kernel
             writer.write(answer.encode())
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(self._patience_s):
                 await writer.drain()
         except _ENDED:
             writer.transport.abort()
