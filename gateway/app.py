@@ -47,7 +47,8 @@ from gateway.models import Models
 from gateway.plans import Plans
 from gateway.replicas.client import ReplicaClient
 from gateway.replicas.pool import ReplicaPool
-from gateway.replicas.replica import Replica
+from gateway.replicas.replica import ReplicaOptions
+from gateway.replicas.roster import Roster
 from gateway.replicas.upstream import Upstream
 from gateway.request_policy import ChatRequest, CompletionRequest, RequestPolicy
 from gateway.settings import Settings
@@ -57,7 +58,7 @@ from gateway.tenants import Tenants
 log = logging.getLogger("tailor.gateway")
 
 
-def create_app(settings: Settings) -> ASGIApp:
+def create_app(settings: Settings) -> "Front":
     """The gateway as one ASGI application.
 
     Raises:
@@ -97,6 +98,11 @@ class Front:
         self._auth = auth
         self.hot = {path.encode(): generation for path, generation in hot.items()}  # gateway/protocol.py serves them
         self._hot_paths = frozenset(hot)
+
+    def drain(self) -> None:
+        """This process is about to end: `/ready` says so from now on."""
+        parts: Parts = self.app.state.parts
+        parts.draining.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -140,14 +146,12 @@ def _build(settings: Settings, home: Home) -> Parts:
     models = Models(store, base.name, freshness)
     token = home.replica_token(settings.replica_token)
     pool = ReplicaPool(
-        Replica(
-            ReplicaClient(Upstream(url), token),
-            fingerprint=base.fingerprint,
-            load_timeout_s=settings.load_timeout_s,
-            probe_interval_s=settings.probe_interval_s,
-            probe_deadline_s=settings.probe_deadline_s,
-        )
-        for url in settings.replicas
+        settings.replicas,
+        lambda url: ReplicaClient(Upstream(url), token),
+        fingerprint=base.fingerprint,
+        options=_replica_options(settings),
+        spread_at=settings.spread_at,
+        roster=Roster(engine),
     )
     return Parts(
         engine=engine,
@@ -162,10 +166,24 @@ def _build(settings: Settings, home: Home) -> Parts:
         pool=pool,
         changes=ChangeFeed(
             open_engine(settings.database),  # its own: see there
-            [models.take_in, auth.take_in],
-            [models.clear, auth.clear],
+            [models.take_in, auth.take_in, pool.on_change],
+            [models.clear, auth.clear, pool.on_reset],
             freshness,
         ),
+    )
+
+
+def _replica_options(settings: Settings) -> ReplicaOptions:
+    return ReplicaOptions(
+        load_timeout_s=settings.load_timeout_s,
+        probe_interval_s=settings.probe_interval_s,
+        probe_deadline_s=settings.probe_deadline_s,
+        concurrency=settings.replica_concurrency,
+        quantum_s=settings.adapter_quantum_s,
+        queue=settings.queue_limit,
+        tenant_queue=settings.tenant_queue_limit,
+        queue_timeout_s=settings.queue_timeout_s,
+        fair=settings.fairness,
     )
 
 

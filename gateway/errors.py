@@ -14,6 +14,7 @@
     │   ├── BodyTooLarge                413
     │   ├── BodyTooSlow                 408
     │   ├── NameTaken                   409
+    │   ├── ReplicaInSettings           409
     │   ├── PlanInUse                   409
     │   ├── KeyIsOver                   409   what is revoked or expired is not rotated
     │   ├── LastOperatorKey             409
@@ -143,6 +144,12 @@ class NameTaken(GatewayError):
     """The name is in use."""
 
     status, type, code = 409, "invalid_request_error", "name_taken"
+
+
+class ReplicaInSettings(GatewayError):
+    """A replica of the settings is neither added nor removed at run time."""
+
+    status, type, code = 409, "invalid_request_error", "replica_in_settings"
 
 
 class PlanInUse(GatewayError):

@@ -34,6 +34,13 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address to listen on; anything but loopback asks for allow_public")
     port: Port = Field(8000, description="TCP port to listen on")
     allow_public: bool = Field(False, description="listen on an address that other machines reach")
+    workers: int = Field(
+        1, ge=1, le=256, description="gateway processes that share the port; more than 1 asks for redis_url"
+    )
+    reuse_port: bool = Field(False, description="other gateways of this user may listen on the same port beside this one")
+    drain_notice_s: float = Field(
+        0, ge=0, le=3_600, description="how long /ready says so, and all goes on, before a drain begins; seconds"
+    )
     drain_s: Seconds = Field(30, description="time that running requests get after SIGTERM")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="least level that is logged")
 
@@ -107,10 +114,26 @@ class Settings(BaseSettings):
         (), description="addresses of the replicas, comma-separated: http://host:port or unix:/path"
     )
     probe_interval_s: Seconds = Field(1, description="time between two looks at a replica")
-    probe_deadline_s: Seconds = Field(4, description="a replica without a token in this time is not ready")
+    probe_deadline_s: Seconds = Field(3, description="a replica without a token in this time is not ready")
+    replica_concurrency: int | None = Field(
+        None, ge=1, le=65_536, description="requests in flight on one replica; default: its engine's max_num_seqs"
+    )
+    spread_at: float = Field(
+        16, gt=0, le=65_536, description="requests of one adapter in flight on a replica, above which it gets another"
+    )
+
+    # sharing a busy replica
+    fairness: bool = Field(True, description="share by weight; off: first come, first served, for comparison")
+    adapter_quantum_s: float = Field(
+        1, ge=0, le=3_600, description="how long an adapter keeps its slot while others wait; 0: no rotation; seconds"
+    )
+    queue_limit: int = Field(1_024, ge=0, le=1 << 20, description="most requests that wait for one replica")
+    tenant_queue_limit: int = Field(256, ge=0, le=1 << 20, description="most of those that are one tenant's")
+    queue_timeout_s: Seconds = Field(30, description="longest wait of a request for its turn")
 
     # this machine's replica (`tailor up`, `tailor replica`)
     listen: str | None = Field(None, description="where `tailor replica` listens: unix:/path or host:port")
+    local_replicas: int = Field(1, ge=1, le=64, description="replicas that `tailor up` starts")
     device: str = Field("auto", pattern="^(auto|cpu|cuda)$", description="which vLLM is expected")
     adapter_slots: int = Field(4, ge=1, le=512, description="adapters on the device at once (max_loras)")
     host_adapters: int = Field(32, ge=1, le=65_536, description="adapters in host memory (max_cpu_loras)")
@@ -158,6 +181,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"host_adapters ({self.host_adapters}) is below adapter_slots ({self.adapter_slots}): "
                 "every adapter on the device is kept in host memory too"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_share_limits(self) -> Self:
+        if self.workers > 1 and self.redis_url is None:
+            raise ValueError(
+                f"workers is {self.workers}: set TAILOR_REDIS_URL, for limits that each worker keeps for itself would be "
+                f"{self.workers} times as high"
             )
         return self
 

@@ -1,12 +1,15 @@
 """The dialect a replica speaks: the agent's control calls and the head of a generation request."""
 
 import asyncio
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from adapter_store.catalog import Version
 from gateway.replicas.upstream import Upstream, UpstreamError
+
+ANSWER_S: Final = 0.5
+"""What an agent gets beyond the deadline it was given, to say that it passed."""
 
 
 class AgentRefusedError(Exception):
@@ -30,10 +33,14 @@ class EngineFacts(msgspec.Struct, frozen=True):
     max_cpu_loras: int
     max_lora_rank: int
     max_model_len: int = 1 << 31
+    max_num_seqs: int = 256
 
 
 class ResidentAdapter(msgspec.Struct, frozen=True):
-    """One adapter that a replica holds; `owner` and `digest` are what the loading gateway said of it."""
+    """One adapter that a replica holds; `owner` and `digest` are what the loading gateway said of it.
+
+    `in_flight` counts every gateway's requests.
+    """
 
     name: str
     tier: Literal["gpu", "host", "disk"]
@@ -41,6 +48,7 @@ class ResidentAdapter(msgspec.Struct, frozen=True):
     last_used: float
     owner: str = ""
     digest: str = ""
+    in_flight: int = 0
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):
@@ -52,10 +60,11 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     null_adapter: str | None
     adapters: list[ResidentAdapter]
     corrupted_requests: int = 0
+    in_flight: int = 0
 
 
 class LoadReport(msgspec.Struct, frozen=True):
-    """`PUT /tailor/adapters/{name}`; seconds."""
+    """`PUT /tailor/adapters/{name}`; seconds. `name` is another one where these files were there already."""
 
     name: str
     tier: str
@@ -95,7 +104,7 @@ class ReplicaClient:
         Raises:
             UpstreamError, TimeoutError, AgentRefusedError: there was none in time.
         """
-        await self._call("POST", "probe", msgspec.json.encode({"deadline_s": deadline_s}), deadline_s + 1)
+        await self._call("POST", "probe", msgspec.json.encode({"deadline_s": deadline_s}), deadline_s + ANSWER_S)
 
     async def load(self, name: str, version: Version, timeout_s: float) -> LoadReport:
         """Bring a version into the engine under `name`.

@@ -1,53 +1,437 @@
-"""The replicas behind this gateway: who may be asked for an adapter, in which order."""
+"""The replicas behind this gateway: which one answers a request, when, and what is loaded there for it."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
+from adapter_store.catalog import Version
+from adapter_store.changes import Change
+from adapter_store.errors import StorageError
 from adapter_store.ids import TenantId
-from gateway.errors import ReplicaUnavailable
-from gateway.replicas.replica import Replica, ReplicaState
-from gateway.routing import rendezvous
+from gateway.errors import ObjectUnknown, ReplicaInSettings, ReplicaUnavailable, TooBusy, TooManyLoads
+from gateway.fairness import Key, LoadAllowance, Turn, VirtualTokenCounters
+from gateway.plans import Plan
+from gateway.replicas.breaker import RetryBudget
+from gateway.replicas.client import ReplicaClient
+from gateway.replicas.replica import Replica, ReplicaOptions, ReplicaState
+from gateway.replicas.residency import LoadFailed, Resident
+from gateway.replicas.roster import REPLICA_CHANGE, Roster, RosterRow, replica_id
+from gateway.replicas.turns import ReplicaGone
+from gateway.routing import Router
 
-RETRY_AFTER_S = 5
+log = logging.getLogger("tailor.pool")
+RETRY_AFTER_S: Final = 5
+LOAD_TRIES: Final = 3
+JITTER_S: Final = (0.05, 0.25)  # before a second try of a load; doubled before a third
+REVIEW_S: Final = 1.0
+
+
+class Place:
+    """A request's place in a replica; `release` gives it back, once.
+
+    `adapter` is the engine's name of the adapter, None where none is used; `name` what the upstream body's `model` must
+    be; `priority` vLLM's; `tier` where the adapter was: "gpu", "host", "cold" (loaded just now) or "base".
+    """
+
+    __slots__ = (
+        "_router", "_turn", "adapter", "load_s", "name", "priority", "queue_s", "replica", "resident", "tier",
+    )  # fmt: skip
+
+    def __init__(self, replica: Replica, turn: Turn, resident: Resident | None, priority: int) -> None:
+        self.replica = replica
+        self.resident = resident
+        self.adapter = replica.null_adapter if resident is None else resident.name
+        self.name = self.adapter or replica.base_name
+        self.tier = "base" if resident is None else resident.tier
+        self.priority = priority
+        self.queue_s = 0.0
+        self.load_s = 0.0
+        self._turn: Turn | None = turn
+        self._router: Router[Key, Replica] | None = None
+
+    def release(self, tokens: int | None) -> None:
+        """The request is over and used `tokens`, prompt and answer together; None: nobody knows."""
+        turn = self._turn
+        if turn is None:
+            return
+        self._turn = None
+        self.replica.turns.leave(turn, tokens)
+        if self._router is not None and turn.key is not None:
+            self._router.ended(turn.key)
+
+    def forget_adapter(self) -> None:
+        """The replica did not know the adapter (404): the next place loads it afresh."""
+        if self.resident is not None:
+            self.replica.residency.forget(self.resident)
+        else:
+            self.replica.suspect()
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A replica as operators see it."""
+
+    replica: Replica
+    in_settings: bool
+    created_at: int | None
+    drained_at: int | None
 
 
 class ReplicaPool:
-    """All replicas, watched while the pool runs."""
+    """All replicas, watched while the pool runs: those of the settings, and those that operators add."""
 
-    def __init__(self, replicas: Iterable[Replica]) -> None:
-        self._replicas = {replica.id: replica for replica in replicas}
-        self._watches: list[asyncio.Task[None]] = []
+    def __init__(
+        self,
+        urls: Iterable[str],
+        connect: Callable[[str], ReplicaClient],
+        *,
+        fingerprint: str,
+        options: ReplicaOptions | None = None,
+        spread_at: float = 16,
+        roster: Roster | None = None,
+    ) -> None:
+        self._connect = connect
+        self._fingerprint = fingerprint
+        self._options = options or ReplicaOptions()
+        self._roster = roster
+        self._counters = VirtualTokenCounters(time.time)
+        self._router: Router[Key, Replica] = Router(time.monotonic, spread_at=spread_at)
+        self._retries = RetryBudget(time.monotonic)
+        self._allowance = LoadAllowance(time.monotonic)
+        self._settings_urls = tuple(dict.fromkeys(urls))
+        self._rows: dict[str, RosterRow] = {}
+        self._replicas: dict[str, Replica] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._roster_changed = asyncio.Event()
+        self._started = False
+        self._only: Replica | None = None
+        for url in self._settings_urls:
+            self._admit(url)
+
+    # the life of the pool
 
     def start(self) -> None:
-        self._watches = [asyncio.create_task(replica.watch()) for replica in self._replicas.values()]
+        self._started = True
+        for replica in self._replicas.values():
+            self._watch(replica)
+        self._spawn(self._review())
+        if self._roster is not None:
+            self._roster_changed.set()
+            self._spawn(self._follow(self._roster))
 
     async def stop(self) -> None:
-        for watch in self._watches:
-            watch.cancel()
-        await asyncio.gather(*self._watches, return_exceptions=True)
+        tasks = [*self._tasks, *self._watches.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for replica in self._replicas.values():
+            replica.residency.abandon()
+            replica.turns.close()
             replica.client.upstream.close()
 
     def states(self) -> dict[str, ReplicaState]:
         return {replica.id: replica.state for replica in self._replicas.values()}
 
-    def choose(self, adapter: str, *, tried: Sequence[Replica] = ()) -> Replica:
-        """The ready replica that comes first for this adapter and has not been tried.
-
-        Raises:
-            ReplicaUnavailable: there is none.
-        """
-        ready = [
-            replica.id
-            for replica in self._replicas.values()
-            if replica.state is ReplicaState.READY and replica not in tried
-        ]
-        if not ready:
-            raise ReplicaUnavailable(
-                "No engine is ready to answer just now; try again shortly.", retry_after_s=RETRY_AFTER_S
-            )
-        return self._replicas[ready[0] if len(ready) == 1 else rendezvous(ready, adapter)[0]]
-
     async def unload(self, tenant_id: TenantId, digests: Sequence[str]) -> None:
         """Take deleted versions out of every replica."""
         await asyncio.gather(*(replica.residency.unload(tenant_id, digests) for replica in self._replicas.values()))
+
+    # the hot path
+
+    async def place(
+        self, version: Version | None, tenant_id: TenantId, plan: Plan, *, cost: int, tried: Sequence[Replica] = ()
+    ) -> Place:
+        """A place for one request: picks the replica, waits for its turn, loads the adapter if it is cold.
+
+        `version` None: the base model. `cost`: tokens that the request may use. `tried`: replicas that have failed on
+        it. Does not suspend where there is nothing to wait for.
+
+        Raises:
+            ReplicaUnavailable: none takes requests. TooBusy, TooManyWaiting: the queue is full, or the wait too long.
+            AdapterNotLoadable: no replica would load it. TooManyLoads: the plan allows no more cold loads just now.
+        """
+        if not tried:
+            self._retries.request()
+        key = None if version is None else (version.tenant_id, version.digest)
+        replica = self._only
+        if replica is None or tried or not replica.takes_requests:
+            replica = self._choose(key, tried)
+        resident = None if version is None else replica.residency.held(version)
+        if resident is not None or version is None:
+            turn = Turn(tenant_id, plan.weight, key, cost)
+            if replica.gate.enter(turn):
+                return self._placed(replica, turn, resident)
+        return await self._place_in_turn(replica, version, tenant_id, plan, cost, tried)
+
+    def choose(self, adapter: str, *, tried: Sequence[Replica] = ()) -> Replica:
+        """A replica for a request that takes no place."""
+        return self._choose(None, tried)
+
+    def retry_allowed(self) -> bool:
+        """Whether a request that no byte of an answer came for may be sent a second time; it is counted.
+
+        At most a tenth of the requests of the last 10 s: where all replicas fail, they get 1.1 times the requests.
+        """
+        return self._retries.take()
+
+    def _placed(self, replica: Replica, turn: Turn, resident: Resident | None) -> Place:
+        account = turn.account
+        assert account is not None
+        place = Place(replica, turn, resident, self._counters.priority(account) if self._options.fair else 0)
+        if self._only is None and turn.key is not None:
+            place._router = self._router
+            home = self._router.started(turn.key)
+            if home is not None and resident is not None and resident.version is not None:
+                self._spawn(self._warm(home, turn.key, resident.version))
+        return place
+
+    async def _place_in_turn(
+        self,
+        replica: Replica,
+        version: Version | None,
+        tenant_id: TenantId,
+        plan: Plan,
+        cost: int,
+        tried: Sequence[Replica],
+    ) -> Place:
+        """`place` where something is to be waited for."""
+        begin = time.monotonic()
+        load_s = 0.0
+        tries = 0
+        key = None if version is None else (version.tenant_id, version.digest)
+        while True:
+            turn = Turn(tenant_id, plan.weight, key, cost)
+            left_s = self._options.queue_timeout_s - (time.monotonic() - begin - load_s)
+            try:
+                await replica.turns.take(turn, max(left_s, 0.001))
+            except ReplicaGone:
+                replica = self._choose(key, tried)
+                continue
+            load_from = time.monotonic()
+            try:
+                resident, cold = await self._resident(replica, version, plan, patient=tries + 1 == LOAD_TRIES)
+            except LoadFailed as error:
+                replica.turns.leave(turn, 0)
+                load_s += time.monotonic() - load_from
+                tries += 1
+                if tries == LOAD_TRIES or not error.again or key is None:
+                    raise
+                replica = await self._elsewhere(replica, key, tried, tries)
+                continue
+            except BaseException:
+                replica.turns.leave(turn, 0)
+                raise
+            place = self._placed(replica, turn, resident)
+            now = time.monotonic()
+            place.load_s = load_s + (now - load_from if cold else 0.0)
+            place.queue_s = max(0.0, now - begin - place.load_s)
+            if cold:
+                place.tier = "cold"
+            return place
+
+    async def _resident(
+        self, replica: Replica, version: Version | None, plan: Plan, *, patient: bool
+    ) -> tuple[Resident | None, bool]:
+        """The version in the replica, and whether it had to be loaded."""
+        if version is None:
+            return None, False
+        resident = replica.residency.held(version)
+        if resident is not None:
+            return resident, False
+
+        def allow() -> None:
+            wait_s = self._allowance.take(version.tenant_id, plan.loads_per_minute)
+            if wait_s:
+                raise TooManyLoads(
+                    "Your requests have asked for as many adapters that were not loaded as your plan allows in a "
+                    "minute; try again later, or keep to fewer adapters.",
+                    retry_after_s=int(wait_s) + 1,
+                )
+
+        return await replica.residency.hold(version, patient=patient, allow=allow), True
+
+    async def _elsewhere(self, replica: Replica, key: Key, tried: Sequence[Replica], tries: int) -> Replica:
+        """The replica for another try of a load that has failed on `replica`, after a moment."""
+        self._router.avoid(key, replica)
+        await asyncio.sleep(random.uniform(*JITTER_S) * 2 ** (tries - 1))
+        return self._choose(key, tried)
+
+    def _choose(self, key: Key | None, tried: Sequence[Replica]) -> Replica:
+        replica = self._router.least_loaded(tried) if key is None else self._router.choose(key, tried=tried)
+        if replica is not None:
+            return replica
+        if any(replica.state is ReplicaState.READY and replica not in tried for replica in self._replicas.values()):
+            raise TooBusy("The engine is coming back; try again shortly.", retry_after_s=1)
+        raise ReplicaUnavailable(
+            "No engine is ready to answer just now; try again shortly.", retry_after_s=RETRY_AFTER_S
+        )
+
+    async def _warm(self, replica: Replica, key: Key, version: Version) -> None:
+        """Load an adapter into its new home before requests go there."""
+        try:
+            await replica.residency.hold(version, patient=False)
+        except LoadFailed as error:
+            log.warning("adapter %s gets no further home in %s: %s", version.digest, replica.id, error)
+            self._router.avoid(key, replica)
+
+    # what operators do
+
+    def members(self) -> list[Member]:
+        """Every replica, those of the settings first."""
+        return [self._member(replica) for replica in self._replicas.values()]
+
+    def member(self, name: str) -> Member:
+        """The replica of that id.
+
+        Raises:
+            ObjectUnknown: there is none.
+        """
+        for replica in self._replicas.values():
+            if replica.id == name:
+                return self._member(replica)
+        raise ObjectUnknown(f"There is no replica '{name[:64]}'.", param="replica")
+
+    async def add(self, url: str) -> Member:
+        """A further replica, here at once and at every gateway within a second.
+
+        Raises:
+            NameTaken: it is in the pool.
+        """
+        roster = self._rows_or_refuse()
+        url = url.rstrip("/")
+        if url in self._settings_urls:
+            raise ReplicaInSettings("That replica is in the settings (TAILOR_REPLICAS).", param="url")
+        await roster.add(url)
+        self._apply(await roster.all())
+        return self.member(replica_id(url))
+
+    async def drain(self, name: str) -> Member:
+        """Keep requests away from a replica, at every gateway; those that run end in their own time."""
+        replica = self.member(name).replica
+        await self._rows_or_refuse().drain(replica.url)
+        return await self._reread(name)
+
+    async def resume(self, name: str) -> Member:
+        """Let requests come again."""
+        replica = self.member(name).replica
+        await self._rows_or_refuse().resume(replica.url, keep=replica.url not in self._settings_urls)
+        return await self._reread(name)
+
+    async def remove(self, name: str) -> None:
+        """Take a replica out of the pool; requests that run there end in their own time.
+
+        Raises:
+            ReplicaInSettings: it would be back with the next start.
+        """
+        replica = self.member(name).replica
+        if replica.url in self._settings_urls:
+            raise ReplicaInSettings(
+                "That replica is in the settings (TAILOR_REPLICAS): drain it, or take it out there.", param="replica"
+            )
+        roster = self._rows_or_refuse()
+        await roster.remove(replica.url)
+        self._apply(await roster.all())
+
+    def on_change(self, change: Change) -> None:
+        """A listener of the change feed."""
+        if change.noun == REPLICA_CHANGE:
+            self._roster_changed.set()
+
+    def on_reset(self) -> None:
+        """The change feed has a gap."""
+        self._roster_changed.set()
+
+    def _rows_or_refuse(self) -> Roster:
+        if self._roster is None:
+            raise ReplicaInSettings("This gateway knows the replicas of its settings only.")
+        return self._roster
+
+    async def _reread(self, name: str) -> Member:
+        self._apply(await self._rows_or_refuse().all())
+        return self.member(name)
+
+    def _member(self, replica: Replica) -> Member:
+        row = self._rows.get(replica.url)
+        in_settings = replica.url in self._settings_urls
+        created_at = row.created_at if row is not None and not in_settings else None
+        return Member(replica, in_settings, created_at, row.drained_at if row is not None else None)
+
+    # keeping up
+
+    async def _follow(self, roster: Roster) -> None:
+        while True:
+            await self._roster_changed.wait()
+            self._roster_changed.clear()
+            try:
+                self._apply(await roster.all())
+            except StorageError as error:
+                log.warning("the replicas added at run time cannot be read: %s", type(error).__name__)
+                self._roster_changed.set()
+                await asyncio.sleep(1)
+
+    def _apply(self, rows: Sequence[RosterRow]) -> None:
+        """Take the database's word for who is in the pool, and who is drained."""
+        self._rows = {row.url: row for row in rows}
+        for url, row in self._rows.items():
+            replica = self._replicas.get(url) or self._admit(url)
+            if row.drained_at is not None and not replica.drain_wanted:
+                replica.drain()
+        for url, replica in list(self._replicas.items()):
+            known = self._rows.get(url)
+            if known is None and url not in self._settings_urls:
+                self._dismiss(replica)
+            elif replica.drain_wanted and (known is None or known.drained_at is None):
+                replica.resume()
+
+    def _admit(self, url: str) -> Replica:
+        replica = Replica(
+            self._connect(url),
+            fingerprint=self._fingerprint,
+            options=self._options,
+            counters=self._counters,
+            on_change=self._recount,
+        )
+        self._replicas[url] = replica
+        self._router.set_hosts(self._replicas.values())
+        if self._started:
+            self._watch(replica)
+        return replica
+
+    def _dismiss(self, replica: Replica) -> None:
+        del self._replicas[replica.url]
+        self._router.set_hosts(self._replicas.values())
+        replica.drain()
+        self._recount()
+        replica.turns.turn_away()
+        self._spawn(self._close_when_empty(replica, self._watches.pop(replica.url, None)))
+
+    async def _close_when_empty(self, replica: Replica, watch: asyncio.Task[None] | None) -> None:
+        await replica.turns.until_empty()
+        if watch is not None:
+            watch.cancel()
+        replica.residency.abandon()
+        replica.turns.close()
+        replica.client.upstream.close()
+
+    def _watch(self, replica: Replica) -> None:
+        self._watches[replica.url] = asyncio.create_task(replica.watch())
+
+    async def _review(self) -> None:
+        while True:
+            await asyncio.sleep(REVIEW_S)
+            self._router.review()
+
+    def _recount(self) -> None:
+        """Where one replica alone is ready, requests go there without a choice."""
+        ready = [replica for replica in self._replicas.values() if replica.state is ReplicaState.READY]
+        self._only = ready[0] if len(ready) == 1 else None
+
+    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -3,17 +3,28 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
 from adapter_store.catalog import Version
+from adapter_store.ids import TenantId
 from gateway.errors import GatewayError
-from gateway.replicas.client import CONTROL_ERRORS, ReplicaClient, ReplicaReport
+from gateway.fairness import FairGate, GateLimits, Key, OpenSet, VirtualTokenCounters
+from gateway.replicas.breaker import Breaker
+from gateway.replicas.client import CONTROL_ERRORS, EngineFacts, ReplicaClient, ReplicaReport
 from gateway.replicas.residency import Residency
+from gateway.replicas.roster import replica_id
+from gateway.replicas.turns import Turns
 from gateway.replicas.upstream import OutOfDescriptorsError
 
 log = logging.getLogger("tailor.replica")
+ALIVE_S: Final = 1.0
+"""Tokens heard in the last second of a look that failed say that the engine is busy, not frozen."""
+UNKNOWN_CONCURRENCY: Final = 256
+UNKNOWN_SLOTS: Final = 4
 
 
 class ReplicaState(Enum):
@@ -22,15 +33,34 @@ class ReplicaState(Enum):
     UNREACHABLE = "unreachable"
     RESTORING = "restoring"
     READY = "ready"
+    TRIPPED = "tripped"
+    DRAINING = "draining"
     MISMATCHED = "mismatched"
 
 
 TRANSITIONS: Final = {
     ReplicaState.UNREACHABLE: {ReplicaState.RESTORING, ReplicaState.MISMATCHED},
-    ReplicaState.RESTORING: {ReplicaState.READY, ReplicaState.UNREACHABLE},
-    ReplicaState.READY: {ReplicaState.UNREACHABLE},
+    ReplicaState.RESTORING: {ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.UNREACHABLE},
+    ReplicaState.READY: {ReplicaState.TRIPPED, ReplicaState.DRAINING, ReplicaState.UNREACHABLE},
+    ReplicaState.TRIPPED: {ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.UNREACHABLE},
+    ReplicaState.DRAINING: {ReplicaState.READY, ReplicaState.UNREACHABLE},
     ReplicaState.MISMATCHED: {ReplicaState.UNREACHABLE},
 }
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaOptions:
+    """How replicas are watched and shared; `concurrency` None: what the engine says (its `max_num_seqs`)."""
+
+    load_timeout_s: float = 60.0
+    probe_interval_s: float = 1.0
+    probe_deadline_s: float = 3.0
+    concurrency: int | None = None
+    quantum_s: float = 1.0
+    queue: int = 1_024
+    tenant_queue: int = 256
+    queue_timeout_s: float = 30.0
+    fair: bool = True
 
 
 class Replica:
@@ -45,21 +75,27 @@ class Replica:
         client: ReplicaClient,
         *,
         fingerprint: str,
-        load_timeout_s: float,
-        probe_interval_s: float,
-        probe_deadline_s: float,
+        options: ReplicaOptions,
+        counters: VirtualTokenCounters,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        self.id = client.upstream.url
+        self.url = client.upstream.url
+        self.id = replica_id(self.url)
         self.client = client
-        self.residency = Residency(client, load_timeout_s=load_timeout_s)
+        self.residency = Residency(client, load_timeout_s=options.load_timeout_s)
         self.state = ReplicaState.UNREACHABLE
         self.report: ReplicaReport | None = None
+        self.drain_wanted = False
+        self.breaker = Breaker(time.monotonic)
+        self.gate = _gate(options, counters)
+        self.turns = Turns(self.gate)
+        self._options = options
         self._fingerprint = fingerprint
-        self._probe_interval_s = probe_interval_s
-        self._probe_deadline_s = probe_deadline_s
-        self._load_timeout_s = load_timeout_s
+        self._on_change = on_change
         self._look_now = asyncio.Event()
         self._last_reason = ""
+
+    # what the hot path reads
 
     @property
     def context_length(self) -> int:
@@ -75,6 +111,44 @@ class Replica:
     def null_adapter(self) -> str | None:
         return self.report.null_adapter if self.report is not None else None
 
+    # what routing reads
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.state is ReplicaState.READY and (not self.breaker.on_trial or self.gate.load < self.breaker.trials)
+
+    @property
+    def load(self) -> int:
+        return self.gate.in_flight + self.gate.waiting
+
+    @property
+    def concurrency(self) -> int:
+        return self.gate.limits.concurrency
+
+    @property
+    def slots(self) -> int:
+        return self.report.engine.max_loras if self.report is not None else UNKNOWN_SLOTS
+
+    def holds(self, adapter: object) -> bool:
+        return self.residency.holds(adapter)
+
+    def has_place(self, adapter: Key) -> bool:
+        return self.gate.has_place(adapter)
+
+    # what requests tell
+
+    def succeeded(self) -> None:
+        """A request was answered."""
+        self.breaker.succeeded()
+
+    def failed(self) -> None:
+        """The replica failed on a request (5xx, a broken answer); too many, and it rests."""
+        if self.breaker.failed() and self.state is ReplicaState.READY:
+            self.breaker.trip()
+            self._tell("too many of its answers failed")
+            self._become(ReplicaState.TRIPPED)
+        self._look_now.set()
+
     def suspect(self) -> None:
         """A request found the replica gone: no further one goes there before it has proved itself."""
         self._become(ReplicaState.UNREACHABLE)
@@ -84,57 +158,123 @@ class Replica:
         """Something is odd about the replica: do not wait for the next look."""
         self._look_now.set()
 
+    # what operators tell
+
+    def drain(self) -> None:
+        """No further request comes here; those that run end in their own time."""
+        self.drain_wanted = True
+        if ReplicaState.DRAINING in TRANSITIONS[self.state] and self.state is not ReplicaState.RESTORING:
+            self._become(ReplicaState.DRAINING)
+
+    def resume(self) -> None:
+        """Take requests again."""
+        self.drain_wanted = False
+        if self.state is ReplicaState.DRAINING:
+            self._become(ReplicaState.READY)
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether nothing runs here any more, whichever gateway sent it; others' requests as of the last look."""
+        others = self.report.in_flight if self.report is not None and self.state is ReplicaState.DRAINING else 0
+        return self.drain_wanted and not self.load and not others
+
     async def watch(self) -> None:
         """Look at the replica for ever; meant to run as one task."""
         while True:
             self._look_now.clear()
+            again_at_once = False
             try:
-                await self._look()
+                again_at_once = await self._look()
             except Exception:  # the watch must outlive any one look
                 log.exception("replica %s cannot be judged", self.id)
                 self._become(ReplicaState.UNREACHABLE)
+            if again_at_once:
+                continue
             try:
-                async with asyncio.timeout(self._probe_interval_s):
+                async with asyncio.timeout(self._options.probe_interval_s):
                     await self._look_now.wait()
-                await asyncio.sleep(self._probe_interval_s / 10)  # a storm of suspicions is one look
+                await asyncio.sleep(self._options.probe_interval_s / 10)  # a storm of suspicions is one look
             except TimeoutError:
                 pass
 
-    async def _look(self) -> None:
+    async def _look(self) -> bool:
+        """Judge the replica anew; True where it must be looked at again at once."""
         asked_at = time.monotonic()
+        opened = self._open_keys()
+        deadline_s = self._options.probe_deadline_s
         try:
-            report, _ = await asyncio.gather(
-                self.client.state(self._probe_deadline_s), self.client.probe(self._probe_deadline_s)
-            )
+            report, _ = await asyncio.gather(self.client.state(deadline_s), self.client.probe(deadline_s))
         except OutOfDescriptorsError:
             log.error("replica %s cannot be looked at: this gateway has no descriptor left", self.id)
-            return
+            return False
         except CONTROL_ERRORS as error:
-            if self.state is ReplicaState.READY and self.client.upstream.heard_since(asked_at):
-                return  # it is busy, not frozen: tokens of others came meanwhile
-            self._tell(repr(error))
-            if self.state is ReplicaState.READY:
-                self.client.upstream.close()  # streams on it end in an error now, not after the client's patience
-            self._become(ReplicaState.UNREACHABLE)
-            return
+            return self._note_silence(error, asked_at)
         if report.base_model.fingerprint != self._fingerprint:
             if self.state is not ReplicaState.MISMATCHED:
                 self._tell("it serves another base model")
                 self._become(ReplicaState.UNREACHABLE)
                 self._become(ReplicaState.MISMATCHED)
-            return
+            return False
         fresh = self.report is None or self.report.generation != report.generation
         self.report = report
+        self._fit_gate(report, opened | self._open_keys())
         if fresh:
             self._become(ReplicaState.UNREACHABLE)
             await self._restore(report, asked_at)
         else:
             self.residency.adopt(report.adapters, asked_at=asked_at)
-        if self.state is not ReplicaState.READY:
-            self._become(ReplicaState.RESTORING)
+        self._note_health()
+        return False
+
+    def _note_silence(self, error: BaseException, asked_at: float) -> bool:
+        serving = self.state in (ReplicaState.READY, ReplicaState.DRAINING)
+        if serving and self.client.upstream.heard_since(max(asked_at, time.monotonic() - ALIVE_S)):
+            return True  # it is busy, not frozen: tokens of others came just now
+        self._tell(repr(error))
+        if serving:
+            self.client.upstream.close()  # streams on it end in an error now, not after the client's patience
+        self._become(ReplicaState.UNREACHABLE)
+        return False
+
+    def _note_health(self) -> None:
+        """The engine has given a token."""
+        if self.state is ReplicaState.TRIPPED:
+            if not self.breaker.has_rested():
+                return
+            self.breaker.try_again()
             self._become(ReplicaState.READY)
-            self._last_reason = ""
-            log.info("replica %s is ready, generation %s", self.id, report.generation)
+        if self.state in (ReplicaState.READY, ReplicaState.DRAINING):
+            return
+        self._become(ReplicaState.RESTORING)
+        self._become(ReplicaState.DRAINING if self.drain_wanted else ReplicaState.READY)
+        self._last_reason = ""
+        assert self.report is not None
+        log.info("replica %s is %s, generation %s", self.id, self.state.value, self.report.generation)
+
+    def _fit_gate(self, report: ReplicaReport, mine: set[Key]) -> None:
+        """Take the engine's own bounds for the gate's, less what other gateways use of its adapter slots."""
+        facts: EngineFacts = report.engine
+        concurrency = self._options.concurrency or facts.max_num_seqs
+        if concurrency != self.gate.limits.concurrency:
+            self.gate.limits = replace(self.gate.limits, concurrency=concurrency)
+        if self.gate.open_set is None:
+            return
+        if self.report is None or self.state is not ReplicaState.READY:
+            self.gate.open_set.limit = facts.max_loras
+            return
+        others = {
+            (TenantId(adapter.owner), adapter.digest)
+            for adapter in report.adapters
+            if adapter.in_flight and adapter.owner
+        } - mine
+        before = self.gate.open_set.limit
+        self.gate.open_set.share(facts.max_loras, len(others))
+        if self.gate.open_set.limit != before:
+            self.gate.rotate()
+            self.turns.arm()
+
+    def _open_keys(self) -> set[Key]:
+        return set(self.gate.open_set.keys()) if self.gate.open_set is not None else set()
 
     async def _restore(self, report: ReplicaReport, asked_at: float) -> None:
         """Bring back what a restarted engine has forgotten, the hottest first, before it takes requests.
@@ -145,13 +285,13 @@ class Replica:
         held = self.residency.start_over()
         self.residency.adopt(report.adapters, asked_at=asked_at)
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._load_timeout_s):
+            async with asyncio.timeout(self._options.load_timeout_s):
                 for version in held[: report.engine.max_loras]:
                     await self._restore_one(version)
 
     async def _restore_one(self, version: Version) -> None:
         try:
-            await self.residency.hold(version)
+            await self.residency.hold(version, patient=False)
         except GatewayError as error:
             log.warning("adapter %s not restored: %s", version.digest, error)
 
@@ -167,3 +307,21 @@ class Replica:
         if state not in TRANSITIONS[self.state]:
             raise AssertionError(f"a replica cannot go from {self.state} to {state}")
         self.state = state
+        self._on_change()
+        if state is not ReplicaState.READY:
+            self.turns.turn_away()
+        if state in (ReplicaState.UNREACHABLE, ReplicaState.TRIPPED):
+            self.residency.abandon()
+
+
+def _gate(options: ReplicaOptions, counters: VirtualTokenCounters) -> FairGate:
+    open_set = (
+        OpenSet(UNKNOWN_SLOTS, options.quantum_s, time.monotonic, by_tenant=options.fair) if options.quantum_s else None
+    )
+    limits = GateLimits(
+        options.concurrency or UNKNOWN_CONCURRENCY,
+        tenant_queue=options.tenant_queue,
+        queue=options.queue,
+        fair=options.fair,
+    )
+    return FairGate(limits, counters, open_set, time.monotonic)

@@ -7,42 +7,72 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
 from gateway.errors import AdapterNotLoadable
-from gateway.replicas.client import CONTROL_ERRORS, AgentRefusedError, ReplicaClient, ResidentAdapter
+from gateway.replicas.client import CONTROL_ERRORS, AgentRefusedError, LoadReport, ReplicaClient, ResidentAdapter
 
 log = logging.getLogger("tailor.residency")
+PATIENCE_S: Final = 3.0
 Key = tuple[TenantId, str]
 """(tenant, digest): tenants never share an engine name, equal bytes or not."""
 
 
 @dataclass(slots=True)
 class Resident:
-    """A version in the engine under its once-used name."""
+    """A version in the engine under its once-used name; `tier` is where it was at the last report."""
 
     key: Key
     name: str
     version: Version | None
     last_used: float
     loaded_at: float = 0.0
+    tier: str = "gpu"
+
+
+class LoadFailed(AdapterNotLoadable):
+    """A load that failed; `again`: another try, here or elsewhere, may succeed."""
+
+    def __init__(self, message: str, *, retry_after_s: int, again: bool = True) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.again = again
+
+
+class SlowLoad(LoadFailed):
+    """A load that has not ended in time; it goes on."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    """One load under way, and all who wait for it."""
+
+    task: asyncio.Task[None]
+    outcome: asyncio.Future[Resident]
 
 
 class Residency:
-    """One replica's adapters. Loads are single-flight per adapter and one at a time per replica."""
+    """One replica's adapters. Loads are single-flight per adapter, one at a time per replica, in turn between tenants.
 
-    def __init__(self, client: ReplicaClient, *, load_timeout_s: float) -> None:
+    A load that takes more than `patience_s` gives its turn away and goes on beside the next: it may hang for ever.
+    """
+
+    def __init__(self, client: ReplicaClient, *, load_timeout_s: float, patience_s: float = PATIENCE_S) -> None:
         self._client = client
         self._load_timeout_s = load_timeout_s
+        self._patience_s = patience_s
         self._residents: dict[Key, Resident] = {}
-        self._loading: dict[Key, asyncio.Task[Resident]] = {}
+        self._loading: dict[Key, _Flight] = {}
+        self._late: dict[Key, asyncio.Task[Resident]] = {}
         self._reported: dict[str, Key] = {}
         self._waiting: Counter[Key] = Counter()
-        self._turn = asyncio.Lock()
+        self._turn = TenantTurns()
+        self.load_count = 0
+        self.failed_loads = 0
 
     def held(self, version: Version) -> Resident | None:
         """The resident, or None when it must be loaded first."""
@@ -52,48 +82,116 @@ class Residency:
             resident.version = version
         return resident
 
-    async def hold(self, version: Version) -> Resident:
+    def holds(self, key: object) -> bool:
+        return key in self._residents
+
+    def is_loading(self, key: Key) -> bool:
+        return key in self._loading
+
+    async def hold(
+        self, version: Version, *, patient: bool = True, allow: Callable[[], None] | None = None
+    ) -> Resident:
         """The resident, loaded if it is cold. Its requests are counted by the agent, which waits for them.
 
+        `allow` is called where this starts a load, and may refuse it by raising. Who is `patient` waits for a slow load
+        too.
+
         Raises:
-            AdapterNotLoadable: the replica would not take it.
+            LoadFailed: the replica would not take it. SlowLoad: it has not ended in time.
         """
         resident = self.held(version)
         if resident is not None:
             return resident
         key = (version.tenant_id, version.digest)
-        loading = self._loading.get(key)
-        if loading is None:
-            loading = asyncio.create_task(self._load(key, version))
-            self._loading[key] = loading
-            loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
+        flight = self._loading.get(key)
+        if flight is None:
+            if allow is not None:
+                allow()
+            flight = self._begin(key, version)
         self._waiting[key] += 1
         try:
-            return await asyncio.shield(loading)  # a client that goes away must not stop the load for the others
+            return await asyncio.shield(flight.outcome)  # a client that leaves must not stop the load for the others
+        except SlowLoad:
+            late = self._late.get(key)
+            if late is None or not patient:
+                raise
+            return await asyncio.shield(late)
         finally:
             self._waiting[key] -= 1
             if not self._waiting[key]:
                 del self._waiting[key]
 
-    async def _load(self, key: Key, version: Version) -> Resident:
+    def _begin(self, key: Key, version: Version) -> _Flight:
+        outcome: asyncio.Future[Resident] = asyncio.get_running_loop().create_future()
+        outcome.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to ask
+        flight = _Flight(asyncio.create_task(self._load(key, version, outcome)), outcome)
+        self._loading[key] = flight
+        return flight
+
+    async def _load(self, key: Key, version: Version, outcome: asyncio.Future[Resident]) -> None:
+        try:
+            resident = await self._load_in_turn(key, version)
+        except AdapterNotLoadable as error:
+            self._land(key, outcome)
+            if not outcome.done():
+                outcome.set_exception(error)
+        except BaseException as error:
+            self._land(key, outcome)
+            if not outcome.done():
+                outcome.set_exception(_not_loadable(error))
+            if isinstance(error, Exception):
+                log.exception("adapter %s of tenant %s not loaded", version.digest, version.tenant_id)
+            else:
+                raise
+        else:
+            self._land(key, outcome)
+            if not outcome.done():
+                outcome.set_result(resident)
+
+    def _land(self, key: Key, outcome: asyncio.Future[Resident]) -> None:
+        flight = self._loading.get(key)
+        if flight is not None and flight.outcome is outcome:
+            del self._loading[key]
+
+    async def _load_in_turn(self, key: Key, version: Version) -> Resident:
+        await self._turn.take(key[0])
+        try:
+            if key not in self._waiting:
+                raise LoadFailed("Nobody waits for the adapter any more.", retry_after_s=1)
+            call = asyncio.create_task(self._call(key, version))
+            call.add_done_callback(lambda done: done.cancelled() or done.exception())
+            try:
+                await asyncio.wait({call}, timeout=self._patience_s)
+            except asyncio.CancelledError:
+                call.cancel()
+                raise
+            if call.done():
+                return call.result()
+            self._late[key] = call
+            call.add_done_callback(lambda done: self._late.pop(key, None) if self._late.get(key) is done else None)
+            log.warning("adapter %s of tenant %s: its load is slow", version.digest, version.tenant_id)
+            raise SlowLoad("The adapter is still being loaded; try again.", retry_after_s=2)
+        finally:
+            self._turn.give()
+
+    async def _call(self, key: Key, version: Version) -> Resident:
         name = f"a-{secrets.token_hex(16)}"
         try:
-            async with self._turn:
-                if key not in self._waiting:
-                    raise AdapterNotLoadable("Nobody waits for the adapter any more.", retry_after_s=1)
-                report = await self._client.load(name, version, self._load_timeout_s)
+            report = await self._client.load(name, version, self._load_timeout_s)
         except CONTROL_ERRORS as error:
+            self.failed_loads += 1
             log.warning("adapter %s of tenant %s not loaded: %r", version.digest, version.tenant_id, error)
             raise _not_loadable(error) from error
-        finally:
-            del self._loading[key]
+        return self._note(key, version, report)
+
+    def _note(self, key: Key, version: Version, report: LoadReport) -> Resident:
+        self.load_count += 1
         log.info(
             "adapter %s of tenant %s loaded as %s: fetch %.3f s, load %.3f s",
-            version.digest, version.tenant_id, name, report.fetch_s, report.load_s,
+            version.digest, version.tenant_id, report.name, report.fetch_s, report.load_s,
         )  # fmt: skip
-        resident = Resident(key, name, version, time.time(), loaded_at=time.monotonic())
-        self._residents[key] = resident
-        return resident
+        resident = Resident(key, report.name, version, time.time(), loaded_at=time.monotonic())
+        return self._residents.setdefault(key, resident)
 
     def forget(self, resident: Resident) -> None:
         """The replica says that it does not know this name: the next request loads afresh."""
@@ -110,12 +208,15 @@ class Residency:
             name: (TenantId(adapter.owner), adapter.digest) for name, adapter in known.items() if adapter.owner
         }
         for resident in list(self._residents.values()):
-            if resident.name not in known and resident.loaded_at < asked_at:
+            adapter = known.get(resident.name)
+            if adapter is not None:
+                resident.tier = adapter.tier
+            elif resident.loaded_at < asked_at:
                 self.forget(resident)
         for adapter in known.values():
             if adapter.owner:
                 key = (TenantId(adapter.owner), adapter.digest)
-                self._residents.setdefault(key, Resident(key, adapter.name, None, adapter.last_used))
+                self._residents.setdefault(key, Resident(key, adapter.name, None, adapter.last_used, tier=adapter.tier))
 
     async def unload(self, tenant_id: TenantId, digests: Iterable[str]) -> None:
         """Take a tenant's deleted versions out of the replica; a failure is mended by the replica's own eviction."""
@@ -131,6 +232,19 @@ class Residency:
                 except CONTROL_ERRORS as error:
                     log.warning("adapter %s not unloaded: %r", name, error)
 
+    def abandon(self) -> None:
+        """The replica has failed: who waits for a load there is told so now."""
+        for flight in list(self._loading.values()):
+            if not flight.outcome.done():
+                flight.outcome.set_exception(
+                    LoadFailed("The engine went away while it loaded the adapter; try again.", retry_after_s=2)
+                )
+            flight.task.cancel()
+        for late in list(self._late.values()):
+            late.cancel()
+        self._loading.clear()
+        self._late.clear()
+
     def start_over(self) -> list[Version]:
         """The engine is a new one: forget every name; returns what was held, the hottest first."""
         residents = sorted(self._residents.values(), key=lambda resident: resident.last_used, reverse=True)
@@ -138,11 +252,43 @@ class Residency:
         return [resident.version for resident in residents if resident.version is not None]
 
 
-def _not_loadable(error: BaseException) -> AdapterNotLoadable:
+class TenantTurns:
+    """A lock that goes round the tenants who wait for it: one with many loads makes nobody wait for all of them."""
+
+    def __init__(self) -> None:
+        self._taken = False
+        self._waiting: OrderedDict[TenantId, deque[asyncio.Future[None]]] = OrderedDict()
+
+    async def take(self, tenant: TenantId) -> None:
+        if not self._taken:
+            self._taken = True
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give()  # it came in the same moment
+            raise
+
+    def give(self) -> None:
+        while self._waiting:
+            tenant, turns = self._waiting.popitem(last=False)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[tenant] = turns  # behind the others
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._taken = False
+
+
+def _not_loadable(error: BaseException) -> LoadFailed:
     if isinstance(error, AgentRefusedError) and error.status == 503:
-        return AdapterNotLoadable("The adapter waits for a free place; try again.", retry_after_s=1)
+        return LoadFailed("The adapter waits for a free place; try again.", retry_after_s=1)
     if isinstance(error, AgentRefusedError) and error.status == 422:
-        return AdapterNotLoadable(
-            "The engine refused the adapter; publish it again or ask the operator.", retry_after_s=60
+        return LoadFailed(
+            "The engine refused the adapter; publish it again or ask the operator.", retry_after_s=60, again=False
         )
-    return AdapterNotLoadable("The adapter could not be loaded just now; try again.", retry_after_s=5)
+    return LoadFailed("The adapter could not be loaded just now; try again.", retry_after_s=5)
