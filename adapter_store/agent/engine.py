@@ -85,6 +85,11 @@ class Engine:
         """Tokens of prompt and answer together (`max_model_len`)."""
         return int(self._models.model_config.max_model_len)
 
+    @property
+    def concurrency(self) -> int:
+        """Sequences that one step runs (`max_num_seqs`)."""
+        return int(self._client.vllm_config.scheduler_config.max_num_seqs)
+
     def is_dead(self) -> bool:
         return bool(self._client.errored)
 

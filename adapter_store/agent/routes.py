@@ -36,6 +36,8 @@ class Agent:
     residency: Residency
     facts: dict[str, object]
     null_adapter: str | None
+    in_flight: int = 0
+    """Generation requests of every gateway, the base model's too."""
 
 
 class File(Schema, extra="forbid"):
@@ -78,6 +80,7 @@ async def state(request: Request) -> Response:
             "adapters": await agent.residency.report(),
             "loads": {"count": agent.residency.load_count, "seconds": agent.residency.load_seconds},
             "corrupted_requests": agent.engine.corrupted_requests(),
+            "in_flight": agent.in_flight,
         }
     )
 
@@ -108,7 +111,7 @@ async def load(request: Request, name: str, body: Load) -> Response:
     except AdapterStoreError as error:
         log.exception("the files of adapter %s could not be fetched", name)
         return _error(502, type(error).__name__, str(error))
-    return JSONResponse({"name": name, "tier": "gpu", "fetch_s": done.fetch_s, "load_s": done.load_s})
+    return JSONResponse({"name": done.name, "tier": "gpu", "fetch_s": done.fetch_s, "load_s": done.load_s})
 
 
 @router.delete("/adapters/{name}")
@@ -159,7 +162,16 @@ class Guard:
             return await refusal(scope, receive, send)
         name = headers.get(ADAPTER_HEADER, b"").decode("latin-1")
         agent: Agent | None = getattr(self._owner.state, "tailor_agent", None)
-        if not name or agent is None or name == agent.null_adapter:  # the null adapter stays for the engine's life
+        if agent is None or not scope["path"].startswith("/v1/"):
+            return await self._app(scope, receive, send)
+        agent.in_flight += 1
+        try:
+            await self._generate(agent, name, scope, receive, send)
+        finally:
+            agent.in_flight -= 1
+
+    async def _generate(self, agent: Agent, name: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if not name or name == agent.null_adapter:  # the null adapter stays for the engine's life
             return await self._app(scope, receive, send)
         try:
             async with agent.residency.serving(name):

@@ -151,3 +151,26 @@ async def test_too_many_waiting_loads_are_turned_away() -> None:
         await adapters.load("a-9", "d9", [])
     engine.gate.set()
     await asyncio.gather(*waiting)
+
+
+async def test_a_tenants_same_files_are_loaded_once() -> None:
+    """Another gateway's load of them, or a second try of a slow one, is told the name that is there already."""
+    engine, cache = Engine(), Cache()
+    engine.gate.clear()
+    adapters = residency(engine, cache)
+    loads = [asyncio.create_task(adapters.load(f"a-{number}", "d1", [], owner="t")) for number in (1, 2)]
+    await asyncio.sleep(0)
+    engine.gate.set()
+    assert [(await load).name for load in loads] == ["a-1", "a-1"]
+    assert (await adapters.load("a-3", "d1", [], owner="other")).name == "a-3"
+    assert engine.said == ["load a-1", "load a-3"]
+    assert cache.pins == {"d1": 2}
+
+
+async def test_requests_in_flight_are_reported() -> None:
+    """Several gateways on one replica learn from it how many adapters the others use."""
+    adapters = residency(Engine(), Cache())
+    await adapters.load("a-1", "d1", [])
+    async with adapters.serving("a-1"):
+        assert [adapter["in_flight"] for adapter in await adapters.report()] == [1]
+    assert [adapter["in_flight"] for adapter in await adapters.report()] == [0]
