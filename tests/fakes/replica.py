@@ -1,18 +1,28 @@
 """A fake replica: vLLM's HTTP dialect and the agent's, over a real socket, with faults to order.
 
 Its answer names the adapter's digest, so that a wrong adapter is seen exactly. In every test it asserts what the engine
-needs (`violations` stays empty): a name is used once, nothing is loaded in place.
+needs (`violations` stays empty): a name is used once, nothing is loaded in place, what is loaded has its two files.
+
+Without an `engine` it answers at once. With one (`tests/fakes/engine.py`) requests queue, run in batches and take time,
+as in vLLM. `served` says for each request what it was really sent, also where the client left in the middle.
 """
 
 import asyncio
 import json
 import secrets
+import socket
+import struct
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, bundle_digest
+from tests.fakes.engine import EngineModel, Sequence
 
 TOKEN = "fake-replica-token-0123456789"
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 @dataclass
@@ -20,17 +30,45 @@ class Faults:
     """What goes wrong; a test sets what it needs."""
 
     die_after_events: int | None = None
+    """Half an event, then the connection is cut."""
+    truncated_after: int | None = None
+    """The connection is closed in good order, but in the middle of the stream."""
+    reset_after: int | None = None
+    """TCP reset."""
+    half_close_after: int | None = None
+    """The replica sends no more and keeps the connection."""
     error_event_after: int | None = None
     garble_after: int | None = None
     hang_before_answer: bool = False
     head_then_nothing: bool = False
+    latency_s: float = 0.0
+    """Before the head of an answer."""
+    slow_s: float = 0.0
+    """Each event comes in two pieces with this time between them."""
     probe_hangs: bool = False
     load_status: int | None = None
     load_delay_s: float = 0.0
-    forget_after_load: bool = False
+    load_hangs: int = 0
+    """So many loads from now on are never answered."""
+    load_absent: bool = False
+    """Loads are answered with 200, and the adapter is not there."""
     status: int | None = None
     status_body: bytes = b'{"error":{"message":"internal /secret/path a-0000","code":500}}'
     event_delay_s: float = 0.0
+
+
+@dataclass
+class Served:
+    """One generation request as the replica saw it; tokens are what was really sent."""
+
+    adapter: str | None
+    owner: str
+    priority: int
+    prompt_tokens: int
+    completion_tokens: int = 0
+    whole: bool = False
+    arrived_s: float = 0.0
+    ended_s: float = 0.0
 
 
 @dataclass
@@ -40,17 +78,29 @@ class FakeReplica:
     fingerprint: str
     base_name: str = "tiny-base"
     capacity: int = 32
+    max_loras: int = 4
+    max_num_seqs: int = 256
     null_adapter: str | None = None
     max_model_len: int = 256
     events: int = 4
+    engine: EngineModel | None = None
+    blobs: Path | None = None
+    """Where files that are loaded must lie."""
+    keep_requests: bool = True
     faults: Faults = field(default_factory=Faults)
     generation: str = field(default_factory=lambda: secrets.token_hex(8))
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     used_names: set[str] = field(default_factory=set)
     requests: list[dict[str, Any]] = field(default_factory=list)
+    served: list[Served] = field(default_factory=list)
+    request_count: int = 0
     loads: list[str] = field(default_factory=list)
+    load_times: list[float] = field(default_factory=list)
+    evicted: list[str] = field(default_factory=list)
+    probes: int = 0
     cancelled: int = 0
     connections: int = 0
+    in_flight: int = 0
     violations: list[str] = field(default_factory=list)
     port: int = 0
     _server: asyncio.Server | None = None
@@ -61,8 +111,11 @@ class FakeReplica:
         return f"http://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1_024)
         self.port = self._server.sockets[0].getsockname()[1]
+        if self.engine is not None:
+            self.max_loras, self.max_num_seqs = self.engine.max_loras, self.engine.max_num_seqs
+            self.engine.start()
 
     async def stop(self) -> None:
         """As kill -9 does: every connection is cut."""
@@ -70,6 +123,8 @@ class FakeReplica:
             self._server.close()
             for writer in list(self._writers):
                 writer.transport.abort()
+            if self.engine is not None:
+                await self.engine.stop()
             await self._server.wait_closed()
             self._server = None
 
@@ -91,7 +146,7 @@ class FakeReplica:
                 headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
                 body = await reader.readexactly(int(headers.get("content-length", "0")))
                 await self._answer(method, path, headers, body, reader, writer)
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
             self._writers.discard(writer)
@@ -113,12 +168,12 @@ class FakeReplica:
         if path == "/tailor/state":
             return self._json(writer, 200, self._state())
         if path == "/tailor/probe":
-            if self.faults.probe_hangs:
-                await asyncio.sleep(3_600)
-            return self._json(writer, 200, {"latency_s": 0.001})
+            return await self._probe(writer)
         if path.startswith("/tailor/adapters/"):
             return await self._adapter(method, path.rsplit("/", 1)[1], body, writer)
         return await self._generate(path, headers, json.loads(body), reader, writer)
+
+    # the agent
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -127,16 +182,24 @@ class FakeReplica:
             "engine": {
                 "version": "fake",
                 "device": "cpu",
-                "max_loras": 4,
+                "max_loras": self.max_loras,
                 "max_cpu_loras": self.capacity,
                 "max_lora_rank": 64,
                 "max_model_len": self.max_model_len,
+                "max_num_seqs": self.max_num_seqs,
             },
             "null_adapter": self.null_adapter,
             "adapters": list(self.adapters.values()),
             "loads": {"count": len(self.loads), "seconds": 0.0},
             "corrupted_requests": 0,
+            "in_flight": self.in_flight,
         }
+
+    async def _probe(self, writer: asyncio.StreamWriter) -> None:
+        self.probes += 1
+        if self.faults.probe_hangs or (self.engine is not None and self.engine.frozen):
+            await asyncio.sleep(3_600)
+        self._json(writer, 200, {"latency_s": 0.001})
 
     async def _adapter(self, method: str, name: str, body: bytes, writer: asyncio.StreamWriter) -> None:
         if method == "DELETE":
@@ -146,24 +209,55 @@ class FakeReplica:
         if name in self.used_names:
             self.violations.append(f"name {name} used again")
         self.used_names.add(name)
+        asked = json.loads(body)
+        self._check_files(name, asked["files"])
+        if self.faults.load_hangs:
+            self.faults.load_hangs -= 1
+            await asyncio.sleep(3_600)
         await asyncio.sleep(self.faults.load_delay_s)
         if self.faults.load_status is not None:
             self._json(writer, self.faults.load_status, {"error": {"code": "load_failed"}})
             return
-        asked = json.loads(body)
+        if not self._make_room():
+            self._json(writer, 503, {"error": {"code": "load_queue_full"}})
+            return
+        if self.engine is not None and self.engine.load_s:
+            self.engine.stall(self.engine.load_s)
+            await asyncio.sleep(self.engine.load_s)
         self.loads.append(name)
+        self.load_times.append(time.monotonic())
         hashes = {file["name"]: file["sha256"] for file in asked["files"]}
         digest = bundle_digest(hashes[CONFIG_FILE], hashes[WEIGHTS_FILE])
-        if not self.faults.forget_after_load:
+        if not self.faults.load_absent:
             self.adapters[name] = {
                 "name": name,
                 "tier": "gpu",
                 "bytes": 1,
-                "last_used": 0.0,
+                "last_used": time.time(),
                 "owner": asked["owner"],
                 "digest": digest,
+                "in_flight": 0,
             }
         self._json(writer, 200, {"name": name, "tier": "gpu", "fetch_s": 0.0, "load_s": 0.0})
+
+    def _check_files(self, name: str, files: list[dict[str, Any]]) -> None:
+        if {file["name"] for file in files} != {CONFIG_FILE, WEIGHTS_FILE}:
+            self.violations.append(f"{name} is loaded without its two files")
+        for file in files:
+            if self.blobs is not None and not (self.blobs / file["key"]).is_file():
+                self.violations.append(f"{name} is loaded, and its file {file['key']} is missing")
+
+    def _make_room(self) -> bool:
+        while len(self.adapters) >= self.capacity:
+            idle = [known for known in self.adapters.values() if not known["in_flight"]]
+            if not idle:
+                return False
+            leaves = min(idle, key=lambda known: float(known["last_used"]))
+            self.evicted.append(leaves["name"])
+            del self.adapters[leaves["name"]]
+        return True
+
+    # vLLM
 
     async def _generate(
         self,
@@ -173,69 +267,203 @@ class FakeReplica:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        self.requests.append({"path": path, "headers": headers, "body": body})
+        self.request_count += 1
+        if self.keep_requests:
+            self.requests.append({"path": path, "headers": headers, "body": body})
         name = headers.get("x-tailor-adapter")
         if name is not None and name != self.null_adapter and name not in self.adapters:
             return self._json(writer, 404, {"error": {"code": "adapter_unknown"}})
+        known = self.adapters.get(name or "", {})
+        self.in_flight += 1
+        if known:
+            known["in_flight"] += 1
+            known["last_used"] = time.time()
+        try:
+            await self._generate_with(name, body, reader, writer)
+        finally:
+            self.in_flight -= 1
+            if known:
+                known["in_flight"] -= 1
+
+    async def _generate_with(
+        self, name: str | None, body: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         if self.faults.hang_before_answer:
             await reader.read()  # until the client goes away
             self.cancelled += 1
-            return None
+            raise ConnectionError
         if self.faults.head_then_nothing:
             if "logit_bias" in body:  # as an API server refuses without asking its engine
                 return self._json(writer, 400, {"error": {"message": "no such token"}})
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+            writer.write(STREAM_HEAD)
             await reader.read()
             self.cancelled += 1
-            return None
+            raise ConnectionError
+        if self.faults.latency_s:
+            await asyncio.sleep(self.faults.latency_s)
         if self.faults.status is not None:
             return self._bytes(writer, self.faults.status, self.faults.status_body)
-        text = self.text_of(name)
-        if body.get("stream"):
-            await self._stream(body, text, reader, writer)
-            return None
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 3, "completion_tokens": self.events, "total_tokens": 3 + self.events}
-        answer = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"]}
-        return self._json(writer, 200, {**answer, "choices": [choice], "usage": usage})
+        served = self._serve_record(name, body)
+        try:
+            if body.get("stream"):
+                await self._stream(body, name, served, reader, writer)
+            else:
+                await self._whole(body, name, served, reader, writer)
+        finally:
+            served.ended_s = self.engine.now_s if self.engine is not None else 0.0
+        return None
+
+    def _serve_record(self, name: str | None, body: dict[str, Any]) -> Served:
+        served = Served(
+            name,
+            self.adapters[name]["owner"] if name in self.adapters else "",
+            int(body.get("priority", 0)),
+            self.prompt_tokens(body),
+            arrived_s=self.engine.now_s if self.engine is not None else 0.0,
+        )
+        self.served.append(served)
+        return served
+
+    def prompt_tokens(self, body: dict[str, Any]) -> int:
+        """Three; with an engine, one for every four characters of the prompt."""
+        if self.engine is None:
+            return 3
+        return 1 + len(json.dumps(body.get("messages", body.get("prompt", "")))) // 4
+
+    def completion_tokens(self, body: dict[str, Any]) -> int:
+        """What a whole answer has."""
+        return self.events if self.engine is None else int(body.get("max_tokens") or self.events)
 
     def text_of(self, name: str | None) -> str:
         """What an adapter answers; the base has its own words."""
         return f"I am {self.adapters[name]['digest']}" if name in self.adapters else "I am the base"
 
-    async def _stream(
-        self, body: dict[str, Any], text: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    async def _whole(
+        self,
+        body: dict[str, Any],
+        name: str | None,
+        served: Served,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-        gone = asyncio.ensure_future(reader.read())
-        pieces = [text, *("." * (self.events - 1))]
-        for number, piece in enumerate(pieces):
-            if await self._fault(number, writer):
-                gone.cancel()
-                return
-            self._event(writer, body["model"], [{"index": 0, "delta": {"content": piece}, "finish_reason": None}])
-            await asyncio.sleep(self.faults.event_delay_s)
-            if gone.done():
+        text = self.text_of(name)
+        total = self.completion_tokens(body)
+        if self.engine is not None:
+            await self._run(self.engine, name, served, total, reader, lambda _: None)
+            if _is_gone(reader):
+                raise ConnectionError
+        served.completion_tokens, served.whole = total, True
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        answer = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"]}
+        return self._json(writer, 200, {**answer, "choices": [choice], "usage": _usage(served)})
+
+    async def _run(
+        self,
+        engine: EngineModel,
+        name: str | None,
+        served: Served,
+        tokens: int,
+        reader: asyncio.StreamReader,
+        tell: Any,
+    ) -> None:
+        """The request in the engine, until all its tokens are out or its client has gone."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_token(number: int) -> None:
+            if _is_gone(reader):
                 self.cancelled += 1
-                return
-        usage = {"prompt_tokens": 3, "completion_tokens": self.events, "total_tokens": 3 + self.events}
-        self._event(writer, body["model"], [{"index": 0, "delta": {}, "finish_reason": "stop"}])
-        self._event(writer, body["model"], [], usage=usage)
+                engine.abort(sequence)
+            else:
+                tell(number)
+
+        sequence = Sequence(name, served.priority, served.prompt_tokens, tokens, on_token, done)
+        engine.add(sequence)
+        gone = asyncio.ensure_future(_until_gone(reader))
+        try:
+            await asyncio.wait({gone, done}, return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                if not sequence.aborted:
+                    self.cancelled += 1
+                    engine.abort(sequence)
+                await asyncio.wait({done}, timeout=5)
+        finally:
+            gone.cancel()
+            engine.abort(sequence)
+
+    async def _stream(
+        self,
+        body: dict[str, Any],
+        name: str | None,
+        served: Served,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        writer.write(STREAM_HEAD)
+        text = self.text_of(name)
+        continuous = bool((body.get("stream_options") or {}).get("continuous_usage_stats"))
+        total = self.completion_tokens(body)
+
+        def emit(number: int) -> None:
+            served.completion_tokens = number
+            piece = text if number == 1 else "."
+            choices = [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]
+            usage = {"usage": _usage(served)} if continuous else {}
+            self._event(writer, body["model"], choices, **usage)
+
+        if self.engine is not None:
+            await self._run(self.engine, name, served, total, reader, emit)
+            if served.completion_tokens < total:
+                raise ConnectionError
+        else:
+            for number in range(total):
+                if await self._fault(number, reader, writer):
+                    raise ConnectionError
+                if self.faults.slow_s:
+                    await self._slowly(writer, body["model"], served, number)
+                else:
+                    emit(number + 1)
+                await asyncio.sleep(self.faults.event_delay_s)
+                if _is_gone(reader):
+                    self.cancelled += 1
+                    raise ConnectionError
+        usage = {"usage": _usage(served)} if continuous else {}
+        self._event(writer, body["model"], [{"index": 0, "delta": {}, "finish_reason": "stop"}], **usage)
+        self._event(writer, body["model"], [], usage=_usage(served))
         self._chunk(writer, b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
-        gone.cancel()
+        served.whole = True
 
-    async def _fault(self, number: int, writer: asyncio.StreamWriter) -> bool:
+    async def _slowly(self, writer: asyncio.StreamWriter, model: str, served: Served, number: int) -> None:
+        served.completion_tokens = number + 1
+        event = _event(model, [{"index": 0, "delta": {"content": "."}, "finish_reason": None}])
+        for half in (event[: len(event) // 2], event[len(event) // 2 :]):
+            self._chunk(writer, half)
+            await asyncio.sleep(self.faults.slow_s)
+
+    async def _fault(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """True where the stream has ended by a fault."""
-        if number == self.faults.error_event_after:
+        faults = self.faults
+        if number == faults.error_event_after:
             self._chunk(writer, b'data: {"error":{"message":"CUDA error at /opt/vllm","code":500}}\n\n')
             self._chunk(writer, b"data: [DONE]\n\n")
             writer.write(b"0\r\n\r\n")
             return True
-        if number == self.faults.garble_after:
+        if number == faults.garble_after:
             writer.write(b"zzz\r\nnot a chunk\r\n")
             return True
-        if number == self.faults.die_after_events:
+        if number == faults.truncated_after:
+            return True
+        if number == faults.half_close_after:
+            await writer.drain()
+            writer.write_eof()
+            await reader.read()
+            return True
+        if number == faults.reset_after:
+            await writer.drain()
+            await asyncio.sleep(0.05)  # what was sent has been read: a reset may overtake it
+            _reset(writer)
+            return True
+        if number == faults.die_after_events:
             writer.write(b'10\r\ndata: {"id":"ha')  # half an event
             await writer.drain()
             await asyncio.sleep(0.05)
@@ -244,8 +472,7 @@ class FakeReplica:
         return False
 
     def _event(self, writer: asyncio.StreamWriter, model: str, choices: list[dict[str, Any]], **more: object) -> None:
-        event = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": model, "choices": choices}
-        self._chunk(writer, f"data: {json.dumps({**event, **more}, separators=(',', ':'))}\n\n".encode())
+        self._chunk(writer, _event(model, choices, **more))
 
     @staticmethod
     def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
@@ -259,3 +486,34 @@ class FakeReplica:
         content = b"" if status == 204 else body
         length = b"" if status == 204 else b"content-length: %d\r\n" % len(content)
         writer.write(b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n%b\r\n%b" % (status, length, content))
+
+
+def _usage(served: Served) -> dict[str, int]:
+    return {
+        "prompt_tokens": served.prompt_tokens,
+        "completion_tokens": served.completion_tokens,
+        "total_tokens": served.prompt_tokens + served.completion_tokens,
+    }
+
+
+def _event(model: str, choices: list[dict[str, Any]], **more: object) -> bytes:
+    """An event as vLLM writes it: `usage` comes after `choices`."""
+    event = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": model, "choices": choices}
+    return f"data: {json.dumps({**event, **more}, separators=(',', ':'))}\n\n".encode()
+
+
+def _is_gone(reader: asyncio.StreamReader) -> bool:
+    """As uvicorn sees it: a client that has closed its sending side has left."""
+    return reader.at_eof() or reader.exception() is not None
+
+
+async def _until_gone(reader: asyncio.StreamReader) -> None:
+    with suppress(OSError):
+        await reader.read()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Close with a TCP reset instead of an end."""
+    connection: socket.socket = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
