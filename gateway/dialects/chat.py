@@ -1,0 +1,357 @@
+"""`POST /v1/chat/completions` and `/v1/completions`, as OpenAI has them."""
+
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from gateway.dialects.dialect import MOST_TOOLS, Checked, Dialect, Stream, check_entries
+from gateway.dialects.fields import (
+    CallId,
+    Description,
+    Label,
+    LogitBias,
+    Metadata,
+    ModelName,
+    Name,
+    Nothing,
+    Penalty,
+    Positive,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    StopTokens,
+    Temperature,
+    Text,
+    TokenId,
+    ToolName,
+    TopK,
+    TopP,
+    Unit,
+)
+from gateway.dialects.nested import check_nested
+from gateway.dialects.schemas import SchemaBudget
+from gateway.errors import ReplicaFailed, RequestInvalid
+from gateway.relay import StreamTranslation, Translation, Usage
+
+NO_PARSER: Final = (
+    "is not available: this server's operator has set no parser for the base model's tool calls. "
+    "Name one function, or require a call."
+)
+
+
+class TextPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="text", gc=False):
+    text: Text
+
+
+class RefusalPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="refusal", gc=False):
+    refusal: Text
+
+
+Parts = Annotated[list[TextPart], Meta(min_length=1, max_length=256)]
+Speaker = Annotated[str, Meta(max_length=64)] | None
+
+
+class Told(Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="role", kw_only=True, gc=False):
+    """What all messages but the model's and the tools' have."""
+
+    content: Text | Parts
+    name: Speaker = None
+
+
+class System(Told, tag="system"):
+    pass
+
+
+class Developer(Told, tag="developer"):
+    pass
+
+
+class User(Told, tag="user"):
+    pass
+
+
+class CalledFunction(Struct, forbid_unknown_fields=True, gc=False):
+    name: ToolName
+    arguments: Text
+
+
+class ToolCall(Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+    id: CallId
+    function: CalledFunction
+    type: Literal["function"] | None = None
+    index: int | None = None
+
+
+class Assistant(
+    Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="role", tag="assistant", kw_only=True
+):
+    """An answer of the model, as it was answered or as a client writes it."""
+
+    content: Text | Annotated[list[TextPart | RefusalPart], Meta(min_length=1, max_length=256)] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=MOST_TOOLS)] | None = None
+    name: Speaker = None
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
+    refusal: Text | None = None
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+
+
+class ToolResult(Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="role", tag="tool", kw_only=True):
+    content: Text | Parts
+    tool_call_id: CallId
+    name: Speaker = None
+
+
+Message = System | Developer | User | Assistant | ToolResult
+
+
+class Function(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    name: ToolName
+    description: Description | None = None
+    parameters: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    strict: bool | None = None
+
+
+class Tool(Struct, forbid_unknown_fields=True):
+    function: Function
+    type: Literal["function"] = "function"
+
+
+class NamedFunction(Struct, forbid_unknown_fields=True):
+    name: ToolName
+
+
+class NamedTool(Struct, forbid_unknown_fields=True):
+    function: NamedFunction
+    type: Literal["function"] = "function"
+
+
+class JsonSchema(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    name: Name
+    schema: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    description: Annotated[str, Meta(max_length=1_024)] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+UPSTREAM_STREAM: Final = StreamOptions(include_usage=True, continuous_usage_stats=True)
+"""Usage in every event, so that a stream that is cut anywhere is counted exactly; the relay takes it out again."""
+
+
+class Sampling(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """What chat and completion requests share."""
+
+    model: ModelName
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
+    max_tokens: Positive | None = None
+    min_p: Unit | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    n: Positive | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    response_format: ResponseFormat | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    stop_token_ids: StopTokens | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+
+    metadata: Metadata | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: Label | None = None
+    safety_identifier: Label | None = None
+    service_tier: Label | None = None
+    store: bool | None = None
+    user: Label | None = None
+
+
+class ChatRequest(Sampling, kw_only=True):
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    logprobs: bool | None = None
+    max_completion_tokens: Positive | None = None
+    parallel_tool_calls: bool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Annotated[list[Tool], Meta(min_length=1, max_length=MOST_TOOLS)] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+
+
+class CompletionRequest(Sampling, kw_only=True):
+    prompt: Text | Annotated[list[TokenId], Meta(min_length=1, max_length=1 << 18)]
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+
+
+IGNORED: Final = (
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+    "user",
+)
+"""Fields of OpenAI's API that do nothing here and no harm."""
+OPT_IN_SAMPLING: Final = frozenset(
+    {
+        "allowed_token_ids",
+        "bad_words",
+        "echo",
+        "include_stop_str_in_output",
+        "prompt_logprobs",
+        "return_token_ids",
+        "return_tokens_as_token_ids",
+        "skip_special_tokens",
+        "thinking_token_budget",
+        "truncate_prompt_tokens",
+    }
+)
+
+
+class OpenAIGeneration(Dialect):
+    """What chat and plain completions share."""
+
+    def _checked(self, request: Any, body: bytes, param: str, default: int | None, alternatives: int) -> Checked:
+        stream = bool(request.stream)
+        if request.stream_options is not None and not stream:
+            raise RequestInvalid("stream_options goes with stream: true.", param="stream_options")
+        if request.n is not None and request.n > self.bounds.max_choices:
+            raise RequestInvalid(f"n may be at most {self.bounds.max_choices} on this server.", param="n")
+        length = self.length(request.max_tokens, param, default)
+        check_entries(request.n or 1, length, alternatives, param)
+        if request.min_tokens is not None and request.min_tokens > length:
+            raise RequestInvalid(f"min_tokens is above {param}.", param="min_tokens")
+        checked = Checked(
+            model=request.model,
+            stream=stream,
+            request=request,
+            length_field="max_tokens",
+            length_param=param,
+            length=length,
+            own_length=request.max_tokens is not None,
+            choices=request.n or 1,
+            prompt_bytes=len(body),
+            affinity=request.prompt_cache_key or request.user,
+            wants_usage=bool(request.stream_options and request.stream_options.include_usage),
+        )
+        for name in IGNORED:
+            setattr(request, name, None)
+        request.stream_options = UPSTREAM_STREAM if stream else None
+        return checked
+
+    def _check_format(self, response_format: ResponseFormat, schemas: SchemaBudget) -> None:
+        if (response_format.type == "json_schema") != (response_format.json_schema is not None):
+            raise RequestInvalid("json_schema goes with type 'json_schema', and only with it.", param="response_format")
+        described = response_format.json_schema
+        if described is not None:
+            if not isinstance(described.schema, msgspec.Raw):
+                raise RequestInvalid("A json_schema needs a schema.", param="response_format.json_schema.schema")
+            described.schema = schemas.take(described.schema, "response_format.json_schema.schema")
+
+    def stream(self, engine_name: str, checked: Checked) -> Stream:
+        return StreamTranslation(engine_name, checked.model, wants_usage=checked.wants_usage)
+
+    def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
+        translation = Translation(engine_name, checked.model)
+        told = translation.whole(body)
+        if translation.usage is None:
+            raise ReplicaFailed("The engine's answer cannot be read; try again.")
+        return told, translation.usage
+
+
+class Chat(OpenAIGeneration):
+    path = "/v1/chat/completions"
+    upstream_path = "/v1/chat/completions"
+    prompt_param = "messages"
+    request = ChatRequest
+    opt_in = OPT_IN_SAMPLING | {"chat_template_kwargs", "include_reasoning", "reasoning_effort"}
+    hints: ClassVar = {".type": "this server reads text and calls functions only", ".audio": "text only"}
+
+    def bound(self, request: ChatRequest, body: bytes) -> Checked:
+        if len(request.messages) > self.bounds.max_messages:
+            raise RequestInvalid(f"At most {self.bounds.max_messages} messages are read.", param="messages")
+        param = "max_tokens"
+        if request.max_completion_tokens is not None:
+            if request.max_tokens is not None:
+                raise RequestInvalid("Send max_completion_tokens or max_tokens, not both.", param="max_tokens")
+            param = "max_completion_tokens"
+            request.max_tokens, request.max_completion_tokens = request.max_completion_tokens, None
+        if request.top_logprobs and not request.logprobs:
+            raise RequestInvalid("top_logprobs goes with logprobs: true.", param="top_logprobs")
+        schemas = self.schemas()
+        if request.response_format is not None:
+            self._check_format(request.response_format, schemas)
+        self._check_choice(request)
+        if request.tools is not None:
+            check_tools(request.tools, schemas, request.tool_choice)
+        if b'"tool_calls"' in body or b"\\u" in body:
+            check_calls(request.messages)
+        return self._checked(request, body, param, None, request.top_logprobs or 0)
+
+    def _check_choice(self, request: ChatRequest) -> None:
+        choice = request.tool_choice
+        if request.tools is None:
+            if choice not in (None, "none", "auto"):
+                raise RequestInvalid("tool_choice goes with tools.", param="tool_choice")
+            request.tool_choice = request.parallel_tool_calls = None
+            return
+        if isinstance(choice, NamedTool):
+            if all(tool.function.name != choice.function.name for tool in request.tools):
+                raise RequestInvalid("tool_choice names a function that is not in tools.", param="tool_choice")
+        elif choice in (None, "auto") and not self.bounds.calls_tools:
+            raise RequestInvalid(f"tool_choice 'auto' {NO_PARSER}", param="tool_choice", code="unsupported_parameter")
+
+
+def check_calls(messages: list[Message]) -> None:
+    """Hold the depth of what called functions were given: vLLM parses it for the chat template."""
+    for number, message in enumerate(messages):
+        if isinstance(message, Assistant) and message.tool_calls:
+            for call in message.tool_calls:
+                call.index = None
+                check_nested(call.function.arguments or "{}", f"messages[{number}].tool_calls")
+
+
+def check_tools(tools: list[Tool], schemas: SchemaBudget, choice: str | NamedTool | None) -> None:
+    """Hold what functions may cost.
+
+    Raises:
+        RequestInvalid: a name comes twice, or a schema passes a bound.
+    """
+    names = {tool.function.name for tool in tools}
+    if len(names) < len(tools):
+        raise RequestInvalid("Two tools have the same name.", param="tools")
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    for number, tool in enumerate(tools):
+        if isinstance(tool.function.parameters, msgspec.Raw):
+            place = f"tools[{number}].function.parameters"
+            held = tool.function.strict or choice == "required" or tool.function.name == named
+            tool.function.parameters = schemas.take(tool.function.parameters, place, compiled=bool(held))
+
+
+class Completions(OpenAIGeneration):
+    path = "/v1/completions"
+    upstream_path = "/v1/completions"
+    prompt_param = "prompt"
+    request = CompletionRequest
+    opt_in = OPT_IN_SAMPLING
+
+    def bound(self, request: CompletionRequest, body: bytes) -> Checked:
+        if request.response_format is not None:
+            self._check_format(request.response_format, self.schemas())
+        # OpenAI's default of a plain completion is 16; a chat runs to the model's end, within our ceiling
+        return self._checked(request, body, "max_tokens", 16, request.logprobs or 0)

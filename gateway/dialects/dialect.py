@@ -1,0 +1,287 @@
+"""One endpoint's dialect: how its requests are checked, and how what the engine answers is told to the client.
+
+    check(body) → Checked → upstream_body(…)          the client's words → the engine's
+    whole(…), stream(…) → Usage                       the engine's → the client's
+    refusal(…), error(…), error_event(…)              what went wrong, as this dialect's clients read it
+
+The upstream body is built from what was checked, never forwarded. The engine's name for an adapter, and its own error
+texts, never reach a client.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Protocol
+
+import msgspec
+from msgspec import Struct
+
+from gateway.dialects.fields import GATEWAY_SET, OPT_IN, REFUSED
+from gateway.dialects.schemas import SchemaBudget
+from gateway.errors import ContextLengthExceeded, ErrorAnswer, GatewayError, ReplicaFailed, RequestInvalid, answer
+from gateway.relay import Usage
+
+ENCODER: Final = msgspec.json.Encoder()
+MOST_ENTRIES: Final = 131_072
+"""Tokens with their alternatives in one answer: about 10 MB of JSON."""
+MOST_TOOLS: Final = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the operator allows. `calls_tools`: the engine reads tool calls out of free text (`tool_choice` auto)."""
+
+    max_messages: int = 1_024
+    max_output_tokens: int = 4_096
+    max_choices: int = 4
+    max_schema_bytes: int = 16_384
+    calls_tools: bool = False
+    allowed_fields: frozenset[str] = frozenset()
+
+
+class Stream(Protocol):
+    """A stream of server-sent events on its way to the client."""
+
+    finished: bool
+    """Whether the dialect's last event has passed: one that ends without has been broken off."""
+
+    def feed(self, data: bytes) -> bytes:
+        """The whole events that are there now, translated; a half one waits for the next call.
+
+        Raises:
+            ReplicaFailed: the engine reported an error inside the stream, or an event grew past all bounds.
+        """
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens so far; None before the engine has said anything."""
+
+
+@dataclass(slots=True)
+class Checked:
+    """A request that may go to an engine."""
+
+    model: str
+    stream: bool
+    request: Any
+    """The checked fields, a `Struct` in the engine's words; its `model` and its length are set for each replica."""
+    length_field: str
+    """What the engine calls the ceiling of one answer; "" where nothing is generated."""
+    length_param: str
+    """What the client called it."""
+    length: int
+    """Ceiling of one answer, in tokens."""
+    own_length: bool
+    """Whether the client asked for it: then it is never cut in silence."""
+    choices: int
+    prompt_bytes: int
+    """No less than the prompt's length; about four to a token."""
+    affinity: str | None
+    """What the client says its requests have in common (`prompt_cache_key`, `user`), for sticky routing."""
+    wants_usage: bool = False
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """What the answer tells the client of its own request (metadata), where the dialect does."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that all answers together may have."""
+        return self.length * self.choices
+
+    def limit_output(self, most: int | None) -> None:
+        """Hold the plan's ceiling of one answer.
+
+        Raises:
+            RequestInvalid: the client asked for more.
+        """
+        if most is None or self.length <= most:
+            return
+        if self.own_length:
+            raise RequestInvalid(f"{self.length_param} may be at most {most} on your plan.", param=self.length_param)
+        self.length = most
+
+    def upstream_body(self, *, model: str, cache_salt: str, context_length: int) -> bytes:
+        """The engine's body: the checked fields, and those that only the gateway sets (all of safe characters).
+
+        May be called again for another replica.
+
+        Raises:
+            ContextLengthExceeded: the client's own ceiling is more than the model's context holds.
+        """
+        self.request.model = model
+        if not self.length_field:
+            return ENCODER.encode(self.request)
+        if self.length > context_length and self.own_length:
+            raise ContextLengthExceeded(
+                f"{self.length_param} is above the model's context length of {context_length} tokens.",
+                param=self.length_param,
+            )
+        setattr(self.request, self.length_field, min(self.length, context_length))
+        return b'{"cache_salt":"%b",%b' % (cache_salt.encode(), ENCODER.encode(self.request)[1:])
+
+
+class Dialect:
+    """OpenAI's ways where an endpoint has none of its own."""
+
+    path: ClassVar[str]
+    upstream_path: ClassVar[str]
+    prompt_param: ClassVar[str]
+    generates: ClassVar[bool] = True
+    """False for endpoints that only count: no token is generated, any model name of the engine does."""
+    request: ClassVar[type[Struct]]
+    refused: ClassVar[Mapping[str, str]] = REFUSED
+    opt_in: ClassVar[frozenset[str]] = frozenset()
+    hints: ClassVar[Mapping[str, str]] = {}
+    """Why the last member of a faulty place is faulty, where msgspec's sentence does not tell."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        allowed = sorted(self.opt_in & bounds.allowed_fields)
+        self._decoder = msgspec.json.Decoder(with_fields(self.request, allowed) if allowed else self.request)
+
+    # the client's words → the engine's
+
+    def check(self, body: bytes) -> Checked:
+        """Decode and bound a client's body.
+
+        Raises:
+            RequestInvalid: names the field, the rule and, for a refused field, the reason.
+        """
+        try:
+            request = self._decoder.decode(body)
+        except msgspec.ValidationError as error:
+            raise self._invalid(str(error)) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise RequestInvalid(f"The body is not JSON: {error}.", code="invalid_json") from None
+        return self.bound(request, body)
+
+    def bound(self, request: Any, body: bytes) -> Checked:
+        """What no type can say; makes the request the engine's.
+
+        Raises:
+            RequestInvalid: a bound is passed.
+        """
+        raise NotImplementedError
+
+    def schemas(self) -> SchemaBudget:
+        return SchemaBudget(self.bounds.max_schema_bytes)
+
+    def length(self, asked: int | None, param: str, default: int | None = None) -> int:
+        """The ceiling of one answer.
+
+        Raises:
+            RequestInvalid: more than this server gives.
+        """
+        most = self.bounds.max_output_tokens
+        if asked is None:
+            return min(default or most, most)
+        if asked > most:
+            raise RequestInvalid(f"{param} may be at most {most} on this server.", param=param)
+        return asked
+
+    # the engine's words → the client's
+
+    def stream(self, engine_name: str, checked: Checked) -> Stream:
+        """For an answer in pieces."""
+        raise NotImplementedError
+
+    def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
+        """A complete answer, and what it used.
+
+        Raises:
+            ReplicaFailed: it is not what the engine answers.
+        """
+        raise NotImplementedError
+
+    def refusal(self, status: int, body: bytes) -> GatewayError:
+        """The engine's refusal in our words: its own text may name paths and inner names, so none is passed on."""
+        try:
+            text = msgspec.json.decode(body, type=_UpstreamErrorBody).error.message
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            text = ""
+        if status == 400 and ("context length" in text or "max_model_len" in text):
+            return ContextLengthExceeded(
+                "The prompt is longer than the model's context (or leaves no room for the answer): shorten it.",
+                param=self.prompt_param,
+            )
+        if status in (400, 422):
+            return RequestInvalid(
+                "The engine cannot do what was asked: check prompt, tools, response format and sampling parameters."
+            )
+        return ReplicaFailed("The engine failed on this request; try again.")
+
+    def error(self, error: Exception, request_id: str) -> ErrorAnswer:
+        """A whole answer that tells of an error."""
+        return answer(error)
+
+    def error_event(self, error: Exception, request_id: str) -> bytes:
+        """The last event of a stream that failed; no end mark follows, so that no client takes it for whole."""
+        return b"data: " + self.error(error, request_id).body + b"\n\n"
+
+    def _invalid(self, text: str) -> RequestInvalid:
+        """msgspec's sentence as ours: the same fact, with the field as `param`."""
+        unknown = _UNKNOWN_FIELD.search(text)
+        if unknown:
+            return self._unknown(unknown[1], _param(unknown[2] or "$"))
+        place_found = _PLACE.search(text)
+        place = _param(place_found[1]) if place_found else None
+        sentence = _PLACE.sub("", text)[:200]  # it may quote a field's name, which has no bound
+        missing = _MISSING.search(sentence)
+        if missing:
+            param = f"{place}.{missing[1]}" if place else missing[1]
+            return RequestInvalid(f"{param} is missing.", param=param)
+        kind = _NUMBER.sub("[]", place or "")
+        hint = next((f" ({why})" for end, why in self.hints.items() if kind.endswith(end)), "")
+        return RequestInvalid(f"{place or 'The body'}: {sentence}{hint}.", param=place)
+
+    def _unknown(self, name: str, place: str | None) -> RequestInvalid:
+        param = f"{place}.{name}" if place else name
+        reason = None
+        if place is None and name in GATEWAY_SET:
+            reason = "only the gateway sets it"
+        elif place is None and name in self.opt_in:
+            reason = f"{OPT_IN[name][1]}; the operator has not allowed it"
+        elif name in self.refused:
+            reason = self.refused[name]
+        if reason is None:
+            return RequestInvalid(f"{param} is not a parameter of this call.", param=param, code="unknown_parameter")
+        return RequestInvalid(f"{param} is not accepted: {reason}.", param=param, code="unsupported_parameter")
+
+
+class _UpstreamError(Struct):
+    message: str = ""
+
+
+class _UpstreamErrorBody(Struct):
+    error: _UpstreamError
+
+
+_UNKNOWN_FIELD: Final = re.compile(r"unknown field `([^`]{1,64})`(?: - at `([^`]+)`)?")
+_MISSING: Final = re.compile(r"missing required field `([^`]+)`")
+_NUMBER: Final = re.compile(r"\[[^\]]*\]")
+_PLACE: Final = re.compile(r" - at (?:`key` in )?`([^`]+)`$")
+
+
+def _param(place: str) -> str | None:
+    """`$.messages[0].role` → `messages[0].role`; the root → None."""
+    return place.removeprefix("$").removeprefix(".") or None
+
+
+def with_fields(request: type[Struct], names: list[str]) -> type[Struct]:
+    """The request class with opt-in fields, each absent unless sent."""
+    fields = [(name, OPT_IN[name][0] | msgspec.UnsetType, msgspec.UNSET) for name in names]
+    return msgspec.defstruct(
+        request.__name__, fields, bases=(request,), kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+    )
+
+
+def check_entries(choices: int, length: int, alternatives: int, param: str) -> None:
+    """Hold an answer's size.
+
+    Raises:
+        RequestInvalid: choices × tokens × alternatives is too much.
+    """
+    if choices * length * (1 + alternatives) > MOST_ENTRIES:
+        raise RequestInvalid(
+            f"n × {param} × (1 + top_logprobs) may be at most {MOST_ENTRIES}: the answer would be too long.",
+            param=param,
+        )

@@ -1,0 +1,366 @@
+"""`POST /v1/messages`, as Anthropic has it; vLLM serves it through its chat."""
+
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+import msgspec
+from msgspec import Meta, Raw, Struct
+
+from gateway.dialects.chat import NO_PARSER
+from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream
+from gateway.dialects.events import NamedEvents, usage
+from gateway.dialects.fields import (
+    REFUSED,
+    CallId,
+    Description,
+    Label,
+    ModelName,
+    Positive,
+    StopTexts,
+    Text,
+    ThinkingOff,
+    ToolName,
+    TopK,
+    TopP,
+    Unit,
+)
+from gateway.dialects.nested import check_nested
+from gateway.dialects.schemas import SchemaBudget
+from gateway.errors import ErrorAnswer, ReplicaFailed, RequestInvalid
+from gateway.relay import Usage
+
+MOST_BLOCKS: Final = 256
+
+
+class CacheControl(Struct, forbid_unknown_fields=True):
+    """Taken and dropped: the prefix cache needs no marks."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+
+
+class Block(Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="type", kw_only=True):
+    cache_control: CacheControl | None = None
+
+
+class TextBlock(Block, tag="text"):
+    text: Text
+    citations: Annotated[list[None], Meta(max_length=0)] | None = None
+
+
+class ToolUse(Block, tag="tool_use"):
+    id: CallId
+    name: ToolName
+    input: Raw
+
+
+class ToolResult(Block, tag="tool_result"):
+    tool_use_id: CallId
+    content: Text | Annotated[list[TextBlock], Meta(max_length=MOST_BLOCKS)] | None = None
+    is_error: bool | None = None
+
+
+class Thought(Block, tag="thinking"):
+    thinking: Text
+    signature: Text | None = None
+
+
+class HiddenThought(Block, tag="redacted_thinking"):
+    data: Text
+
+
+Told = Annotated[list[TextBlock | ToolResult], Meta(min_length=1, max_length=MOST_BLOCKS)]
+Answered = Annotated[list[TextBlock | ToolUse | Thought | HiddenThought], Meta(max_length=MOST_BLOCKS)]
+Blocks = Annotated[list[TextBlock], Meta(max_length=MOST_BLOCKS)]
+
+
+class User(Struct, forbid_unknown_fields=True, tag_field="role", tag="user"):
+    content: Text | Told
+
+
+class Assistant(Struct, forbid_unknown_fields=True, tag_field="role", tag="assistant"):
+    content: Text | Answered
+
+
+class System(Struct, forbid_unknown_fields=True, tag_field="role", tag="system"):
+    content: Text | Blocks
+
+
+class Tool(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    name: ToolName
+    input_schema: Raw
+    description: Description | None = None
+    type: Literal["custom"] | None = None
+    strict: bool | None = None
+    cache_control: CacheControl | None = None
+
+
+class ToolChoice(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    type: Literal["auto", "any", "tool", "none"]
+    name: ToolName | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class OutputFormat(Struct, forbid_unknown_fields=True):
+    schema: Raw
+    type: Literal["json_schema"] = "json_schema"
+
+
+class OutputConfig(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    format: OutputFormat | None = None
+
+
+class RequestMetadata(Struct, forbid_unknown_fields=True):
+    user_id: Label | None = None
+
+
+class Conversation(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """What a request and the count of its tokens share."""
+
+    model: ModelName
+    messages: Annotated[list[User | Assistant | System], Meta(min_length=1)]
+    system: Text | Blocks | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MOST_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    output_config: OutputConfig | None = None
+    thinking: ThinkingOff | None = None
+    cache_control: CacheControl | None = None
+
+
+class MessagesRequest(Conversation, kw_only=True):
+    max_tokens: Positive
+    stop_sequences: StopTexts | None = None
+    stream: bool | None = None
+    temperature: Unit | None = None
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+
+    metadata: RequestMetadata | None = None
+    service_tier: Label | None = None
+    inference_geo: Label | None = None
+
+
+class Spoken(Dialect):
+    """What both endpoints of this API share."""
+
+    prompt_param = "messages"
+    refused: ClassVar = {
+        **REFUSED,
+        "effort": "this server's operator has not enabled control of reasoning",
+        "defer_loading": "all tools are shown to the model",
+        "source": "this server reads text only",
+    }
+    hints: ClassVar = {
+        "thinking.type": "this server's operator has not enabled control of reasoning",
+        "tools[].type": "this server calls no tools itself: describe your own, with input_schema",
+        ".type": "this server reads text, tool_use and tool_result only",
+    }
+
+    def conversation(self, request: Conversation, body: bytes) -> None:
+        """Bound and strip what both requests share.
+
+        Raises:
+            RequestInvalid: a bound is passed.
+        """
+        if len(request.messages) > self.bounds.max_messages:
+            raise RequestInvalid(f"At most {self.bounds.max_messages} messages are read.", param="messages")
+        if request.messages[-1].__class__ is System:
+            raise RequestInvalid("The last message is the user's, or an answer to go on with.", param="messages")
+        schemas = self.schemas()
+        choice = request.tool_choice
+        for number, tool in enumerate(request.tools or ()):
+            held = tool.strict or (choice is not None and (choice.type == "any" or choice.name == tool.name))
+            place = f"tools[{number}].input_schema"
+            tool.input_schema = schemas.take(tool.input_schema, place, compiled=bool(held))
+            tool.cache_control = tool.type = None
+        if request.output_config is not None:
+            self._check_format(request.output_config, schemas)
+        self._check_choice(request)
+        request.cache_control = None
+        if b'"tool_use"' in body or b'"cache_control"' in body or b'"citations"' in body or b"\\u" in body:
+            _strip(request)
+
+    def _check_format(self, config: OutputConfig, schemas: SchemaBudget) -> None:
+        if config.format is not None:
+            config.format.schema = schemas.take(config.format.schema, "output_config.format.schema")
+
+    def _check_choice(self, request: Conversation) -> None:
+        choice = request.tool_choice
+        if not request.tools:
+            if choice is not None and choice.type in ("any", "tool"):
+                raise RequestInvalid("tool_choice goes with tools.", param="tool_choice")
+            request.tools = None
+            request.tool_choice = ToolChoice("none")  # without it vLLM would look for calls in the answer's text
+            return
+        names = {tool.name for tool in request.tools}
+        if len(names) < len(request.tools):
+            raise RequestInvalid("Two tools have the same name.", param="tools")
+        if choice is not None and choice.type == "tool" and choice.name not in names:
+            raise RequestInvalid("tool_choice names a tool that is not in tools.", param="tool_choice.name")
+        if (choice is None or choice.type == "auto") and not self.bounds.calls_tools:
+            raise RequestInvalid(f"tool_choice 'auto' {NO_PARSER}", param="tool_choice", code="unsupported_parameter")
+
+    def error(self, error: Exception, request_id: str) -> ErrorAnswer:
+        told = super().error(error, request_id)
+        body = respelt(told.status, told.body, request_id)
+        headers = [(name, value) for name, value in told.headers if name != b"content-length"]
+        return ErrorAnswer(told.status, body, [*headers, (b"content-length", b"%d" % len(body))])
+
+    def error_event(self, error: Exception, request_id: str) -> bytes:
+        return b"event: error\ndata: " + self.error(error, request_id).body + b"\n\n"
+
+
+def _strip(request: Conversation) -> None:
+    """Drop the marks that do nothing here, and hold the depth of tools' inputs."""
+    for text in request.system if isinstance(request.system, list) else ():
+        text.cache_control = text.citations = None
+    for message in request.messages:
+        for block in message.content if isinstance(message.content, list) else ():
+            block.cache_control = None
+            if isinstance(block, TextBlock):
+                block.citations = None
+            elif isinstance(block, ToolUse):
+                check_nested(block.input, "messages[...].content[...].input")
+            elif isinstance(block, ToolResult) and isinstance(block.content, list):
+                for part in block.content:
+                    part.cache_control = part.citations = None
+
+
+class Messages(Spoken):
+    """The key may come in `x-api-key`; `anthropic-version` and `anthropic-beta` are taken and do nothing."""
+
+    path = "/v1/messages"
+    upstream_path = "/v1/messages"
+    request = MessagesRequest
+    opt_in: ClassVar = frozenset({"chat_template_kwargs", "thinking"})
+
+    def bound(self, request: Any, body: bytes) -> Checked:
+        self.conversation(request, body)
+        stream = bool(request.stream)
+        affinity = request.metadata.user_id if request.metadata is not None else None
+        request.metadata = request.service_tier = request.inference_geo = None
+        return Checked(
+            model=request.model,
+            stream=stream,
+            request=request,
+            length_field="max_tokens",
+            length_param="max_tokens",
+            length=self.length(request.max_tokens, "max_tokens"),
+            own_length=True,
+            choices=1,
+            prompt_bytes=len(body),
+            affinity=affinity,
+        )
+
+    def stream(self, engine_name: str, checked: Checked) -> Stream:
+        return MessageEvents(engine_name, checked.model, checked.prompt_bytes)
+
+    def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
+        try:
+            message = msgspec.json.decode(body, type=_Message)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ReplicaFailed("The engine's answer cannot be read; try again.") from error
+        return ENCODER.encode(message.told(checked.model)), message.usage.counted()
+
+
+class _Usage(Struct, omit_defaults=True):
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_creation_input_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+
+    def counted(self) -> Usage:
+        cached = self.cache_read_input_tokens
+        prompt = self.input_tokens + (cached or 0) + (self.cache_creation_input_tokens or 0)
+        return usage(prompt, cached, self.output_tokens)
+
+    def told(self) -> dict[str, Any]:
+        """All members: clients take none of them for absent."""
+        return {
+            "input_tokens": self.input_tokens,
+            "cache_creation_input_tokens": self.cache_creation_input_tokens or 0,
+            "cache_read_input_tokens": self.cache_read_input_tokens or 0,
+            "output_tokens": self.output_tokens,
+        }
+
+
+class _Message(Struct):
+    id: str
+    usage: _Usage
+    content: Raw = Raw(b"[]")
+    stop_reason: str | None = None
+    stop_sequence: str | None = None
+
+    def told(self, model: str) -> dict[str, Any]:
+        return {
+            "id": "msg_" + self.id.rpartition("-")[2],
+            "type": "message",
+            "role": "assistant",
+            "model": model,
+            "content": self.content,
+            "stop_reason": self.stop_reason,
+            "stop_sequence": self.stop_sequence,
+            "usage": self.usage.told(),
+        }
+
+
+class _Start(Struct):
+    message: _Message
+
+
+class _Delta(Struct):
+    delta: Raw
+    usage: _Usage
+
+
+class MessageEvents(NamedEvents):
+    """`message_start` … `message_stop`."""
+
+    passed: ClassVar = frozenset({b"content_block_start", b"content_block_stop", b"ping"})
+    deltas: ClassVar = frozenset({b"content_block_delta"})
+
+    def rewritten(self, name: bytes, data: bytes) -> bytes:
+        if name == b"message_start":
+            message = msgspec.json.decode(data, type=_Start).message
+            self._count(message.usage)
+            return ENCODER.encode({"type": "message_start", "message": message.told(self.shown_name)})
+        if name == b"message_delta":
+            delta = msgspec.json.decode(data, type=_Delta)
+            self._count(delta.usage)
+            return ENCODER.encode({"type": "message_delta", "delta": delta.delta, "usage": delta.usage.told()})
+        if name == b"message_stop":
+            self.finished = True
+            return data
+        if name == b"error":
+            raise ReplicaFailed("The engine broke the answer off; try again.")
+        return b""
+
+    def _count(self, counted: _Usage) -> None:
+        self._counted = counted.counted()
+
+
+class _Envelope(Struct):
+    message: str
+
+
+class _Told(Struct):
+    error: _Envelope
+
+
+TYPES: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def respelt(status: int, body: bytes, request_id: str) -> bytes:
+    """OpenAI's error envelope as Anthropic's."""
+    message = msgspec.json.decode(body, type=_Told).error.message
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return ENCODER.encode({"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id})

@@ -1,0 +1,395 @@
+"""`POST /v1/responses`, as OpenAI has it, without state: vLLM would keep that in one engine, for all tenants."""
+
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from gateway.dialects.chat import NO_PARSER, StreamOptions
+from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream, check_entries
+from gateway.dialects.events import NamedEvents, usage
+from gateway.dialects.fields import (
+    REFUSED,
+    CallId,
+    Description,
+    Label,
+    LogitBias,
+    Metadata,
+    ModelName,
+    Name,
+    Penalty,
+    Positive,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    StopTokens,
+    Temperature,
+    Text,
+    ToolName,
+    TopK,
+    TopP,
+    Unit,
+)
+from gateway.dialects.nested import check_nested
+from gateway.dialects.schemas import SchemaBudget
+from gateway.errors import ReplicaFailed, RequestInvalid
+from gateway.relay import Usage
+
+Status = Literal["in_progress", "completed", "incomplete"]
+
+
+class TextPart(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """Of a message or of a tool's output; what comes back from an answer carries more than is read."""
+
+    type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text"]
+    text: Text | None = None
+    refusal: Text | None = None
+    annotations: Annotated[list[Raw], Meta(max_length=64)] | None = None
+    logprobs: Raw | UnsetType = UNSET
+
+    @property
+    def words(self) -> str:
+        return self.text if self.text is not None else self.refusal or ""
+
+
+Parts = Annotated[list[TextPart], Meta(max_length=256)]
+
+
+class Item(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """One item of the input: a message, a call of a function, its output, or a thought (which is dropped)."""
+
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
+    id: Label | None = None
+    status: Status | None = None
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: Text | Parts | None = None
+    phase: Label | None = None
+    call_id: CallId | None = None
+    name: ToolName | None = None
+    namespace: None = None
+    arguments: Text | None = None
+    output: Text | Parts | None = None
+    summary: Annotated[list[Raw], Meta(max_length=256)] | None = None
+    encrypted_content: Text | None = None
+
+
+class Tool(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    name: ToolName
+    type: Literal["function"] = "function"
+    description: Description | None = None
+    parameters: Raw | UnsetType = UNSET
+    strict: bool | None = None
+
+
+class NamedTool(Struct, forbid_unknown_fields=True):
+    name: ToolName
+    type: Literal["function"] = "function"
+
+
+class Format(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    type: Literal["text", "json_object", "json_schema"]
+    name: Name | None = None
+    schema: Raw | UnsetType = UNSET
+    description: Annotated[str, Meta(max_length=1_024)] | None = None
+    strict: bool | None = None
+
+
+class TextOptions(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    format: Format | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
+
+
+class Asked(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """What a request and the count of its tokens share."""
+
+    model: ModelName
+    input: Text | Annotated[list[Item], Meta(min_length=1)]
+    instructions: Text | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MOST_TOOLS)] | None = None
+    truncation: Literal["disabled"] | None = None
+
+
+class ResponsesRequest(Asked, kw_only=True):
+    frequency_penalty: Penalty | None = None
+    include: Annotated[list[Included], Meta(max_length=8)] | None = None
+    logit_bias: LogitBias | None = None
+    max_output_tokens: Positive | None = None
+    min_p: Unit | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    seed: Seed | None = None
+    stop: Stop | None = None
+    stop_token_ids: StopTokens | None = None
+    stream: bool | None = None
+    temperature: Temperature | None = None
+    top_k: TopK | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_p: TopP | None = None
+
+    background: Literal[False] | None = None
+    metadata: Metadata | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: Label | None = None
+    safety_identifier: Label | None = None
+    service_tier: Label | None = None
+    store: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: Label | None = None
+
+
+IGNORED: Final = (
+    "background",
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "stream_options",
+    "truncation",
+    "user",
+)
+LOGPROBS: Final = "message.output_text.logprobs"
+
+
+class Conversing(Dialect):
+    """What both endpoints of this API share."""
+
+    prompt_param = "input"
+    refused: ClassVar = {**REFUSED, "prompt": "this server keeps no prompt templates: send input and instructions"}
+    hints: ClassVar = {
+        "tools[].type": "this server calls no tools itself: describe your own functions",
+        "tool_choice.type": "name a function",
+        ".type": "this server reads text, function calls and their outputs, and keeps no items",
+        "include[]": "only what an answer of this server can hold",
+        "background": "this server keeps no answers",
+        "truncation": "send the text that is meant",
+        "verbosity": "say it in the prompt",
+    }
+
+    def asked(self, request: Asked) -> None:
+        """Bound and simplify what both requests share.
+
+        Raises:
+            RequestInvalid: a bound is passed.
+        """
+        if isinstance(request.input, list):
+            if len(request.input) > self.bounds.max_messages:
+                raise RequestInvalid(f"At most {self.bounds.max_messages} items are read.", param="input")
+            request.input = [_plain(item, number) for number, item in enumerate(request.input) if item.type != THOUGHT]
+            if not request.input:
+                raise RequestInvalid("The input has nothing to answer.", param="input")
+        schemas = self.schemas()
+        if request.text is not None:
+            _check_text(request.text, schemas)
+        self._check_tools(request, schemas)
+
+    def _check_tools(self, request: Asked, schemas: SchemaBudget) -> None:
+        choice = request.tool_choice
+        if not request.tools:
+            if choice not in (None, "none", "auto"):
+                raise RequestInvalid("tool_choice goes with tools.", param="tool_choice")
+            request.tools = request.tool_choice = request.parallel_tool_calls = None
+            return
+        names = {tool.name for tool in request.tools}
+        if len(names) < len(request.tools):
+            raise RequestInvalid("Two tools have the same name.", param="tools")
+        named = choice.name if isinstance(choice, NamedTool) else None
+        for number, tool in enumerate(request.tools):
+            if isinstance(tool.parameters, Raw):
+                held = tool.strict or choice == "required" or tool.name == named
+                place = f"tools[{number}].parameters"
+                tool.parameters = schemas.take(tool.parameters, place, compiled=bool(held))
+        if isinstance(choice, NamedTool):
+            if choice.name not in names:
+                raise RequestInvalid("tool_choice names a function that is not in tools.", param="tool_choice.name")
+        elif choice in (None, "auto") and not self.bounds.calls_tools:
+            raise RequestInvalid(f"tool_choice 'auto' {NO_PARSER}", param="tool_choice", code="unsupported_parameter")
+
+
+THOUGHT: Final = "reasoning"
+
+
+def _plain(item: Item, number: int) -> Item:
+    """An item in the simplest form that vLLM reads alike: of an answer's parts it reads the first only.
+
+    Raises:
+        RequestInvalid: a member that its type needs is missing, or has one that it cannot have.
+    """
+    place = f"input[{number}]"
+    if item.type == "message":
+        if item.role is None or item.content is None:
+            raise RequestInvalid(f"{place}: a message has role and content.", param=place)
+        return Item(type="message", role=item.role, content=_words(item.content, place))
+    if item.type == "function_call":
+        if item.call_id is None or item.name is None or item.arguments is None:
+            raise RequestInvalid(f"{place}: a function_call has call_id, name and arguments.", param=place)
+        check_nested(item.arguments or "{}", f"{place}.arguments")
+        return Item(type=item.type, call_id=item.call_id, name=item.name, arguments=item.arguments)
+    if item.call_id is None or item.output is None:
+        raise RequestInvalid(f"{place}: a function_call_output has call_id and output.", param=place)
+    return Item(type=item.type, call_id=item.call_id, output=_words(item.output, place))
+
+
+def _words(content: str | list[TextPart], place: str) -> str:
+    return content if isinstance(content, str) else "".join([part.words for part in content])
+
+
+def _check_text(options: TextOptions, schemas: SchemaBudget) -> None:
+    options.verbosity = None
+    described = options.format
+    if described is None:
+        return
+    if (described.type == "json_schema") != (described.schema is not UNSET):
+        raise RequestInvalid("schema goes with type 'json_schema', and only with it.", param="text.format")
+    if isinstance(described.schema, Raw):
+        if described.name is None:
+            raise RequestInvalid("A json_schema has a name.", param="text.format.name")
+        described.schema = schemas.take(described.schema, "text.format.schema")
+    else:
+        described.name = described.description = described.strict = None
+
+
+class Responses(Conversing):
+    path = "/v1/responses"
+    upstream_path = "/v1/responses"
+    request = ResponsesRequest
+    opt_in: ClassVar = frozenset(
+        {"chat_template_kwargs", "include_reasoning", "include_stop_str_in_output", "reasoning", "skip_special_tokens"}
+    )
+
+    def bound(self, request: Any, body: bytes) -> Checked:
+        self.asked(request)
+        logprobs = request.include is not None and LOGPROBS in request.include
+        if request.top_logprobs and not logprobs:
+            raise RequestInvalid(f"top_logprobs goes with include: ['{LOGPROBS}'].", param="top_logprobs")
+        param = "max_output_tokens"
+        length = self.length(request.max_output_tokens, param)
+        check_entries(1, length, request.top_logprobs or 0, param)
+        checked = Checked(
+            model=request.model,
+            stream=bool(request.stream),
+            request=request,
+            length_field=param,
+            length_param=param,
+            length=length,
+            own_length=request.max_output_tokens is not None,
+            choices=1,
+            prompt_bytes=len(body),
+            affinity=request.prompt_cache_key or request.user,
+            own={"metadata": request.metadata or {}, "text": request.text, "user": request.user},
+        )
+        for name in IGNORED:
+            setattr(request, name, None)
+        request.include = [LOGPROBS] if logprobs else None
+        request.store = False
+        return checked
+
+    def stream(self, engine_name: str, checked: Checked) -> Stream:
+        return ResponseEvents(engine_name, checked)
+
+    def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
+        try:
+            return told(body, checked)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ReplicaFailed("The engine's answer cannot be read; try again.") from error
+
+    def error_event(self, error: Exception, request_id: str) -> bytes:
+        envelope = msgspec.json.decode(self.error(error, request_id).body)["error"]
+        event = {
+            "type": "error",
+            "code": envelope["code"],
+            "message": envelope["message"],
+            "param": envelope["param"],
+            "sequence_number": 0,
+            "error": envelope,  # the openai client raises on it; without it a broken answer would pass for a whole one
+        }
+        return b"event: error\ndata: " + ENCODER.encode(event) + b"\n\n"
+
+
+class _Details(Struct, frozen=True):
+    cached_tokens: int | None = None
+
+
+class _Usage(Struct):
+    input_tokens: int
+    output_tokens: int
+    input_tokens_details: _Details = _Details()
+
+
+class _Counted(Struct):
+    usage: _Usage | None = None
+
+
+INNER: Final = ("kv_transfer_params", "ec_transfer_params", "input_messages", "output_messages", "metrics")
+
+
+def told(body: bytes, checked: Checked) -> tuple[bytes, Usage]:
+    """A response object in the client's words, with what it used (nothing yet in a stream's first events)."""
+    response = msgspec.json.decode(body, type=dict[str, Raw])
+    counted = msgspec.json.decode(body, type=_Counted).usage
+    shown: dict[str, Any] = {name: value for name, value in response.items() if name not in INNER}
+    shown.update(checked.own, model=checked.model, store=False)
+    used = Usage()
+    if counted is not None:
+        used = usage(counted.input_tokens, counted.input_tokens_details.cached_tokens, counted.output_tokens)
+    return ENCODER.encode(shown), used
+
+
+class _Event(Struct):
+    type: str
+    response: Raw
+    sequence_number: int = 0
+
+
+class ResponseEvents(NamedEvents):
+    """`response.created` … `response.completed`."""
+
+    passed: ClassVar = frozenset(
+        name.encode()
+        for name in (
+            "response.output_item.added",
+            "response.output_item.done",
+            "response.content_part.added",
+            "response.content_part.done",
+            "response.output_text.done",
+            "response.function_call_arguments.done",
+            "response.reasoning_text.done",
+            "response.reasoning_part.added",
+            "response.reasoning_part.done",
+            "response.refusal.done",
+        )
+    )
+    deltas: ClassVar = frozenset(
+        {
+            b"response.output_text.delta",
+            b"response.function_call_arguments.delta",
+            b"response.reasoning_text.delta",
+            b"response.refusal.delta",
+        }
+    )
+    _whole: ClassVar = frozenset({b"response.created", b"response.in_progress"})
+    _ends: ClassVar = frozenset({b"response.completed", b"response.incomplete"})
+
+    def __init__(self, engine_name: str, checked: Checked) -> None:
+        super().__init__(engine_name, checked.model, checked.prompt_bytes)
+        self._checked = checked
+
+    def rewritten(self, name: bytes, data: bytes) -> bytes:
+        if name in self._whole or name in self._ends:
+            event = msgspec.json.decode(data, type=_Event)
+            response, used = told(event.response, self._checked)
+            if name in self._ends:
+                self._counted = used
+                self.finished = True
+            return ENCODER.encode(
+                {"type": event.type, "sequence_number": event.sequence_number, "response": Raw(response)}
+            )
+        if name in (b"error", b"response.failed"):
+            raise ReplicaFailed("The engine broke the answer off; try again.")
+        return b""

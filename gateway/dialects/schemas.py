@@ -1,0 +1,240 @@
+"""JSON Schemas of response formats and tools, within bounds.
+
+The engine compiles a schema into a grammar for every token of its vocabulary; long choices, large repetitions, regular
+expressions and references that unfold cost all tenants its time. Keywords are an allow-list: those that vLLM's xgrammar
+reads, and annotations. A schema is taken as bytes and refused by its size before it is parsed.
+"""
+
+import re
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from gateway.errors import RequestInvalid
+
+MOST_NODES: Final = 1_024
+MOST_CHOICES: Final = 1_024
+MOST_FORMATS: Final = 32
+MOST_LENGTH: Final = 256
+"""All different `maxLength` (or `minLength`) together: each unit costs the compiler 25 ms (64,000 tokens known)."""
+MOST_OPTIONAL: Final = 128
+"""Optional properties of one object, or as many squares in several: their cost grows with the square (2 s)."""
+DEEPEST: Final = 16
+DEEPEST_JSON: Final = 48  # vLLM's own bound is 64, with what it wraps around
+SCHEMAS: Final = 4
+"""All schemas of a request together may be so many times as large as one."""
+
+Repeat = Annotated[int, Meta(ge=0, le=1_000)]
+Format = Literal[
+    "date",
+    "date-time",
+    "duration",
+    "email",
+    "hostname",
+    "ipv4",
+    "ipv6",
+    "json-pointer",
+    "relative-json-pointer",
+    "time",
+    "uri",
+    "uri-reference",
+    "uri-template",
+    "uuid",
+]
+"""Those that xgrammar knows; vLLM would give others to a second compiler."""
+Number = int | float
+Scalar = str | int | float | bool | None
+Type = Literal["object", "array", "string", "number", "integer", "boolean", "null"]
+Key = Annotated[str, Meta(max_length=256)]
+
+
+class Schema(Struct, forbid_unknown_fields=True, gc=False):
+    """The keywords that are taken, with their types."""
+
+    type: Type | Annotated[list[Type], Meta(max_length=7)] | None = None
+    properties: "dict[Key, Schema | bool] | None" = None
+    required: list[Key] | None = None
+    additional_properties: "Schema | bool | None" = msgspec.field(default=None, name="additionalProperties")
+    items: "Schema | bool | None" = None
+    prefix_items: "list[Schema | bool] | None" = msgspec.field(default=None, name="prefixItems")
+    any_of: "list[Schema | bool] | None" = msgspec.field(default=None, name="anyOf")
+    one_of: "list[Schema | bool] | None" = msgspec.field(default=None, name="oneOf")
+    all_of: "Annotated[list[Schema | bool], Meta(max_length=1)] | None" = msgspec.field(default=None, name="allOf")
+    defs: "dict[Key, Schema | bool] | None" = msgspec.field(default=None, name="$defs")
+    ref: Key | None = msgspec.field(default=None, name="$ref")
+    enum: list[Scalar] | None = None
+    const: Scalar = None
+    format: Format | None = None
+    min_length: Repeat | None = msgspec.field(default=None, name="minLength")
+    max_length: Repeat | None = msgspec.field(default=None, name="maxLength")
+    min_items: Repeat | None = msgspec.field(default=None, name="minItems")
+    max_items: Repeat | None = msgspec.field(default=None, name="maxItems")
+    minimum: Number | None = None
+    maximum: Number | None = None
+    exclusive_minimum: Number | None = msgspec.field(default=None, name="exclusiveMinimum")
+    exclusive_maximum: Number | None = msgspec.field(default=None, name="exclusiveMaximum")
+    # annotations
+    title: str | None = None
+    description: str | None = None
+    default: Any = None
+    examples: Any = None
+    comment: str | None = msgspec.field(default=None, name="$comment")
+    schema: str | None = msgspec.field(default=None, name="$schema")
+    id: str | None = msgspec.field(default=None, name="$id")
+    deprecated: bool | None = None
+    nullable: bool | None = None
+    read_only: bool | None = msgspec.field(default=None, name="readOnly")
+    write_only: bool | None = msgspec.field(default=None, name="writeOnly")
+    discriminator: Any = None
+
+    def children(self) -> "list[Schema | bool]":
+        found: list[Schema | bool] = []
+        for one in (self.additional_properties, self.items):
+            if one is not None:
+                found.append(one)
+        for several in (self.prefix_items, self.any_of, self.one_of, self.all_of):
+            if several:
+                found += several
+        for named in (self.properties, self.defs):
+            if named:
+                found += named.values()
+        return found
+
+
+class SchemaBudget:
+    """What one request's schemas may cost together."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._nodes = 0
+        self._choices = 0
+        self._formats = 0
+        self._optional = 0
+        self._lengths: set[int] = set()
+
+    def take(self, raw: msgspec.Raw, param: str, *, compiled: bool = True) -> msgspec.Raw:
+        """The schema as it goes to the engine, its keywords in the client's order.
+
+        One that is not `compiled` is only shown to the model: it may hold any keyword.
+
+        Raises:
+            RequestInvalid: it is no schema, has a keyword that is not taken, or passes a bound.
+        """
+        self._bytes += len(raw)
+        if len(raw) > self._most_bytes or self._bytes > SCHEMAS * self._most_bytes:
+            raise RequestInvalid(
+                f"A schema may have at most {self._most_bytes} bytes, all of a request {SCHEMAS} times as many.",
+                param=param,
+            )
+        try:
+            plain = msgspec.json.decode(raw, type=dict[str, Any] | None)
+            if plain is None:  # a function without parameters
+                return raw
+            if deeper_than(DEEPEST_JSON, plain):
+                raise RequestInvalid(f"A schema may be at most {DEEPEST} levels deep.", param=param)
+            if compiled:
+                self._measure(msgspec.convert(plain, type=Schema), param)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise RequestInvalid(f"{param}: {_told(str(error))}.", param=param) from None
+        return msgspec.Raw(msgspec.json.encode(plain))
+
+    def _measure(self, root: Schema, param: str) -> None:
+        level: list[Schema | bool] = [root]
+        refs = False
+        for _ in range(DEEPEST):
+            self._nodes += len(level)
+            below: list[Schema | bool] = []
+            for node in level:
+                if isinstance(node, Schema):
+                    refs = refs or node.ref is not None
+                    self._add(node)
+                    below += node.children()
+            self._hold(param)
+            if not below:
+                if refs:
+                    _check_references(root, param)
+                return
+            level = below
+        raise RequestInvalid(f"A schema may be at most {DEEPEST} levels deep.", param=param)
+
+    def _add(self, node: Schema) -> None:
+        if node.enum:
+            self._choices += len(node.enum)
+        if node.format:
+            self._formats += 1
+        if node.max_length is not None or node.min_length is not None:
+            self._lengths.add(min(node.max_length or node.min_length or 0, MOST_LENGTH))
+        if node.properties:
+            self._optional += len(node.properties.keys() - (node.required or ())) ** 2
+
+    def _hold(self, param: str) -> None:
+        passed = None
+        if self._nodes > MOST_NODES:
+            passed = f"{MOST_NODES} parts"
+        elif self._choices > MOST_CHOICES:
+            passed = f"{MOST_CHOICES} enum items"
+        elif self._formats > MOST_FORMATS:
+            passed = f"{MOST_FORMATS} formats"
+        elif sum(self._lengths) > MOST_LENGTH:
+            passed = f"{MOST_LENGTH} as the sum of its different maxLength and minLength"
+        elif self._optional > MOST_OPTIONAL**2:
+            passed = f"{MOST_OPTIONAL} optional properties in one object, or as many squares in several"
+        if passed is not None:
+            raise RequestInvalid(f"The schemas of one request may have at most {passed}.", param=param)
+
+
+def deeper_than(depth: int, value: Any) -> bool:
+    """Whether JSON is nested deeper than that."""
+    level = [value]
+    for _ in range(depth):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _check_references(root: Schema, param: str) -> None:
+    """Each leads to a definition of the same schema, and none to itself before a property or an item is read."""
+    defs = {f"#/$defs/{name}": found for name, found in (root.defs or {}).items()}
+    done: set[str] = set()
+
+    def walk(node: Schema | bool, within: tuple[str, ...]) -> None:
+        if not isinstance(node, Schema):
+            return
+        if node.ref is not None:
+            if node.ref not in defs:
+                raise RequestInvalid(f"$ref may only name '#/$defs/…' of the same schema: {node.ref}.", param=param)
+            if node.ref in within or len(within) == DEEPEST:
+                raise RequestInvalid(f"{node.ref} refers to itself, or through too many references.", param=param)
+            if node.ref not in done:
+                walk(defs[node.ref], (*within, node.ref))
+                done.add(node.ref)
+        for choice in (*(node.any_of or ()), *(node.one_of or ()), *(node.all_of or ())):
+            walk(choice, within)
+
+    level: list[Schema | bool] = [root]
+    while level:
+        for node in level:
+            walk(node, ())
+        level = [child for node in level if isinstance(node, Schema) for child in node.children()]
+
+
+_REGEXES: Final = re.compile(r"unknown field `(pattern|patternProperties)`")
+_UNKNOWN: Final = re.compile(r"unknown field `([^`]{1,64})`")
+
+
+def _told(text: str) -> str:
+    """msgspec's sentence as ours."""
+    if _REGEXES.search(text):
+        return "a schema that the answer is held to may not hold regular expressions"
+    unknown = _UNKNOWN.search(text)
+    if unknown:
+        return f"the keyword {unknown[1]} is not taken in schemas"
+    return text[:200]
