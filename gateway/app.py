@@ -5,30 +5,29 @@ import gc
 import hashlib
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable, Collection
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
 from adapter_store.bundle import Staging
 from adapter_store.errors import AdapterStoreError, StorageError
-from adapter_store.faults import Bounds
+from adapter_store.faults import Bounds as AdapterBounds
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
-from gateway.api import adapters, admin, health
-from gateway.api import keys as keys_api
-from gateway.api import models as models_api
-from gateway.api.body import receive_in_time
-from gateway.api.generation import Generation
+from gateway.api import adapters, admin, health, keys, models, replicas, usage
+from gateway.api.generation import Generation, Patience, Services
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
 from gateway.database import migrate, open_engine
 from gateway.dependencies import Parts
+from gateway.dialects import Bounds, all_dialects
 from gateway.errors import (
     BodyTooLarge,
     GatewayError,
@@ -36,145 +35,113 @@ from gateway.errors import (
     RequestInvalid,
     RouteUnknown,
     answer,
-    authorization_of,
-    send_error,
 )
 from gateway.freshness import Freshness
+from gateway.front import SMALL_BODY_BYTES, Front
 from gateway.home import Home
 from gateway.housekeeping import tidy
-from gateway.keys import Keys, new_secret
+from gateway.keys import Keys
+from gateway.limits import open_limits
 from gateway.models import Models
+from gateway.operator_port import OperatorPort
 from gateway.plans import Plans
+from gateway.readings import watch_parts
 from gateway.replicas.client import ReplicaClient
 from gateway.replicas.pool import ReplicaPool
 from gateway.replicas.replica import ReplicaOptions
 from gateway.replicas.roster import Roster
 from gateway.replicas.upstream import Upstream
-from gateway.request_policy import ChatRequest, CompletionRequest, RequestPolicy
 from gateway.settings import Settings
-from gateway.tenants import Scope as KeyScope
+from gateway.telemetry.asgi import Counted
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.tracing import open_tracing
 from gateway.tenants import Tenants
+from gateway.usage import Ledger
 
 log = logging.getLogger("tailor.gateway")
+ROUTERS = (health, models, adapters, keys, usage, admin, replicas)
 
 
-def create_app(settings: Settings) -> "Front":
-    """The gateway as one ASGI application.
+def create_app(settings: Settings, *, operators: socket.socket | None = None) -> Front:
+    """The gateway as one ASGI application. `operators`: the operator port, where it is bound already.
 
     Raises:
         ConfigurationError, BaseModelInvalid: a setting is missing or names something unusable.
     """
     home = Home(settings.home)
     parts = _build(settings, home)
-    hot = _generation(settings, parts, _salts(home.secret_key(settings.secret_key)))
+    services = _services(parts, _salts(home.secret_key(settings.secret_key)))
+    hot = {
+        path: Generation(
+            dialect,
+            services,
+            max_body_bytes=settings.max_body_bytes,
+            first_byte_timeout_s=settings.first_byte_timeout_s,
+        )
+        for path, dialect in all_dialects(_bounds(settings)).items()
+    }
+    watch_parts(parts, services.patience)
     app = FastAPI(
         title="Tailor",
         version="0.1.0",
         openapi_url=None,  # it would tell strangers the operators' routes
         redirect_slashes=False,  # it would answer with whatever Host the client sent
-        lifespan=_lifespan(parts, home, hot.values()),
+        lifespan=_lifespan(parts, services, home, _operator_port(settings, parts, operators)),
     )
     app.state.parts = parts
-    for router in (health.router, models_api.router, adapters.router, keys_api.router, admin.router):
-        app.include_router(router)
+    for part in ROUTERS:
+        app.include_router(part.router)
     _install_error_handlers(app)
-    return Front(app, parts.auth, hot)
-
-
-OPEN_PATHS = ("/health", "/ready")
-UPLOAD_PATH = "/v1/adapters"
-SMALL_BODY_BYTES = 65_536
-
-
-class Front:
-    """Sends generation requests down the hot path and everything else, once the key is good, to FastAPI.
-
-    FastAPI reads a body before it asks who sends it: without a key nothing of a body is read here, and with one no more
-    than 64 KiB, but for uploads, which are streamed.
-    """
-
-    def __init__(self, app: FastAPI, auth: Auth, hot: dict[str, Generation]) -> None:
-        self.app = app
-        self._auth = auth
-        self.hot = {path.encode(): generation for path, generation in hot.items()}  # gateway/protocol.py serves them
-        self._hot_paths = frozenset(hot)
-
-    def drain(self) -> None:
-        """This process is about to end: `/ready` says so from now on."""
-        parts: Parts = self.app.state.parts
-        parts.draining.set()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        path: str = scope["path"]
-        if path not in OPEN_PATHS:
-            try:
-                await self._auth.live_key(authorization_of(scope))
-                if path in self._hot_paths:
-                    raise MethodNotAllowed("This path takes POST only.")
-            except (GatewayError, AdapterStoreError) as error:
-                return await send_error(send, error)
-            if path != UPLOAD_PATH:
-                receive = _bounded(receive)
-        return await self.app(scope, receive, send)
-
-
-def _bounded(receive: Receive) -> Receive:
-    size = 0
-
-    async def bounded() -> Message:
-        nonlocal size
-        message = await receive_in_time(receive)
-        size += len(message.get("body", b""))
-        if size > SMALL_BODY_BYTES:
-            raise HTTPException(413)  # the one kind that FastAPI lets through from under its own reading
-        return message
-
-    return bounded
+    return Front(Counted(app, parts.metrics), parts, hot)
 
 
 def _build(settings: Settings, home: Home) -> Parts:
     folder, name = home.base_model(settings.base_model, settings.base_model_name)
     base = BaseModel.read(folder, name=name, dtype=settings.dtype)
     engine = open_engine(settings.database)
-    inspector = Inspector(base, Bounds(settings.max_lora_rank, settings.max_adapter_bytes))
+    inspector = Inspector(base, AdapterBounds(settings.max_lora_rank, settings.max_adapter_bytes))
     store = AdapterStore(engine, Blobs.open(settings.blobs), inspector)
     freshness = Freshness(settings.max_staleness_s)
-    keys = Keys(engine)
-    auth = Auth(keys, freshness)
-    models = Models(store, base.name, freshness)
-    token = home.replica_token(settings.replica_token)
-    pool = ReplicaPool(
-        settings.replicas,
-        lambda url: ReplicaClient(Upstream(url), token),
-        fingerprint=base.fingerprint,
-        options=_replica_options(settings),
-        spread_at=settings.spread_at,
-        roster=Roster(engine),
+    key_rows = Keys(engine)
+    auth = Auth(key_rows, freshness)
+    known_models = Models(store, base.name, freshness)
+    pool = _pool(settings, Roster(engine), base.fingerprint, home.replica_token(settings.replica_token))
+    ledger = Ledger(
+        engine,
+        home.path / "usage",
+        flush_s=settings.usage_flush_s,
+        journal_limit_bytes=settings.usage_journal_bytes,
+        fsync=settings.usage_fsync,
     )
+    redis_url = settings.redis_url.get_secret_value() if settings.redis_url is not None else None
     return Parts(
         engine=engine,
+        base=base,
         tenants=Tenants(engine),
         plans=Plans(engine),
-        keys=keys,
+        keys=key_rows,
         auth=auth,
+        limits=open_limits(redis_url, used_this_month=ledger.tokens_since, timeout_s=settings.limits_timeout_s),
+        ledger=ledger,
         store=store,
         inspector=inspector,
         staging=Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes),
-        models=models,
+        models=known_models,
         pool=pool,
+        metrics=Metrics(tenants=settings.metrics_tenants, adapters=settings.metrics_adapters),
+        tracing=open_tracing(os.environ, base_model=base.name, trust_parent=settings.trace_trust_parent),
+        freshness=freshness,
         changes=ChangeFeed(
             open_engine(settings.database),  # its own: see there
-            [models.take_in, auth.take_in, pool.on_change],
-            [models.clear, auth.clear, pool.on_reset],
+            [known_models.take_in, auth.take_in, pool.on_change],
+            [known_models.clear, auth.clear, pool.on_reset],
             freshness,
         ),
     )
 
 
-def _replica_options(settings: Settings) -> ReplicaOptions:
-    return ReplicaOptions(
+def _pool(settings: Settings, roster: Roster, fingerprint: str, token: str) -> ReplicaPool:
+    options = ReplicaOptions(
         load_timeout_s=settings.load_timeout_s,
         probe_interval_s=settings.probe_interval_s,
         probe_deadline_s=settings.probe_deadline_s,
@@ -185,32 +152,40 @@ def _replica_options(settings: Settings) -> ReplicaOptions:
         queue_timeout_s=settings.queue_timeout_s,
         fair=settings.fairness,
     )
+    return ReplicaPool(
+        settings.replicas,
+        lambda url: ReplicaClient(Upstream(url), token),
+        fingerprint=fingerprint,
+        options=options,
+        spread_at=settings.spread_at,
+        roster=roster,
+    )
 
 
-def _generation(settings: Settings, parts: Parts, salt_of: Callable[[str], str]) -> dict[str, Generation]:
-    def endpoint(path: str, kind: type[ChatRequest] | type[CompletionRequest]) -> Generation:
-        policy = RequestPolicy(
-            kind,
-            max_messages=settings.max_messages,
-            max_output_tokens=settings.max_output_tokens,
-            max_choices=settings.max_choices,
-            max_schema_bytes=settings.max_schema_bytes,
-        )
-        return Generation(
-            path,
-            policy=policy,
-            auth=parts.auth,
-            models=parts.models,
-            pool=parts.pool,
-            salt_of=salt_of,
-            max_body_bytes=settings.max_body_bytes,
-            first_byte_timeout_s=settings.first_byte_timeout_s,
-        )
+def _bounds(settings: Settings) -> Bounds:
+    return Bounds(
+        max_messages=settings.max_messages,
+        max_output_tokens=settings.max_output_tokens,
+        max_choices=settings.max_choices,
+        max_schema_bytes=settings.max_schema_bytes,
+        calls_tools=settings.tool_call_parser is not None,
+        allowed_fields=frozenset(settings.allowed_fields),
+    )
 
-    return {
-        path: endpoint(path, kind)
-        for path, kind in (("/v1/chat/completions", ChatRequest), ("/v1/completions", CompletionRequest))
-    }
+
+def _services(parts: Parts, salt_of: Callable[[str], str]) -> Services:
+    return Services(
+        auth=parts.auth,
+        models=parts.models,
+        limits=parts.limits,
+        pool=parts.pool,
+        ledger=parts.ledger,
+        metrics=parts.metrics,
+        tracing=parts.tracing,
+        patience=Patience(),
+        salt_of=salt_of,
+        base_fingerprint=parts.base.fingerprint,
+    )
 
 
 def _salts(secret: bytes) -> Callable[[str], str]:
@@ -226,29 +201,46 @@ def _salts(secret: bytes) -> Callable[[str], str]:
     return salt_of
 
 
+def _operator_port(settings: Settings, parts: Parts, bound: socket.socket | None) -> OperatorPort | None:
+    if not settings.operator_port and bound is None:
+        return None
+    return OperatorPort(settings.operator_host, settings.operator_port, parts.metrics.page, listener=bound)
+
+
 def _lifespan(
-    parts: Parts, home: Home, hot: Collection[Generation]
+    parts: Parts, services: Services, home: Home, operators: OperatorPort | None
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await migrate(parts.engine)
         parts.staging.sweep()
-        if not await parts.keys.has_operator():
-            secret = new_secret()
-            home.keep_operator_key(secret)  # first the file: a key that nobody has ever seen would lock everybody out
-            await parts.keys.create(None, [KeyScope.OPERATOR], maker=None, label="first operator key", secret=secret)
+        await parts.keys.ensure_operator(home.keep_operator_key)
         await parts.changes.start()
-        tasks = [asyncio.create_task(work) for work in (parts.changes.follow(), tidy(parts.store))]
-        tasks += [asyncio.create_task(generation.watch()) for generation in hot]
-        tasks.append(asyncio.create_task(parts.auth.uses.follow()))
+        await parts.ledger.start()
+        await parts.limits.start()
+        if operators is not None:
+            await operators.start()
+        works = (
+            parts.changes.follow(),
+            parts.auth.uses.follow(),
+            parts.metrics.sample_lag(),
+            services.patience.watch(),
+            tidy(parts.store),
+        )
+        tasks = [asyncio.create_task(work) for work in works]
         parts.pool.start()
         gc.collect()
         gc.freeze()  # what lives as long as the process is never walked by the collector again
         yield
+        if operators is not None:
+            await operators.stop()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await parts.pool.stop()
+        await parts.limits.close()
+        await parts.ledger.close()
+        await parts.tracing.close()
         await parts.inspector.close()
         with suppress(StorageError):
             await parts.auth.uses.flush()

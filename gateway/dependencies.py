@@ -1,11 +1,13 @@
 """What a handler may ask for."""
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from adapter_store.base_model import BaseModel
 from adapter_store.bundle import Staging
 from adapter_store.ids import TenantId
 from adapter_store.inspector import Inspector
@@ -13,11 +15,16 @@ from adapter_store.store import AdapterStore
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
 from gateway.errors import ScopeMissing, authorization_of
+from gateway.freshness import Freshness
 from gateway.keys import Keys
+from gateway.limits import Limits
 from gateway.models import Models
 from gateway.plans import Plans
 from gateway.replicas.pool import ReplicaPool
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.tracing import Tracing
 from gateway.tenants import ApiKey, Scope, Tenants
+from gateway.usage import Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +32,25 @@ class Parts:
     """The gateway's parts, built once by `create_app`."""
 
     engine: AsyncEngine
+    base: BaseModel
     tenants: Tenants
     plans: Plans
     keys: Keys
     auth: Auth
+    limits: Limits
+    ledger: Ledger
     store: AdapterStore
     inspector: Inspector
     staging: Staging
     models: Models
     pool: ReplicaPool
+    metrics: Metrics
+    tracing: Tracing
+    freshness: Freshness
     changes: ChangeFeed
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    connections: set[object] = field(default_factory=set)
+    """Clients' connections that are open."""
 
 
 @dataclass(frozen=True, slots=True)

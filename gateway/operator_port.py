@@ -46,13 +46,19 @@ class OperatorPort:
     """
 
     def __init__(
-        self, host: str, port: int, page: Callable[[], Awaitable[bytes]], *, patience_s: float = PATIENCE_S
+        self,
+        host: str,
+        port: int,
+        page: Callable[[], Awaitable[bytes]],
+        *,
+        listener: socket.socket | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self._host = host
         self._port = port
         self._page = page
         self._patience_s = patience_s
-        self._listener: socket.socket | None = None
+        self._listener = listener
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
 
@@ -85,6 +91,10 @@ class OperatorPort:
         assert self._listener is not None
         bound: int = self._listener.getsockname()[1]
         return bound
+
+    @property
+    def open_connections(self) -> int:
+        return len(self._open)
 
     async def start(self) -> None:
         """Answer from now on; the port is taken first where it has not been."""

@@ -7,6 +7,7 @@ does it: an `Exchange` stands where uvicorn's own request cycle would, and keeps
 """
 
 import asyncio
+import time
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
@@ -19,6 +20,7 @@ HEAD_PATIENCE_S: Final = 10.0
 BODY_STALL_S: Final = 30.0
 PIECE_BYTES: Final = 65_536
 LOOK_S: Final = 5.0
+LAST_CALL_S: Final = 5.0
 REFUSED_BODY_BYTES: Final = 64 << 20
 REFUSED_BODY_S: Final = 10.0
 
@@ -62,7 +64,7 @@ class Exchange:
 
     def __init__(self, protocol: "FrontProtocol", hot: HotPath, headers: list[tuple[bytes, bytes]]) -> None:
         self.headers = headers
-        self.began_at = protocol.loop.time()
+        self.began_at = time.monotonic()
         # what uvicorn's protocol reads and writes
         self.body: bytearray | _Overflow = bytearray()
         self.more_body = True
@@ -258,17 +260,20 @@ class FrontProtocol(HttpToolsProtocol):
         self._look: asyncio.TimerHandle | None = None
         self._arriving: Exchange | None = None
         self._running: Exchange | None = None
+        self._drains = False
 
     # connection
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.app.parts.connections.add(self)
         self._waits_since = self.loop.time()
         self._look = self.loop.call_later(LOOK_S, self._look_after)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._look is not None:
             self._look.cancel()
+        self.app.parts.connections.discard(self)
         self._arriving = None
         self.pipeline.clear()
         running = self._running
@@ -285,6 +290,31 @@ class FrontProtocol(HttpToolsProtocol):
             self.transport.close()
         else:
             self._look = self.loop.call_later(LOOK_S, self._look_after)
+
+    def shutdown(self) -> None:
+        """The server drains: what runs is answered, and one request more, with `connection: close`.
+
+        An idle connection is closed once its client has been silent for `LAST_CALL_S`: closed sooner, it could meet the
+        client's next request half way, and whether that was served nobody would know.
+        """
+        self._drains = True
+        self.timeout_keep_alive = min(self.timeout_keep_alive, LAST_CALL_S)  # type: ignore[assignment]
+        cycle: Any = self.cycle
+        begun = cycle is not None and (cycle.begun if isinstance(cycle, Exchange) else cycle.response_started)
+        if cycle is not None and not begun:  # else its head has promised to keep the connection
+            cycle.keep_alive = False
+        if self._look is not None:
+            self._look.cancel()
+        silent_s = self.loop.time() - self._waits_since
+        self._look = self.loop.call_later(max(0.0, LAST_CALL_S - silent_s) + 0.01, self._look_after)
+
+    def expire(self) -> None:
+        """The time for draining is over: a stream ends in an error event, an idle connection at once."""
+        if self._running is not None and not self._running.response_complete:
+            self._running.keep_alive = False
+            self._running.expire()
+        elif self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -323,9 +353,12 @@ class FrontProtocol(HttpToolsProtocol):
         hot = self._hot.get(self.url.partition(b"?")[0]) if self.parser.get_method() == b"POST" else None
         if hot is None:
             self._begin_asgi()
+            self.cycle.keep_alive = self.cycle.keep_alive and not self._drains
             return
         exchange = Exchange(self, hot, self.headers)
-        exchange.keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        exchange.keep_alive = (
+            self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive() and not self._drains
+        )
         before, self.cycle = self.cycle, exchange  # type: ignore[assignment]  # keeps the contract
         if before is None or before.response_complete:
             self._arriving = exchange

@@ -92,6 +92,12 @@ class Settings(BaseSettings):
     max_choices: int = Field(4, ge=1, le=128, description="ceiling of n")
     max_schema_bytes: int = Field(16_384, ge=256, le=1 << 20, description="largest JSON schema in response_format")
     first_byte_timeout_s: Seconds = Field(300, description="longest wait for a replica's first byte")
+    tool_call_parser: str | None = Field(
+        None, pattern="^[a-z0-9_]{1,64}$", description="vLLM's parser for the base model's tool calls; none: no tool_choice auto"
+    )
+    allowed_fields: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="further request fields that tenants may use, comma-separated: docs/api.md lists them"
+    )
 
     # limits and the usage ledger
     redis_url: SecretStr | None = Field(
@@ -142,7 +148,7 @@ class Settings(BaseSettings):
     cache_limit_bytes: int = Field(20 << 30, ge=1 << 20, description="a replica's disk cache of adapters")
     vllm_args: str = Field("", description="further vLLM arguments, as one would type them")
 
-    @field_validator("replicas", mode="before")
+    @field_validator("replicas", "allowed_fields", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

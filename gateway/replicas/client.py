@@ -88,7 +88,7 @@ class ReplicaClient:
         self._common = (
             f"host: {upstream.host_header}\r\nauthorization: Bearer {token}\r\n"
             "accept: */*\r\ncontent-type: application/json\r\n"
-        )
+        ).encode()
 
     async def state(self, timeout_s: float) -> ReplicaReport:
         """What the replica is and holds.
@@ -135,16 +135,21 @@ class ReplicaClient:
             if error.status != 404:
                 raise
 
-    def generation_request(self, path: str, adapter: str | None, body: bytes) -> bytes:
-        """Head and body of one request to the engine, as one buffer; `path` and `adapter` are the gateway's own."""
-        named = f"x-tailor-adapter: {adapter}\r\n" if adapter else ""
-        head = f"POST {path} HTTP/1.1\r\n{self._common}{named}content-length: {len(body)}\r\n\r\n"
-        return head.encode() + body
+    def generation_request(self, path: str, adapter: str | None, lines: bytes, body: bytes) -> bytes:
+        """Head and body of one request to the engine, as one buffer; all but the body is the gateway's own.
+
+        `lines` are further header lines, each with its end.
+        """
+        named = b"x-tailor-adapter: %b\r\n" % adapter.encode() if adapter else b""
+        return b"POST %b HTTP/1.1\r\n%b%b%bcontent-length: %d\r\n\r\n%b" % (
+            path.encode(), self._common, named, lines, len(body), body,
+        )  # fmt: skip
 
     async def _call(self, method: str, path: str, body: bytes, timeout_s: float) -> bytes:
-        head = f"{method} /tailor/{path} HTTP/1.1\r\n{self._common}content-length: {len(body)}\r\n\r\n"
+        head = f"{method} /tailor/{path} HTTP/1.1\r\n".encode() + self._common
+        request = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
         async with asyncio.timeout(timeout_s):
-            connection = await self.upstream.send(head.encode() + body)
+            connection = await self.upstream.send(request)
             try:
                 answer = await connection.read_all(16 << 20)
             finally:

@@ -44,6 +44,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport
+        self.upstream: Upstream
         self.closed = False
         self.idle_since = 0.0
         self._loop = asyncio.get_running_loop()
@@ -282,6 +283,7 @@ class Upstream:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise OutOfDescriptorsError("no descriptor is left here", answered=False) from error
             raise UpstreamError("the replica cannot be reached", answered=False) from error
+        connection.upstream = self
         return connection
 
     def heard_since(self, moment: float) -> bool:

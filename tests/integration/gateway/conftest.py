@@ -14,7 +14,7 @@ import uvicorn
 from pydantic import SecretStr
 
 from adapter_store.base_model import BaseModel
-from gateway.app import Front, create_app
+from gateway.app import create_app
 from gateway.dependencies import Parts
 from gateway.home import Home
 from gateway.protocol import FrontProtocol
@@ -105,10 +105,11 @@ async def replica(run_replica: RunReplica) -> FakeReplica:
 async def serving(settings: Settings) -> AsyncIterator[Gateway]:
     """The gateway as it runs in production: uvicorn on a socket of its own."""
     app = create_app(settings)
-    assert isinstance(app, Front)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
-        uvicorn.Config(app, http=FrontProtocol, log_config=None, lifespan="on", timeout_graceful_shutdown=1, proxy_headers=False)
+        uvicorn.Config(
+            app, http=FrontProtocol, log_config=None, lifespan="on", timeout_graceful_shutdown=1, proxy_headers=False
+        )
     )
     task = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
@@ -116,7 +117,7 @@ async def serving(settings: Settings) -> AsyncIterator[Gateway]:
         await asyncio.sleep(0.01)
     home = Home(settings.home)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    gateway = Gateway(url, app.app.state.parts, httpx.AsyncClient(), home)
+    gateway = Gateway(url, app.parts, httpx.AsyncClient(), home)
     gateway.operator = gateway.client(home.operator_key())
     try:
         yield gateway
@@ -149,6 +150,7 @@ async def run_gateway(tmp_path: Path, base_folder: Path) -> AsyncIterator[RunGat
                 "base_model": str(base_folder),
                 "replicas": tuple(replica.url for replica in replicas),
                 "replica_token": SecretStr(TOKEN),
+                "operator_port": 0,
                 "probe_interval_s": 0.1,
                 "probe_deadline_s": 1.0,
                 **overrides,

@@ -50,7 +50,8 @@ async def test_the_engine_sees_opaque_names_and_gateway_fields_only(
     assert asked["body"]["max_tokens"] == replica.max_model_len
     assert not {"user", "metadata"} & set(asked["body"])
     assert set(asked["headers"]) == {
-        "host", "authorization", "accept", "content-type", "content-length", "x-tailor-adapter",
+        "host", "authorization", "accept", "content-type", "content-length", "x-request-id", "x-tailor-adapter",
+        "x-vllm-priority",
     }  # fmt: skip
 
 

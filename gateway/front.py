@@ -1,0 +1,67 @@
+"""The gateway's front door: which requests go the short way, and what is asked of all others before FastAPI sees them."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapter_store.errors import AdapterStoreError
+from gateway.api.body import receive_in_time
+from gateway.api.generation import Generation
+from gateway.auth import Auth
+from gateway.dependencies import Parts
+from gateway.errors import GatewayError, MethodNotAllowed, authorization_of, send_error
+
+OPEN_PATHS: Final = ("/health", "/ready")
+UPLOAD_PATH: Final = "/v1/adapters"
+SMALL_BODY_BYTES: Final = 65_536
+
+
+class Front:
+    """Sends everything but generation requests to FastAPI, once the key is good.
+
+    FastAPI reads a body before it asks who sends it: without a key nothing of a body is read here, and with one no more
+    than 64 KiB, but for uploads, which are streamed. Generation requests (`hot`, by path) never come here:
+    `protocol.FrontProtocol` gives them to their endpoint.
+    """
+
+    def __init__(self, app: ASGIApp, parts: Parts, hot: Mapping[str, Generation]) -> None:
+        self.hot = {path.encode(): endpoint for path, endpoint in hot.items()}
+        self.parts = parts
+        self._app = app
+        self._auth: Auth = parts.auth
+        self._hot_paths = frozenset(hot)
+
+    def drain(self) -> None:
+        """From now on `/ready` says that this process is about to end."""
+        self.parts.draining.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        path: str = scope["path"]
+        if path not in OPEN_PATHS:
+            try:
+                await self._auth.live_key(authorization_of(scope))
+                if path in self._hot_paths:
+                    raise MethodNotAllowed("This path takes POST only.")
+            except (GatewayError, AdapterStoreError) as error:
+                return await send_error(send, error)
+            if path != UPLOAD_PATH:
+                receive = _bounded(receive)
+        return await self._app(scope, receive, send)
+
+
+def _bounded(receive: Receive) -> Receive:
+    size = 0
+
+    async def bounded() -> Message:
+        nonlocal size
+        message = await receive_in_time(receive)
+        size += len(message.get("body", b""))
+        if size > SMALL_BODY_BYTES:
+            raise HTTPException(413)  # the one kind that FastAPI lets through from under its own reading
+        return message
+
+    return bounded

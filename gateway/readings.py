@@ -1,0 +1,49 @@
+"""What the metrics page reads from the gateway's parts when it is asked for."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from gateway.api.generation import Patience
+from gateway.dependencies import Parts
+from gateway.replicas.replica import Replica
+from gateway.telemetry import names
+
+
+def watch_parts(parts: Parts, patience: Patience) -> None:
+    """Attach every part that knows a number of its own."""
+    metrics, pool = parts.metrics, parts.pool
+
+    def by_replica(read: Callable[[Replica], float]) -> Callable[[], Mapping[str, float]]:
+        return lambda: {member.replica.id: read(member.replica) for member in pool.members()}
+
+    metrics.watch_states(pool.states)
+    metrics.watch(names.REPLICA_IN_FLIGHT, by_replica(lambda replica: replica.gate.in_flight))
+    metrics.watch(names.REPLICA_WAITING, by_replica(lambda replica: replica.gate.waiting))
+    metrics.watch(names.RESIDENT_ADAPTERS, lambda: _residents(parts))
+    metrics.watch(names.LOADS, lambda: _loads(parts))
+    metrics.watch(names.LOAD_SECONDS, by_replica(lambda replica: replica.residency.load_seconds))
+    metrics.watch(names.EVICTIONS, by_replica(lambda replica: replica.residency.evictions))
+    metrics.watch(names.CORRUPTED, by_replica(lambda replica: replica.corrupted_requests))
+    metrics.watch(names.RETRIES, lambda: pool.retry_count)
+    metrics.watch(names.IN_FLIGHT, lambda: len(patience.running))
+    metrics.watch(names.OPEN_CONNECTIONS, lambda: len(parts.connections))
+    metrics.watch(names.LIMITS_DEGRADED, lambda: float(parts.limits.degraded))
+    metrics.watch(names.LEDGER_BACKLOG, lambda: parts.ledger.backlog)
+    metrics.watch(names.CHANGE_FEED_AGE, lambda: max(0.0, time.monotonic() - parts.freshness.fresh_at))
+
+
+def _residents(parts: Parts) -> Mapping[str | tuple[str, ...], float]:
+    found: Counter[str | tuple[str, ...]] = Counter()
+    for member in parts.pool.members():
+        for resident in member.replica.residency.residents():
+            found[member.replica.id, resident.tier] += 1
+    return {labels: float(count) for labels, count in found.items()}
+
+
+def _loads(parts: Parts) -> Mapping[str | tuple[str, ...], float]:
+    counts: dict[str | tuple[str, ...], float] = {}
+    for member in parts.pool.members():
+        counts[member.replica.id, "ok"] = member.replica.residency.load_count
+        counts[member.replica.id, "failed"] = member.replica.residency.failed_loads
+    return counts
