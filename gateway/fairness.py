@@ -376,6 +376,10 @@ class Party:
         self.waiting = 0
         self.seen_at = 0.0
 
+    @property
+    def is_silent(self) -> bool:
+        return not (self.in_flight or self.waiting)
+
 
 class Turn:
     """One request at a gate; `key` is None for the base model."""
@@ -404,8 +408,9 @@ class FairGate:
 
     An idle server queues nothing. Where all places are taken, the tenant that has had least goes next; and while other
     tenants have been active in the last `active_s`, a tenant's requests in flight are bounded by its weighted share of
-    the places (one at least), so that a newcomer never waits for a flood's long answers. A request whose adapter is not
-    open waits for that (`OpenSet`). With `fair` off: first come, first served.
+    the places (one at least; rounded up only while the shares of those who are silent just now stay free), so that a
+    newcomer never waits for a flood's long answers. A request whose adapter is not open waits for that (`OpenSet`).
+    With `fair` off: first come, first served.
     """
 
     def __init__(
@@ -419,6 +424,7 @@ class FairGate:
         self._clock = clock
         self._parties: OrderedDict[TenantId, Party] = OrderedDict()  # the longest silent first
         self._weights = 0.0
+        self._silent_weights = 0.0  # of the tenants with nothing in flight and nothing waiting
         self._expire_at = 0.0
         self._ready: dict[QueueKey, Queue] = {}  # their adapters are open
         self._parked: dict[QueueKey, Queue] = {}
@@ -439,6 +445,7 @@ class FairGate:
             return False
         if turn.key is not None and not self._may_use(turn.key):
             return False
+        self._note_busy(party)
         turn.account = self._counters.arrive(turn.tenant, turn.weight)
         self._start(turn, party)
         return True
@@ -454,6 +461,7 @@ class FairGate:
             raise QueueFull(of_tenant=False)
         if party.waiting >= self.limits.tenant_queue:
             raise QueueFull(of_tenant=True)
+        self._note_busy(party)
         turn.go = go
         self._numbers += 1
         turn._number = self._numbers
@@ -479,6 +487,7 @@ class FairGate:
         account = turn.account
         assert account is not None
         self._counters.depart(account)
+        self._note_silent(turn)
         if not queue and turn.key is not None and self.open_set is not None:
             self.open_set.drop(turn.key)
             self.rotate()
@@ -492,6 +501,7 @@ class FairGate:
         self._counters.depart(account)
         party.in_flight -= 1
         self.in_flight -= 1
+        self._note_silent(turn)
         if turn.key is not None and self.open_set is not None and self.open_set.finish(turn.key, turn.cost):
             self.rotate()
         elif self._ready:
@@ -547,10 +557,13 @@ class FairGate:
         if party is None:
             party = self._parties[turn.tenant] = Party(turn.weight)
             self._weights += turn.weight
+            self._silent_weights += turn.weight
         elif len(self._parties) > 1:
             self._parties.move_to_end(turn.tenant)
         if party.weight != turn.weight:
             self._weights += turn.weight - party.weight
+            if party.is_silent:
+                self._silent_weights += turn.weight - party.weight
             party.weight = turn.weight
         party.seen_at = now
         if now >= self._expire_at:
@@ -570,11 +583,28 @@ class FairGate:
             else:
                 del self._parties[tenant]
                 self._weights -= party.weight
+                self._silent_weights -= party.weight
+
+    def _note_busy(self, party: Party) -> None:
+        """Before a request of the tenant begins to wait or to run."""
+        if party.is_silent:
+            self._silent_weights -= party.weight
+
+    def _note_silent(self, turn: Turn) -> None:
+        """After a request of the tenant has ended."""
+        party = turn.party
+        if party is not None and party.is_silent:
+            self._silent_weights += party.weight
 
     def _may_start(self, party: Party) -> bool:
         if not self.limits.fair or len(self._parties) < 2:
             return True
-        return party.in_flight < max(1, int(self.limits.concurrency * party.weight / self._weights))
+        places = self.limits.concurrency
+        share = places * party.weight / self._weights
+        if party.in_flight < max(1, int(share)):
+            return True
+        left = places - self.in_flight
+        return party.in_flight < share and left > places * self._silent_weights / self._weights
 
     def _pump(self) -> None:
         """Start waiting requests while there is room."""
@@ -589,8 +619,8 @@ class FairGate:
             turn = queue.popleft()
             if not queue:
                 del self._ready[place]
-            self._stop_waiting(turn)
             assert turn.party is not None
+            self._stop_waiting(turn)
             self._start(turn, turn.party)
             assert turn.go is not None
             turn.go()

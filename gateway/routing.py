@@ -63,7 +63,18 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 class Spread(Generic[KeyT, HostT]):
     """One adapter's order of the replicas and its load, in requests in flight over all of them."""
 
-    __slots__ = ("_noted_at", "average", "avoided", "in_flight", "k", "key", "members", "order", "since")
+    __slots__ = (
+        "_noted_at",
+        "average",
+        "avoided",
+        "high_since",
+        "in_flight",
+        "k",
+        "key",
+        "low_since",
+        "members",
+        "order",
+    )
 
     def __init__(self, key: KeyT, now: float) -> None:
         self.key = key
@@ -73,7 +84,8 @@ class Spread(Generic[KeyT, HostT]):
         self.order: Sequence[HostT] = ()
         self.members = -1  # the pool's membership that `order` is of
         self.avoided: dict[str, float] = {}
-        self.since = now  # since when the load asks for another k
+        self.high_since = now  # since when the load asks for one more home
+        self.low_since = now  # or for one less
         self._noted_at = now
 
     def note(self, now: float, change: int) -> None:
@@ -122,8 +134,8 @@ class Router(Generic[KeyT, HostT]):
     def choose(self, key: KeyT, *, tried: Sequence[HostT] = ()) -> HostT | None:
         """The replica for the adapter's next request; None: none that has not been tried takes requests.
 
-        Best first: has a free place for the adapter, is within the bound, holds the adapter already, is a home, has the
-        least load, comes first in the adapter's order.
+        Best first: has a free place for the adapter and for the request, holds the adapter already, is within the
+        bound, is a home, has the least load, comes first in the adapter's order.
         """
         spread = self.spread(key)
         home = self._quick(spread, tried)
@@ -131,7 +143,7 @@ class Router(Generic[KeyT, HostT]):
             return home
         bound = self._bound()
         homes = spread.k
-        best: tuple[bool, bool, bool, bool, bool, int] | None = None
+        best: tuple[bool, bool, bool, bool, bool, bool, int] | None = None
         found: HostT | None = None
         for host in spread.order:
             if not host.takes_requests or host in tried:
@@ -141,12 +153,13 @@ class Router(Generic[KeyT, HostT]):
             rank = (
                 bool(spread.avoided) and self._is_avoided(spread, host),
                 not host.has_place(key),
-                load >= max(bound, min(host.concurrency, BUSY_FROM)),
+                load >= host.concurrency,
                 not host.holds(key),
+                load >= max(bound, BUSY_FROM),
                 homes < 0,
                 load,
             )
-            if not any(rank[:5]) and spread.k == 1:
+            if not any(rank[:6]) and spread.k == 1:
                 return host
             if best is None or rank < best:
                 best, found = rank, host
@@ -170,11 +183,11 @@ class Router(Generic[KeyT, HostT]):
         now = self._clock()
         spread.note(now, +1)
         if spread.average / spread.k <= self._spread_at:
-            spread.since = now
+            spread.high_since = now
             return None
-        if now - spread.since < GROW_AFTER_S:
+        if now - spread.high_since < GROW_AFTER_S:
             return None
-        spread.since = now
+        spread.high_since = spread.low_since = now
         return self._grow(spread)
 
     def ended(self, key: KeyT) -> None:
@@ -249,10 +262,10 @@ class Router(Generic[KeyT, HostT]):
 
     def _shrink(self, spread: Spread[KeyT, HostT], now: float) -> None:
         if spread.average / (spread.k - 1) >= self._spread_at / 2:
-            spread.since = now
-        elif now - spread.since >= SHRINK_AFTER_S:
+            spread.low_since = now
+        elif now - spread.low_since >= SHRINK_AFTER_S:
             spread.k -= 1
-            spread.since = now
+            spread.low_since = now
             if spread.k == 1:
                 spread.members = -1  # back to its own order
 

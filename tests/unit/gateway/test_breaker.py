@@ -1,0 +1,91 @@
+"""When a failing replica is left alone, and how often a request may go out twice."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.replicas.breaker import Breaker, RetryBudget
+from gateway.replicas.replica import TRANSITIONS, ReplicaState
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_five_failures_in_a_row_trip() -> None:
+    """A success in between begins the count anew."""
+    breaker = Breaker(Clock())
+    assert [breaker.failed() for _ in range(4)] == [False] * 4
+    breaker.succeeded()
+    assert [breaker.failed() for _ in range(5)] == [False] * 4 + [True]
+
+
+def test_half_of_twenty_trips_though_never_five_in_a_row() -> None:
+    """A replica that fails on every other request is no good either."""
+    breaker = Breaker(Clock())
+    tripped = False
+    for _ in range(10):
+        breaker.succeeded()
+        tripped = breaker.failed()
+    assert tripped
+
+
+def test_failures_are_forgotten_after_ten_seconds() -> None:
+    """Only the last ones say how a replica is now."""
+    clock = Clock()
+    breaker = Breaker(clock)
+    for _ in range(12):
+        breaker.succeeded()
+        clock.now += 5
+        assert not breaker.failed()
+
+
+def test_a_tripped_replica_is_on_trial_after_its_rest() -> None:
+    """Three good answers end the trial, one bad one sends it back for twice as long, four seconds at most."""
+    clock = Clock()
+    breaker = Breaker(clock)
+    breaker.trip()
+    for rest_s in (1, 2, 4, 4):
+        clock.now += rest_s - 0.1
+        assert not breaker.has_rested()
+        clock.now += 0.2
+        assert breaker.has_rested()
+        breaker.try_again()
+        assert breaker.on_trial
+        assert breaker.failed()
+        breaker.trip()
+    clock.now += 5
+    breaker.try_again()
+    for _ in range(3):
+        breaker.succeeded()
+    assert not breaker.on_trial
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.floats(0, 2)), min_size=1, max_size=60))
+def test_second_tries_are_a_tenth_of_the_first(waves: list[tuple[int, float]]) -> None:
+    """Where every request fails: at most 1.1 times the requests, or three more where they are few."""
+    clock = Clock()
+    budget = RetryBudget(clock)
+    recent: list[tuple[float, int, int]] = []
+    for requests, pause_s in waves:
+        retries = 0
+        for _ in range(requests):
+            budget.request()
+            retries += budget.take()
+        recent.append((clock.now, requests, retries))
+        clock.now += pause_s
+        window = [wave for wave in recent if int(wave[0]) > int(recent[-1][0]) - 10]
+        firsts, seconds = (sum(wave[place] for wave in window) for place in (1, 2))
+        assert seconds <= max(3, 0.1 * firsts) or firsts == 0 or seconds <= 3 + 0.1 * sum(w[1] for w in recent)
+
+
+@pytest.mark.parametrize("state", ReplicaState)
+def test_every_state_can_be_left_and_reached(state: ReplicaState) -> None:
+    """The table has no dead end, and a replica that goes away is unreachable from everywhere."""
+    assert TRANSITIONS[state]
+    assert any(state in reachable for reachable in TRANSITIONS.values())
+    assert state is ReplicaState.UNREACHABLE or ReplicaState.UNREACHABLE in TRANSITIONS[state]
