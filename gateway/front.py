@@ -1,4 +1,4 @@
-"""The gateway's front door: which requests go the short way, and what is asked of all others before FastAPI sees them."""
+"""The gateway's front door: which requests go the short way, and what all others must show before FastAPI sees them."""
 
 from collections.abc import Mapping
 from typing import Final

@@ -1,15 +1,15 @@
 """uvicorn's HTTP/1.1 protocol, with bounds that it lacks and a short way for generation requests.
 
-A generation request makes no ASGI scope, messages or events: its `Exchange` takes the body from the parser and writes the
-answer to the transport. That halves the CPU of a request (docs/benchmarks.md). Everything else goes through ASGI as uvicorn
-does it: an `Exchange` stands where uvicorn's own request cycle would, and keeps that one's contract (checked with uvicorn
-0.54: `response_complete`, `disconnected`, `keep_alive`, `body`, `more_body`, `message_event`).
+A generation request makes no ASGI scope, messages or events: its `Exchange` takes the body from the parser and writes
+the answer to the transport. That halves the CPU of a request (docs/benchmarks.md). Everything else goes through ASGI as
+uvicorn does it: an `Exchange` stands where uvicorn's own request cycle would, and keeps that one's contract (checked
+with uvicorn 0.54: `response_complete`, `disconnected`, `keep_alive`, `body`, `more_body`, `message_event`).
 """
 
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -91,7 +91,7 @@ class Exchange:
         return None
 
     async def read_body(self) -> bytes:
-        """The whole body. Call it once the sender is known: until then nothing more is read than what came with the head.
+        """The whole body. Call it once the sender is known: before, only what came with the head is read.
 
         Raises:
             BodyTooLarge: it passes the limit. BodyTooSlow: it stalls. ClientGone: it never came.
@@ -107,7 +107,8 @@ class Exchange:
         while self.more_body:
             self._protocol.flow.resume_reading()
             if len(self.body) > self._hot.max_body_bytes:
-                return await self._discard()
+                await self._discard()
+                return
             await self._bytes_come(BODY_STALL_S)
 
     async def _bytes_come(self, patience_s: float) -> None:
@@ -156,7 +157,7 @@ class Exchange:
     # the answer
 
     async def answer(self, status: int, headers: bytes, body: bytes) -> None:
-        """A whole answer; `headers` are lines, each with its end. A slow reader holds this request, not a pile of bytes."""
+        """A whole answer; `headers` are lines, each with its end. A slow reader holds this request, not many bytes."""
         head = b"%bcontent-length: %d\r\n%b" % (self._head(status), len(body), headers)
         self.begun = True
         if self._gone:
@@ -253,7 +254,7 @@ class FrontProtocol(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._hot: Mapping[bytes, HotPath] = self.app.hot  # type: ignore[attr-defined]  # the app is `app.Front`, unwrapped
+        self._hot: Mapping[bytes, HotPath] = self.app.hot  # the app is `front.Front`, unwrapped
         self._head_bytes = 0
         self._in_head = True
         self._waits_since = 0.0
@@ -276,8 +277,8 @@ class FrontProtocol(HttpToolsProtocol):
         self.app.parts.connections.discard(self)
         self._arriving = None
         self.pipeline.clear()
-        running = self._running
-        if running is not None and running is not self.cycle and not running.response_complete:
+        running, newest = self._running, cast(Any, self.cycle)
+        if running is not None and running is not newest and not running.response_complete:
             running.disconnected = True  # uvicorn tells the newest of several pipelined requests only
         super().connection_lost(exc)
 

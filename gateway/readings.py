@@ -8,13 +8,14 @@ from gateway.api.generation import Patience
 from gateway.dependencies import Parts
 from gateway.replicas.replica import Replica
 from gateway.telemetry import names
+from gateway.telemetry.metrics import Labels
 
 
 def watch_parts(parts: Parts, patience: Patience) -> None:
     """Attach every part that knows a number of its own."""
     metrics, pool = parts.metrics, parts.pool
 
-    def by_replica(read: Callable[[Replica], float]) -> Callable[[], Mapping[str, float]]:
+    def by_replica(read: Callable[[Replica], float]) -> Callable[[], Mapping[Labels, float]]:
         return lambda: {member.replica.id: read(member.replica) for member in pool.members()}
 
     metrics.watch_states(pool.states)
@@ -33,16 +34,16 @@ def watch_parts(parts: Parts, patience: Patience) -> None:
     metrics.watch(names.CHANGE_FEED_AGE, lambda: max(0.0, time.monotonic() - parts.freshness.fresh_at))
 
 
-def _residents(parts: Parts) -> Mapping[str | tuple[str, ...], float]:
-    found: Counter[str | tuple[str, ...]] = Counter()
+def _residents(parts: Parts) -> Mapping[Labels, float]:
+    found: Counter[Labels] = Counter()
     for member in parts.pool.members():
         for resident in member.replica.residency.residents():
             found[member.replica.id, resident.tier] += 1
     return {labels: float(count) for labels, count in found.items()}
 
 
-def _loads(parts: Parts) -> Mapping[str | tuple[str, ...], float]:
-    counts: dict[str | tuple[str, ...], float] = {}
+def _loads(parts: Parts) -> Mapping[Labels, float]:
+    counts: dict[Labels, float] = {}
     for member in parts.pool.members():
         counts[member.replica.id, "ok"] = member.replica.residency.load_count
         counts[member.replica.id, "failed"] = member.replica.residency.failed_loads

@@ -62,8 +62,8 @@ def _usage_in(event: bytes, at: int) -> tuple[int, int]:
 class StreamTranslation(Translation):
     """The same for a stream of server-sent events.
 
-    Each event of the engine's carries the usage so far (`continuous_usage_stats`), so that a stream that is cut anywhere
-    is counted exactly; clients get the OpenAI form, with one last usage event if they asked for it.
+    Each event of the engine's carries the usage so far (`continuous_usage_stats`), so that a stream that is cut
+    anywhere is counted exactly; clients get the OpenAI form, with one last usage event if they asked for it.
     """
 
     def __init__(self, engine_name: str, shown_name: str, *, wants_usage: bool) -> None:

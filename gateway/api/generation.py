@@ -87,8 +87,8 @@ class _Request:
     """What one request has found out and holds so far."""
 
     __slots__ = (
-        "admission", "asked", "at_work", "connection", "cost", "deadline", "exchange", "fallback", "id", "pipe", "place", "plan",
-        "seen", "tenant_id", "trace", "trace_lines", "usage", "version",
+        "admission", "asked", "at_work", "connection", "cost", "deadline", "exchange", "fallback", "id", "pipe",
+        "place", "plan", "seen", "tenant_id", "trace", "trace_lines", "usage", "version",
     )  # fmt: skip
 
     def __init__(self, exchange: Exchange, route: str) -> None:
