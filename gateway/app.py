@@ -228,6 +228,8 @@ def _lifespan(
             tidy(parts.store),
         )
         tasks = [asyncio.create_task(work) for work in works]
+        if operators is not None:
+            tasks.append(asyncio.create_task(_stop_with_the_drain(operators, parts.draining)))
         parts.pool.start()
         gc.collect()
         gc.freeze()  # what lives as long as the process is never walked by the collector again
@@ -248,6 +250,12 @@ def _lifespan(
         await parts.engine.dispose()
 
     return lifespan
+
+
+async def _stop_with_the_drain(operators: OperatorPort, draining: asyncio.Event) -> None:
+    """The next worker has the same socket: figures of both in turn would look like counters that fall."""
+    await draining.wait()
+    await operators.stop()
 
 
 def _install_error_handlers(app: FastAPI) -> None:

@@ -22,10 +22,10 @@ from rich.table import Table
 
 from gateway.api_client import ApiClient, ApiError
 from gateway.home import ConfigurationError, Home
+from gateway.listening import bind
 from gateway.local_training import cached_tiny_base, train_adapter
 from gateway.progress_bar import progress_bar
 from gateway.replicas.launch import device_of
-from gateway.server import bind
 from gateway.settings import Settings
 from gateway.stack import running_stack
 

@@ -4,6 +4,7 @@ import os
 import re
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -76,8 +77,9 @@ class Home:
         file = self.path / name
         kept = self._read_secret(file)
         if kept is None:
-            kept = secrets.token_urlsafe(32)
-            self._write_secret(file, kept)
+            self._write_secret(file, secrets.token_urlsafe(32), replace=False)
+            kept = self._read_secret(file)  # another process may have been faster
+            assert kept is not None
         return kept
 
     @staticmethod
@@ -90,11 +92,16 @@ class Home:
             return None
 
     @staticmethod
-    def _write_secret(file: Path, value: str) -> None:
+    def _write_secret(file: Path, value: str, *, replace: bool = True) -> None:
         beside = file.with_name(f".{file.name}.{os.getpid()}")
         beside.touch(mode=0o600)
         beside.write_text(value + "\n")
-        beside.replace(file)
+        if replace:
+            beside.replace(file)
+            return
+        with suppress(FileExistsError):
+            file.hardlink_to(beside)
+        beside.unlink()
 
 
 def _fetch(hub_id: str) -> Path:

@@ -198,8 +198,23 @@ class Keys:
 
     async def has_operator(self) -> bool:
         async with reading(self._engine) as connection:
-            query = select(api_keys.c.id).where(_owned(None), api_keys.c.revoked_at.is_(None))
-            return (await connection.execute(query.limit(1))).first() is not None
+            return await _has_operator(connection)
+
+    async def ensure_operator(self, keep: Callable[[str], None]) -> None:
+        """Make the first operator's key where there is none; of gateways that start at once, one does.
+
+        `keep` gets its secret first: a key that nobody has ever seen would lock everybody out.
+        """
+        if await self.has_operator():
+            return
+        async with writing(self._engine) as connection:
+            await take_turn(connection)
+            if await _has_operator(connection):
+                return
+            secret = new_secret()
+            keep(secret)
+            scopes = frozenset({Scope.OPERATOR})
+            await _insert(connection, _new_details(None, scopes, secret, "first operator key", self._now(), None))
 
     async def note_uses(self, uses: Sequence[tuple[KeyId, int]]) -> None:
         """Keep when keys were last used; an older note than the one that is there changes nothing."""
@@ -305,6 +320,11 @@ async def _check_room(connection: AsyncConnection, tenant_id: TenantId | None, n
     query = select(func.count()).select_from(api_keys).where(_owned(tenant_id), _live(now))
     if (await connection.execute(query)).scalar_one() >= LIVE_KEYS_LIMIT:
         raise TooManyKeys(f"There are {LIVE_KEYS_LIMIT} live keys: revoke those that nobody needs.")
+
+
+async def _has_operator(connection: AsyncConnection) -> bool:
+    query = select(api_keys.c.id).where(_owned(None), api_keys.c.revoked_at.is_(None)).limit(1)
+    return (await connection.execute(query)).first() is not None
 
 
 async def _other_operator(connection: AsyncConnection, key_id: str, now: int) -> bool:

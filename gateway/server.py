@@ -1,91 +1,80 @@
-"""Runs the gateway's HTTP server: `tailor gateway` becomes `python -m gateway.server`."""
+"""The gateway's entry: `tailor gateway` becomes `python -m gateway.server`.
 
-import errno
-import os
-import resource
+One worker serves in this process. Several are children of it, and then it stays small: whatever a worker needs is
+imported where a worker begins.
+"""
+
+import argparse
+import asyncio
 import socket
 import sys
-from typing import Final
 
-import uvicorn
 from pydantic import ValidationError
 
 from adapter_store.errors import AdapterStoreError
 from adapter_store.process import die_with_parent
-from gateway.app import create_app
 from gateway.home import ConfigurationError
-from gateway.logs import set_up_logging
-from gateway.protocol import FrontProtocol
+from gateway.listening import Ports, bind_ports
 from gateway.settings import Settings, explain
-
-STALLED_CLIENT_S: Final = 30.0
-
-
-def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
-
-    Raises:
-        ConfigurationError: a setting cannot be used, or the port is taken.
-    """
-    os.umask(0o077)  # the home may lie in a folder that others can enter
-    raise_descriptor_limit()
-    set_up_logging(settings.log_level)
-    listener = bind(settings.host, settings.port)
-    config = uvicorn.Config(
-        create_app(settings),
-        loop="uvloop",
-        http=FrontProtocol,
-        lifespan="on",
-        ws="none",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=int(settings.drain_s),
-        timeout_keep_alive=75,
-        proxy_headers=False,  # nothing here trusts a forwarded address, and each request would pay for it
-    )
-    uvicorn.Server(config).run(sockets=[listener])
-
-
-def raise_descriptor_limit() -> None:
-    """As many connections as the machine allows: each client is one, and so is each request upstream."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; its connections are cut when a peer takes nothing for `STALLED_CLIENT_S`.
-
-    Raises:
-        ConfigurationError: it is taken, or not ours to take.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if sys.platform == "linux":  # an answer that nobody reads would hold its bytes, and its adapter, for ever
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALLED_CLIENT_S * 1_000))
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigurationError(
-                f"Port {port} on {host} is in use: stop what listens there or set TAILOR_PORT to a free one."
-            ) from error
-        raise ConfigurationError(f"Cannot listen on {host} port {port}: {error.strerror}.") from error
-    return listener
 
 
 def main() -> None:
     """The process's entry; what an operator can mend is told without a traceback."""
-    if "--with-parent" in sys.argv:
+    arguments = _arguments()
+    if arguments.with_parent:
         die_with_parent()
     try:
-        serve(Settings())
+        settings = Settings()
+        if arguments.worker is None and settings.workers > 1:
+            _run_workers(settings)
+        else:
+            _run_worker(settings, arguments)
     except ValidationError as error:
         sys.exit(f"tailor: {explain(error)}")
     except (ConfigurationError, AdapterStoreError) as error:
         sys.exit(f"tailor: {error}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("gateway.server")
+    parser.add_argument("--with-parent", action="store_true", help="end when the parent does")
+    parser.add_argument("--worker", type=int, help="which of several workers this is")
+    parser.add_argument("--listener", type=int, help="the inherited descriptor of its public socket")
+    parser.add_argument("--operators", type=int, help="the same of its operator port")
+    return parser.parse_args()
+
+
+def _run_workers(settings: Settings) -> None:
+    from gateway.workers import run_workers
+
+    asyncio.run(run_workers(settings))
+
+
+def _run_worker(settings: Settings, arguments: argparse.Namespace) -> None:
+    from gateway.worker import serve
+
+    if arguments.worker is None:
+        serve(settings, ports_of(settings)[0])
+    else:
+        public = socket.socket(fileno=arguments.listener)
+        operators = socket.socket(fileno=arguments.operators) if arguments.operators is not None else None
+        serve(settings, Ports(public, operators), has_parent=True)
+
+
+def ports_of(settings: Settings) -> list[Ports]:
+    """The sockets of this gateway's workers.
+
+    Raises:
+        ConfigurationError: a port is taken, or not ours to take.
+    """
+    return bind_ports(
+        host=settings.host,
+        port=settings.port,
+        operator_host=settings.operator_host,
+        operator_port=settings.operator_port,
+        workers=settings.workers,
+        shared=settings.reuse_port,
+    )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import IO
 
 from gateway.home import ConfigurationError, Home
+from gateway.listening import bind
 from gateway.logs import set_up_logging
 from gateway.replicas.launch import replica_command
 from gateway.replicas.supervisor import Child, Command
 from gateway.replicas.upstream import Upstream, UpstreamError
-from gateway.server import bind
 from gateway.settings import Settings
 
 UNIX_PATH_LIMIT = 100  # the kernel's is 107 bytes

@@ -1,5 +1,7 @@
 """`/health`: this process runs. `/ready`: a request would be answered now."""
 
+import asyncio
+
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
 from sqlalchemy import text
@@ -8,6 +10,7 @@ from gateway.dependencies import AppParts
 from gateway.replicas.replica import ReplicaState
 
 router = APIRouter(tags=["health"])
+DATABASE_PATIENCE_S = 2.0
 
 
 @router.get("/health")
@@ -18,17 +21,22 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(parts: AppParts) -> Response:
-    """200 when the database answers and at least one replica is ready; counts only, no inner names."""
+    """200 when the database answers and at least one replica is ready, 503 from the moment this process drains.
+
+    Counts only, no inner names.
+    """
     states = list(parts.pool.states().values())
     database = True
     try:
-        async with parts.engine.connect() as connection:
+        async with asyncio.timeout(DATABASE_PATIENCE_S), parts.engine.connect() as connection:
             await connection.execute(text("SELECT 1"))
     except Exception:  # noqa: BLE001  any failure means the same here, and the body says which part it was
         database = False
     count = states.count(ReplicaState.READY)
+    draining = parts.draining.is_set()
     body = {
-        "ready": database and count > 0,
+        "ready": database and count > 0 and not draining,
+        "draining": draining,
         "database": database,
         "replicas": len(states),
         "replicas_ready": count,
