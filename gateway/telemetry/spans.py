@@ -33,7 +33,6 @@ from gateway.telemetry.observation import Observation
 from gateway.telemetry.tracing import Trace, random_id
 
 SERVICE: Final = "tailor-gateway"
-CLOSE_PATIENCE_S: Final = 5.0
 Attributes = Mapping[str, str | int | float | bool]
 
 
@@ -88,11 +87,11 @@ class Spans:
                 failed=seen.status >= 500,
             )
 
-    async def close(self) -> None:
-        """Send what waits; given up after `CLOSE_PATIENCE_S`."""
+    async def close(self, patience_s: float) -> None:
+        """Send what waits, and give it up after this time."""
         last = threading.Thread(target=self._provider.shutdown, daemon=True, name="tailor-last-spans")
         last.start()
-        await asyncio.to_thread(last.join, CLOSE_PATIENCE_S)
+        await asyncio.to_thread(last.join, patience_s)
 
     def _span(
         self,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gateway.telemetry.spans import Spans
 
 DEFAULT_RATIO: Final = 0.01
+CLOSE_PATIENCE_S: Final = 5.0
 _PARENT_BYTES: Final = 256
 _PARENT_V0_BYTES: Final = 55
 _PARENT: Final = re.compile(rb"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
@@ -108,10 +109,10 @@ class Tracing:
         trace = Trace(self._spans, trace_id, None)
         return trace, trace.header
 
-    async def close(self) -> None:
-        """Send what waits, for some seconds at most."""
+    async def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
+        """Send the spans that wait, and give them up after this time: a collector that is away delays no stop."""
         if self._spans is not None:
-            await self._spans.close()
+            await self._spans.close(patience_s)
 
     def _go_on(self, parent: Parent, tracestate: bytes | None) -> tuple[Trace | None, bytes]:
         state = b""
