@@ -20,6 +20,7 @@ from typing import Any
 
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, bundle_digest
 from tests.fakes.engine import EngineModel, Sequence
+from tests.fakes.speech import COUNTING, Speech, counted, speech_of
 
 TOKEN = "fake-replica-token-0123456789"
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -39,6 +40,7 @@ class Faults:
     """The replica sends no more and keeps the connection."""
     error_event_after: int | None = None
     garble_after: int | None = None
+    cut_before_answer: bool = False
     hang_before_answer: bool = False
     head_then_nothing: bool = False
     latency_s: float = 0.0
@@ -270,6 +272,8 @@ class FakeReplica:
         self.request_count += 1
         if self.keep_requests:
             self.requests.append({"path": path, "headers": headers, "body": body})
+        if path in COUNTING:
+            return self._count(path, body, writer)
         name = headers.get("x-tailor-adapter")
         if name is not None and name != self.null_adapter and name not in self.adapters:
             return self._json(writer, 404, {"error": {"code": "adapter_unknown"}})
@@ -279,15 +283,28 @@ class FakeReplica:
             known["in_flight"] += 1
             known["last_used"] = time.time()
         try:
-            await self._generate_with(name, body, reader, writer)
+            await self._generate_with(speech_of(path, body), name, body, reader, writer)
         finally:
             self.in_flight -= 1
             if known:
                 known["in_flight"] -= 1
 
+    def _count(self, path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        if self.faults.status is not None:
+            return self._bytes(writer, self.faults.status, self.faults.status_body)
+        return self._json(writer, 200, counted(path, self.prompt_tokens(body), self.max_model_len))
+
     async def _generate_with(
-        self, name: str | None, body: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        speech: Speech,
+        name: str | None,
+        body: dict[str, Any],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> None:
+        if self.faults.cut_before_answer:
+            writer.transport.abort()
+            raise ConnectionError
         if self.faults.hang_before_answer:
             await reader.read()  # until the client goes away
             self.cancelled += 1
@@ -306,9 +323,9 @@ class FakeReplica:
         served = self._serve_record(name, body)
         try:
             if body.get("stream"):
-                await self._stream(body, name, served, reader, writer)
+                await self._stream(speech, body, name, served, reader, writer)
             else:
-                await self._whole(body, name, served, reader, writer)
+                await self._whole(speech, body, name, served, reader, writer)
         finally:
             served.ended_s = self.engine.now_s if self.engine is not None else 0.0
         return None
@@ -340,6 +357,7 @@ class FakeReplica:
 
     async def _whole(
         self,
+        speech: Speech,
         body: dict[str, Any],
         name: str | None,
         served: Served,
@@ -353,9 +371,7 @@ class FakeReplica:
             if _is_gone(reader):
                 raise ConnectionError
         served.completion_tokens, served.whole = total, True
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        answer = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"]}
-        return self._json(writer, 200, {**answer, "choices": [choice], "usage": _usage(served)})
+        return self._json(writer, 200, speech.whole(text, served.prompt_tokens, total))
 
     async def _run(
         self,
@@ -388,10 +404,12 @@ class FakeReplica:
                 await asyncio.wait({done}, timeout=5)
         finally:
             gone.cancel()
+            await asyncio.gather(gone, return_exceptions=True)  # the next request is read by another reader
             engine.abort(sequence)
 
     async def _stream(
         self,
+        speech: Speech,
         body: dict[str, Any],
         name: str | None,
         served: Served,
@@ -400,15 +418,13 @@ class FakeReplica:
     ) -> None:
         writer.write(STREAM_HEAD)
         text = self.text_of(name)
-        continuous = bool((body.get("stream_options") or {}).get("continuous_usage_stats"))
         total = self.completion_tokens(body)
 
         def emit(number: int) -> None:
             served.completion_tokens = number
-            piece = text if number == 1 else "."
-            choices = [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]
-            usage = {"usage": _usage(served)} if continuous else {}
-            self._event(writer, body["model"], choices, **usage)
+            for event in speech.begin(served.prompt_tokens) if number == 1 else ():
+                self._chunk(writer, event)
+            self._chunk(writer, speech.token(text if number == 1 else ".", served.prompt_tokens, number))
 
         if self.engine is not None:
             await self._run(self.engine, name, served, total, reader, emit)
@@ -419,23 +435,23 @@ class FakeReplica:
                 if await self._fault(number, reader, writer):
                     raise ConnectionError
                 if self.faults.slow_s:
-                    await self._slowly(writer, body["model"], served, number)
+                    await self._slowly(writer, speech, served, number)
                 else:
                     emit(number + 1)
                 await asyncio.sleep(self.faults.event_delay_s)
                 if _is_gone(reader):
                     self.cancelled += 1
                     raise ConnectionError
-        usage = {"usage": _usage(served)} if continuous else {}
-        self._event(writer, body["model"], [{"index": 0, "delta": {}, "finish_reason": "stop"}], **usage)
-        self._event(writer, body["model"], [], usage=_usage(served))
-        self._chunk(writer, b"data: [DONE]\n\n")
+        for event in speech.end(text, served.prompt_tokens, served.completion_tokens):
+            self._chunk(writer, event)
         writer.write(b"0\r\n\r\n")
         served.whole = True
 
-    async def _slowly(self, writer: asyncio.StreamWriter, model: str, served: Served, number: int) -> None:
+    async def _slowly(self, writer: asyncio.StreamWriter, speech: Speech, served: Served, number: int) -> None:
         served.completion_tokens = number + 1
-        event = _event(model, [{"index": 0, "delta": {"content": "."}, "finish_reason": None}])
+        for event in speech.begin(served.prompt_tokens) if number == 0 else ():
+            self._chunk(writer, event)
+        event = speech.token(".", served.prompt_tokens, number + 1)
         for half in (event[: len(event) // 2], event[len(event) // 2 :]):
             self._chunk(writer, half)
             await asyncio.sleep(self.faults.slow_s)
@@ -471,9 +487,6 @@ class FakeReplica:
             return True
         return False
 
-    def _event(self, writer: asyncio.StreamWriter, model: str, choices: list[dict[str, Any]], **more: object) -> None:
-        self._chunk(writer, _event(model, choices, **more))
-
     @staticmethod
     def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
         writer.write(b"%x\r\n%b\r\n" % (len(data), data))
@@ -486,20 +499,6 @@ class FakeReplica:
         content = b"" if status == 204 else body
         length = b"" if status == 204 else b"content-length: %d\r\n" % len(content)
         writer.write(b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n%b\r\n%b" % (status, length, content))
-
-
-def _usage(served: Served) -> dict[str, int]:
-    return {
-        "prompt_tokens": served.prompt_tokens,
-        "completion_tokens": served.completion_tokens,
-        "total_tokens": served.prompt_tokens + served.completion_tokens,
-    }
-
-
-def _event(model: str, choices: list[dict[str, Any]], **more: object) -> bytes:
-    """An event as vLLM writes it: `usage` comes after `choices`."""
-    event = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": model, "choices": choices}
-    return f"data: {json.dumps({**event, **more}, separators=(',', ':'))}\n\n".encode()
 
 
 def _is_gone(reader: asyncio.StreamReader) -> bool:
