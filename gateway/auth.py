@@ -57,13 +57,13 @@ class Auth:
         if key is None or not compare_digest(key.sha256, digest):
             return None
         tenant = key.tenant
-        if key.revoked or tenant.suspended or tenant.stale or self._monotonic() >= self._freshness.until:
+        now = self._monotonic()
+        if key.revoked or tenant.suspended or tenant.stale or now >= self._freshness.until:
             return None
-        now = self._clock()
-        if key.expires_at is not None and now >= key.expires_at:
+        if key.expires_at is not None and self._clock() >= key.expires_at:
             return None
         if now - key.noted_at >= _NOTED_EVERY_S:
-            self.uses.note(key, now)
+            self._note(key, now)
         return key
 
     async def live_key(self, authorization: bytes | None) -> ApiKey:
@@ -83,11 +83,9 @@ class Auth:
         key = self._cache.get(digest)
         if key is None or key.tenant.stale:
             key = await self._look_up(digest)
-        now = self._clock()
-        if not key.is_live(now):
+        if not key.is_live(self._clock()):
             raise KeyInvalid(_REFUSAL)
-        if now - key.noted_at >= _NOTED_EVERY_S:
-            self.uses.note(key, now)
+        self._note(key, self._monotonic())
         return key
 
     async def caller(self, authorization: bytes | None, scope: Scope) -> ApiKey:
@@ -143,6 +141,10 @@ class Auth:
         """Ask the database again for every key."""
         self._cache.clear()
         self._standings.clear()
+
+    def _note(self, key: ApiKey, now: float) -> None:
+        key.noted_at = now
+        self.uses.note(key.id, int(self._clock()))
 
     async def _look_up(self, digest: bytes) -> ApiKey:
         async def read() -> ApiKey:

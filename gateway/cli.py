@@ -12,6 +12,7 @@ from gateway.commands import adapters, keys, replicas, servers, tenants, trainin
 app = typer.Typer(help="One base model and a fitted adapter for every tenant.", no_args_is_help=True)
 app.add_typer(servers.app)
 app.add_typer(tenants.tenant_app, name="tenant")
+app.add_typer(tenants.plan_app, name="plan")
 app.add_typer(keys.app, name="key")
 app.add_typer(adapters.adapter_app, name="adapter")
 app.add_typer(adapters.app)

@@ -7,7 +7,7 @@ from typing import Final
 
 from adapter_store.errors import StorageError
 from gateway.keys import Keys
-from gateway.tenants import ApiKey, KeyId
+from gateway.tenants import KeyId
 
 log = logging.getLogger("tailor.keys")
 EVERY_S: Final = 30.0
@@ -23,10 +23,10 @@ class KeyUses:
         self._keys = keys
         self._uses: dict[KeyId, int] = {}
 
-    def note(self, key: ApiKey, now: float) -> None:
-        key.noted_at = now
-        if len(self._uses) < LIMIT or key.id in self._uses:
-            self._uses[key.id] = int(now)
+    def note(self, key_id: KeyId, used_at: int) -> None:
+        """The key was used; in Unix seconds."""
+        if len(self._uses) < LIMIT or key_id in self._uses:
+            self._uses[key_id] = used_at
 
     async def follow(self) -> None:
         """Write every 30 s, for ever; meant to run as one task."""

@@ -1,6 +1,5 @@
 """What a tenant's `model` means: the base model, or one of its own adapters' versions."""
 
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -20,7 +19,7 @@ class Models:
     """Resolves names; what is known costs no query, what has changed is forgotten by the change feed.
 
     What is cached is served for as long as `freshness` allows without a word from the change feed. The names of one
-    tenant lie together: 35 bytes a name beside the version itself, and one lookup to forget them all.
+    tenant lie together: little memory beside the versions themselves, and one lookup to forget them all.
     """
 
     def __init__(
@@ -30,17 +29,19 @@ class Models:
         self._store = store
         self._freshness = freshness or Freshness()
         self._monotonic = self._freshness.clock
-        self._limit = cache_limit
-        self._size = 0
-        self._tenants: OrderedDict[TenantId, dict[str, Version]] = OrderedDict()  # least recently used first
+        self._half = cache_limit // 2
+        self._young: dict[TenantId, dict[str, Version]] = {}  # two generations, as in FreshCache
+        self._old: dict[TenantId, dict[str, Version]] = {}
+        self._young_names = 0
         self._reads = SharedReads[tuple[TenantId, str], Version | None]()
 
     def known(self, tenant_id: TenantId, model: str) -> Version | None:
         """The version that answers for `model`, where nothing has to be asked; None: ask `resolve`."""
-        names = self._tenants.get(tenant_id)
+        names = self._young.get(tenant_id)
+        if names is None:
+            names = self._promoted(tenant_id)
         if names is None or self._monotonic() >= self._freshness.until:
             return None
-        self._tenants.move_to_end(tenant_id)
         return names.get(model)
 
     async def resolve(self, tenant_id: TenantId, model: str) -> Version | None:
@@ -82,17 +83,30 @@ class Models:
         return await self._reads.share((tenant_id, name), read, keep)
 
     def _keep(self, tenant_id: TenantId, name: str, version: Version) -> None:
-        names = self._tenants.setdefault(version.tenant_id, {})
-        self._tenants.move_to_end(tenant_id)
-        if name == version.adapter_name:
-            name = version.adapter_name  # the one string serves as key too
-        self._size += name not in names
-        names[name] = version
-        while self._size > self._limit and len(self._tenants) > 1:
-            self._size -= len(self._tenants.popitem(last=False)[1])
-        while self._size > self._limit:  # a single tenant with more names than there is room for: its oldest go
-            del names[next(iter(names))]
-            self._size -= 1
+        self._make_room(1)
+        names = self._young.get(tenant_id)
+        if names is None:
+            names = self._promoted(tenant_id)
+        if names is None:
+            names = self._young[version.tenant_id] = {}
+        elif len(names) >= self._half:  # a single tenant has more names than there is room for
+            self._young_names -= len(names)
+            names.clear()
+        self._young_names += name not in names
+        names[version.adapter_name if name == version.adapter_name else name] = version  # one string for both
+
+    def _promoted(self, tenant_id: TenantId) -> dict[str, Version] | None:
+        names = self._old.pop(tenant_id, None)
+        if names is not None:
+            self._make_room(len(names))
+            self._young[tenant_id] = names
+            self._young_names += len(names)
+        return names
+
+    def _make_room(self, count: int) -> None:
+        """For so many names in the younger generation: where it is full the older one goes."""
+        if self._young_names + count > self._half and self._young_names:
+            self._old, self._young, self._young_names = self._young, {}, 0
 
     def take_in(self, change: Change) -> None:
         """A change of an adapter, from the change feed: its name and its versions are asked for again."""
@@ -102,21 +116,25 @@ class Models:
             self.forget_tenant(change.tenant_id)
             return
         self._reads.outdate()
-        names = self._tenants.get(change.tenant_id, {})
         version = f"{change.name}@"
-        for name in [name for name in names if name == change.name or name.startswith(version)]:
-            del names[name]
-            self._size -= 1
-        if not names:
-            self._tenants.pop(change.tenant_id, None)
+        for generation in (self._young, self._old):
+            names = generation.get(change.tenant_id, {})
+            for name in [name for name in names if name == change.name or name.startswith(version)]:
+                del names[name]
+                self._young_names -= generation is self._young
 
     def forget_tenant(self, tenant_id: TenantId) -> None:
         """This gateway itself changed something of the tenant's: no need to wait for the feed."""
         self._reads.outdate()
-        self._size -= len(self._tenants.pop(tenant_id, ()))
+        self._young_names -= len(self._young.pop(tenant_id, ()))
+        self._old.pop(tenant_id, None)
 
     def clear(self) -> None:
         """Ask the database again for every name."""
         self._reads.outdate()
-        self._tenants.clear()
-        self._size = 0
+        self._young.clear()
+        self._old.clear()
+        self._young_names = 0
+
+    def __len__(self) -> int:
+        return sum(len(names) for generation in (self._young, self._old) for names in generation.values())

@@ -1,5 +1,6 @@
 """Tenants: the rows, and what a key of one may do."""
 
+import math
 import re
 import secrets
 import time
@@ -73,7 +74,7 @@ class ApiKey:
     scopes: frozenset[Scope]
     expires_at: int | None
     revoked: bool
-    noted_at: float = 0.0  # when its use was last noted, in this process
+    noted_at: float = -math.inf  # when its use was last noted, on this process's monotonic clock
 
     @property
     def tenant_id(self) -> TenantId | None:

@@ -1,14 +1,25 @@
 """`tailor adapter` and `tailor chat`: the tenant's work."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gateway.commands.common import Json, Key, Url, segment, show, show_table, tenant_client, told
+from gateway.commands.common import Json, Key, Url, pages, segment, show, show_table, tenant_client, told
 from gateway.home import ConfigurationError
 
 app = typer.Typer()
+
+
+class FallbackChoice(StrEnum):
+    """As in adapter_store.catalog, which is too heavy to import for --help."""
+
+    FAIL = "fail"
+    BASE = "base"
+    PREVIOUS = "previous"
+
+
 adapter_app = typer.Typer(help="A tenant's adapters (with the tenant's key).", no_args_is_help=True)
 
 
@@ -38,15 +49,9 @@ def adapter_push(
 def adapter_list(url: Url = None, key: Key = None, as_json: Json = False) -> None:
     """List the tenant's adapters."""
     with told():
-        client = tenant_client(url, key)
-        found: list[dict[str, Any]] = []
-        page = client.call("GET", "/v1/adapters?limit=1000")
-        found += page["data"]
-        while page["has_more"]:
-            page = client.call("GET", "/v1/adapters", params={"limit": 1000, "after": found[-1]["name"]})
-            found += page["data"]
+        found = pages(tenant_client(url, key), "/v1/adapters", "name")
     rows = [{**adapter["current"], **adapter} for adapter in found]
-    show_table(found if as_json else rows, as_json, ("name", "number", "rank", "bytes", "created_at"))
+    show_table(found if as_json else rows, as_json, ("name", "number", "rank", "bytes", "fallback", "created_at"))
 
 
 @adapter_app.command("show")
@@ -58,6 +63,20 @@ def adapter_show(name: str, url: Url = None, key: Key = None, as_json: Json = Fa
         show_table(found, True, ())
     else:
         show_table(found["versions"], False, ("number", "digest", "rank", "bytes", "created_at"))
+
+
+@adapter_app.command("fallback")
+def adapter_fallback(
+    name: str,
+    answers: Annotated[FallbackChoice, typer.Argument(help="Who answers where the adapter's version cannot.")],
+    url: Url = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Declare who answers where an adapter's version cannot: nobody, the base model, or the version before."""
+    with told():
+        changed = tenant_client(url, key).call("PATCH", f"/v1/adapters/{segment(name)}", {"fallback": answers.value})
+    show(changed, as_json, f"{name}: fallback {changed['fallback']}")
 
 
 @adapter_app.command("delete")

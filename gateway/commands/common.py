@@ -79,6 +79,17 @@ def tenant_client(url: str | None, key: str | None) -> Any:
     return ApiClient(url or settings_of().url, key)
 
 
+def pages(client: Any, path: str, last: str) -> list[dict[str, Any]]:
+    """All pages of a list; `last` is the member by which the next page is asked for."""
+    found: list[dict[str, Any]] = []
+    while True:
+        after = {"after": found[-1][last]} if found else {}
+        page = client.call("GET", path, params={"limit": 1_000, **after})
+        found += page["data"]
+        if not page["has_more"]:
+            return found
+
+
 def segment(text: str) -> str:
     from urllib.parse import quote
 
