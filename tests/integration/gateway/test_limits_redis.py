@@ -1,0 +1,477 @@
+"""Limits of several gateways on one real Redis, which dies, freezes, forgets and comes back."""
+
+import asyncio
+import random
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from adapter_store.ids import TenantId
+from gateway.errors import QuotaSpent, RateLimited, RequestExceedsLimit
+from gateway.limits import Admission, scripts
+from gateway.limits.memory import MemoryLimits
+from gateway.limits.redis import RedisLimits
+from gateway.limits.terms import month_of
+from gateway.plans import Plan
+from tests.servers import RedisServer, redis_server
+
+TENANT = TenantId("tnt_a")
+COUNTERS, LEASES = f"tailor:{{{TENANT}}}", f"tailor:{{{TENANT}}}:leases"
+DEADLINE_S = 0.5  # where Redis hangs; where it does not, a busy machine must not make it seem so
+ROOM = 1.01  # over-admission of at most 1 %
+
+
+class Database:
+    """What the ledger would say of the month."""
+
+    def __init__(self, used: int = 0) -> None:
+        self.used = used
+        self.asked = 0
+        self.is_away = False
+
+    async def __call__(self, tenant_id: TenantId, begin: int) -> int:
+        self.asked += 1
+        if self.is_away:
+            raise OSError("away")
+        return self.used
+
+
+@pytest.fixture(scope="module")
+def running_redis() -> Iterator[RedisServer]:
+    with redis_server() as server:
+        yield server
+
+
+@pytest.fixture
+async def server(running_redis: RedisServer) -> RedisServer:
+    """Running and empty."""
+    async with client_of(running_redis) as client:
+        await client.flushall()
+    return running_redis
+
+
+@asynccontextmanager
+async def client_of(server: RedisServer) -> AsyncIterator[Redis]:
+    client = Redis.from_url(server.url, decode_responses=True)
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+@asynccontextmanager
+async def gateway(
+    server: RedisServer | str, database: Database | None = None, **options: Any
+) -> AsyncIterator[RedisLimits]:
+    """The limits of one gateway."""
+    used = database or Database()
+    given = {"timeout_s": 5.0, "probe_s": 0.1, **options}
+    memory = MemoryLimits(used, timeout_s=5.0)
+    url = server if isinstance(server, str) else server.url
+    limits = RedisLimits(url, memory, used_this_month=used, **given)
+    await limits.start()
+    try:
+        yield limits
+    finally:
+        await limits.close()
+
+
+async def stored(client: Redis, name: str) -> float:
+    value = await client.hget(COUNTERS, name)
+    assert value is not None
+    return float(value)
+
+
+async def until(condition: Callable[[], bool], deadline_s: float = 10) -> None:
+    async with asyncio.timeout(deadline_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def admitted(limits: RedisLimits, plan: Plan, tokens: int = 0, tenant: str = TENANT) -> Admission | None:
+    try:
+        return await limits.admit(TenantId(tenant), plan, tokens)
+    except RateLimited:
+        return None
+
+
+async def settled(limits: RedisLimits) -> None:
+    """Everything that was to be written is written."""
+    await until(lambda: limits.unsettled == 0)
+
+
+async def test_two_gateways_admit_what_one_may(server: RedisServer) -> None:
+    """50 tenants, random sizes, a third never settled: at most 1 % over the token limit, and nothing withheld."""
+    plan, seconds, largest = Plan(tokens_per_minute=6_000), 3.0, 60
+    charged: defaultdict[str, int] = defaultdict(int)
+    tenants = [f"tnt_{number}" for number in range(50)]
+
+    async def hammer(limits: RedisLimits, tenant: str, seed: int) -> None:
+        chance = random.Random(seed)
+        while time.monotonic() < end:
+            tokens = chance.randint(largest // 2, largest)
+            admission = await admitted(limits, plan, tokens, tenant)
+            if admission is None:
+                await asyncio.sleep(0.1)
+                continue
+            if chance.random() < 1 / 3:
+                charged[tenant] += tokens  # the gateway never says what it used
+                continue
+            used = chance.randint(0, tokens)
+            charged[tenant] += used
+            admission.settle(used)
+
+    async with gateway(server) as first, gateway(server) as second:
+        begin = time.monotonic()
+        end = begin + seconds
+        both = [hammer(limits, tenant, seed) for seed, tenant in enumerate(tenants) for limits in (first, second)]
+        await asyncio.gather(*both)
+        await settled(first)
+        await settled(second)
+        for tenant in tenants:  # what came back at the very end is taken, too
+            while await admitted(first, plan, largest, tenant):
+                charged[tenant] += largest
+        took_s = time.monotonic() - begin
+        assert not first.degraded
+        assert not second.degraded
+    for tenant in tenants:
+        allowed = 6_000 + took_s * 100
+        assert charged[tenant] <= allowed * ROOM
+        assert charged[tenant] >= 6_000 + seconds * 100 - largest
+
+
+async def test_two_gateways_share_requests_a_minute(server: RedisServer) -> None:
+    """Exactly the bucket, whoever asks."""
+    plan = Plan(requests_per_minute=50)
+    async with gateway(server) as first, gateway(server) as second:
+        begin = time.monotonic()
+        found = await asyncio.gather(*(admitted(limits, plan) for _ in range(50) for limits in (first, second)))
+        flowed_in = (time.monotonic() - begin) * 50 / 60
+    assert 50 <= sum(one is not None for one in found) <= 50 + flowed_in
+
+
+async def test_two_gateways_share_places(server: RedisServer) -> None:
+    """Never more than the limit at once, and every place is free again when its request ends."""
+    plan = Plan(concurrent_requests=4)
+    async with gateway(server) as first, gateway(server) as second:
+        for _ in range(3):
+            found = await asyncio.gather(*(admitted(limits, plan) for _ in range(4) for limits in (first, second)))
+            running = [one for one in found if one is not None]
+            assert len(running) == 4
+            for one in running:
+                one.settle(1)
+                one.settle(1)
+            await settled(first)
+            await settled(second)
+
+
+async def test_decisions_are_those_of_memory(server: RedisServer) -> None:
+    """The script and the arithmetic in memory agree on headers and refusals, step by step."""
+    plan = Plan(requests_per_minute=10, tokens_per_minute=1_000, concurrent_requests=3, tokens_per_month=1_500)
+    chance = random.Random(7)
+    now = 0.0
+    memory = MemoryLimits(Database(), timeout_s=1, clock=lambda: now)
+    async with gateway(server) as limits, client_of(server) as client:
+        running: list[tuple[Admission, Admission]] = []
+        for _ in range(200):
+            tokens, used = chance.randint(0, 300), chance.randint(0, 400)
+            if running and chance.random() < 0.5:
+                ended = running.pop(chance.randrange(len(running)))
+                for one in ended:
+                    one.settle(used)
+                await settled(limits)
+                continue
+            if chance.random() < 0.3:  # time moves for both: Redis's is older by so much
+                now += 6.0
+                if (at := await client.hget(COUNTERS, "at")) is not None:
+                    await client.hset(COUNTERS, "at", repr(float(at) - 6.0))
+            results = await asyncio.gather(
+                memory.admit(TENANT, plan, tokens), limits.admit(TENANT, plan, tokens), return_exceptions=True
+            )
+            kinds = [type(result) for result in results if isinstance(result, BaseException)]
+            if not kinds:
+                assert not isinstance(results[0], BaseException)
+                assert not isinstance(results[1], BaseException)
+                running.append((results[0], results[1]))
+            else:
+                assert len(kinds) == 2
+                assert kinds[0] is kinds[1]
+
+
+async def test_too_large_a_request_is_told_so(server: RedisServer) -> None:
+    """Without asking Redis."""
+    async with gateway(server) as limits:
+        with pytest.raises(RequestExceedsLimit):
+            await limits.admit(TENANT, Plan(tokens_per_minute=10), 11)
+
+
+HOLDER = """
+import asyncio, sys
+from gateway.limits.memory import MemoryLimits
+from gateway.limits.redis import RedisLimits
+from gateway.plans import Plan
+
+async def used(tenant, begin):
+    return 0
+
+async def hold():
+    limits = RedisLimits(sys.argv[1], MemoryLimits(used, timeout_s=1), used_this_month=used, timeout_s=1, lease_s=0.6)
+    await limits.start()
+    plan = Plan(concurrent_requests=3, tokens_per_month=1_000)
+    held = [await limits.admit("tnt_a", plan, 300) for _ in range(3)]
+    print("held", flush=True)
+    await asyncio.sleep(3_600)
+
+asyncio.run(hold())
+"""
+
+
+async def test_a_killed_gateway_gives_its_places_back(server: RedisServer) -> None:
+    """Not while it lives and renews; but when its leases have run out, and later its share of the month too."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", HOLDER, server.url, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]
+    )
+    assert child.stdout is not None
+    places, month = Plan(concurrent_requests=3), Plan(tokens_per_month=1_000)
+    async with asyncio.timeout(60), gateway(server, lease_s=0.6, settle_within_s=1.2) as limits:
+        try:
+            assert await child.stdout.readline() == b"held\n"
+            end = time.monotonic() + 1.5  # more than two leases
+            while time.monotonic() < end:
+                assert await admitted(limits, places) is None
+                await asyncio.sleep(0.05)
+        finally:
+            child.kill()
+        killed = time.monotonic()
+        taken: list[Admission] = []
+        while len(taken) < 3:
+            await asyncio.sleep(0.01)
+            if (one := await admitted(limits, places)) is not None:
+                taken.append(one)
+        assert time.monotonic() - killed < 0.6 + 1
+        for one in taken:
+            one.settle(0)
+        await settled(limits)
+        while await admitted(limits, month, 1_000) is None:
+            await asyncio.sleep(0.01)
+        assert time.monotonic() - killed < 0.6 + 1.2 + 1
+    await child.wait()
+
+
+async def test_a_batch_sent_twice_counts_once(server: RedisServer, tmp_path: Path) -> None:
+    """The connection breaks when Redis has done the work and before it says so."""
+    plan = Plan(tokens_per_minute=1_000, tokens_per_month=10_000, concurrent_requests=5)
+    async with deaf_proxy(server, tmp_path / "proxy.sock") as proxy, gateway(proxy.url) as limits:
+        running = [await limits.admit(TENANT, plan, 100) for _ in range(5)]
+        proxy.is_deaf = True
+        for one in running:
+            one.settle(40)
+        await until(lambda: limits.degraded)
+        assert proxy.swallowed > 0
+        proxy.is_deaf = False
+        await until(lambda: not limits.degraded)
+        await settled(limits)
+    async with client_of(server) as client:
+        assert await stored(client, "used") == 200
+        assert 190 <= await stored(client, "tokens") <= 200
+        assert await client.zcard(LEASES) == 0
+
+
+class DeafProxy:
+    """Between a gateway and Redis; when deaf, it hears no answer of Redis and hangs up."""
+
+    def __init__(self, server: RedisServer, path: Path) -> None:
+        self.url = f"unix://{path}"
+        self.is_deaf = False
+        self.swallowed = 0
+        self._target = server.url.removeprefix("unix://")
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, to = await asyncio.open_unix_connection(self._target)
+
+        async def forward() -> None:
+            while data := await reader.read(1 << 16):
+                to.write(data)
+            to.close()
+
+        forwarding = asyncio.create_task(forward())
+        while data := await there.read(1 << 16):
+            if self.is_deaf:
+                self.swallowed += len(data)
+                break
+            writer.write(data)
+        writer.close()
+        to.close()
+        forwarding.cancel()
+
+
+@asynccontextmanager
+async def deaf_proxy(server: RedisServer, path: Path) -> AsyncIterator[DeafProxy]:
+    proxy = DeafProxy(server, path)
+    listener = await asyncio.start_unix_server(proxy.serve, str(path))
+    try:
+        yield proxy
+    finally:
+        listener.close()
+
+
+async def test_a_frozen_redis_stops_nobody(server: RedisServer) -> None:
+    """One wait of the deadline at most, the same limits in memory meanwhile, and afterwards nothing counted twice."""
+    plan = Plan(requests_per_minute=1_000, tokens_per_minute=1_000, tokens_per_month=100_000, concurrent_requests=20)
+    database = Database(used=500)
+    async with gateway(server, database, timeout_s=DEADLINE_S) as limits:
+        there = await limits.admit(TENANT, plan, 100)
+        (await limits.admit(TENANT, plan, 100)).settle(30)
+        await settled(limits)
+        server.freeze()
+        try:
+            begin = time.monotonic()
+            first = await limits.admit(TENANT, plan, 100)
+            assert time.monotonic() - begin < 2 * DEADLINE_S
+            assert limits.degraded
+            database.used = 530
+            begin = time.monotonic()
+            rest = [one for _ in range(20) if (one := await admitted(limits, plan, 100)) is not None]
+            assert time.monotonic() - begin < DEADLINE_S
+            assert len(rest) == 9  # 1,000 a minute in memory, 100 of them `first`
+            there.settle(60)
+            for one in (first, *rest[:4]):
+                one.settle(50)
+        finally:
+            server.thaw()
+        await until(lambda: not limits.degraded)
+        for one in rest[4:]:
+            one.settle(10)  # admitted in memory, settled when Redis is back
+        await settled(limits)
+        assert limits.outages == 1
+        async with client_of(server) as client:
+            assert await stored(client, "used") == 530 + 60 + 5 * 50 + 5 * 10
+            assert await client.zcard(LEASES) == 0
+            assert await stored(client, "tokens") <= 30 + 60
+
+
+async def test_redis_killed_and_back(server: RedisServer) -> None:
+    """Requests go on in memory with the same limits; the new, empty Redis learns the month from the database."""
+    plan = Plan(tokens_per_minute=1_000, tokens_per_month=5_000)
+    database = Database(used=4_000)
+    async with gateway(server, database) as limits:
+        (await limits.admit(TENANT, plan, 100)).settle(100)
+        await settled(limits)
+        server.kill()
+        try:
+            database.used = 4_100
+            found = [await admitted(limits, plan, 100) for _ in range(20)]
+            running = [one for one in found if one is not None]
+            assert limits.degraded
+            assert len(running) == 9  # the budget of 5,000 in memory
+            with pytest.raises(QuotaSpent):
+                await limits.admit(TENANT, plan, 100)
+            for one in running:
+                one.settle(100)
+            database.used = 5_000
+        finally:
+            server.start()
+        await until(lambda: not limits.degraded)
+        with pytest.raises(QuotaSpent):
+            await limits.admit(TENANT, plan, 1)
+        async with client_of(server) as client:
+            assert await stored(client, "used") == 5_000
+
+
+async def test_a_gateway_starts_without_redis(tmp_path: Path) -> None:
+    """It counts by itself, and says so."""
+    async with gateway(f"unix://{tmp_path / 'nobody.sock'}") as limits:
+        assert limits.degraded
+        plan = Plan(requests_per_minute=2)
+        assert [await admitted(limits, plan) is not None for _ in range(3)] == [True, True, False]
+
+
+async def test_a_redis_that_forgot_the_scripts_is_taught_again(server: RedisServer) -> None:
+    """A fail-over or SCRIPT FLUSH costs one outage of a probe's length."""
+    plan = Plan(requests_per_minute=100)
+    async with gateway(server) as limits, client_of(server) as client:
+        await client.script_flush()
+        await limits.admit(TENANT, plan, 1)
+        assert limits.degraded
+        await until(lambda: not limits.degraded)
+        await limits.admit(TENANT, plan, 1)
+        assert not limits.degraded
+
+
+async def test_the_month_is_asked_for_once(server: RedisServer) -> None:
+    """Two gateways, many first requests: what the database says is put into Redis once."""
+    plan, database = Plan(tokens_per_month=1_000), Database(used=900)
+    async with gateway(server, database) as first, gateway(server, database) as second:
+        found = await asyncio.gather(*(admitted(limits, plan, 10) for _ in range(15) for limits in (first, second)))
+        assert sum(one is not None for one in found) == 10
+        assert database.asked <= 2
+
+
+async def test_a_month_that_nobody_knows_is_not_enforced(server: RedisServer) -> None:
+    """Neither Redis nor the database can say: requests go on, the other limits hold."""
+    plan, database = Plan(tokens_per_month=10, requests_per_minute=3), Database(used=10)
+    database.is_away = True
+    async with gateway(server, database) as limits:
+        assert [await admitted(limits, plan, 5) is not None for _ in range(4)] == [True, True, True, False]
+        assert not limits.degraded
+        assert database.asked == 1
+
+
+async def test_a_new_month_begins_with_what_is_running(server: RedisServer) -> None:
+    """Redis's calendar turns: reservations remain, what has ended does not."""
+    plan = Plan(tokens_per_month=1_000)
+    async with gateway(server) as limits, client_of(server) as client:
+        running = await limits.admit(TENANT, plan, 300)
+        (await limits.admit(TENANT, plan, 700)).settle(700)
+        await settled(limits)
+        assert await admitted(limits, plan, 1) is None
+        month = int(await stored(client, "month"))
+        await client.hset(COUNTERS, "month", month - 1)
+        assert await admitted(limits, plan, 701) is None
+        await client.hset(COUNTERS, "month", month - 1)
+        running.settle(900)
+        await settled(limits)
+        assert await stored(client, "used") == 900
+
+
+async def test_redis_counts_the_same_months(server: RedisServer) -> None:
+    """The script's calendar is Python's, at the first and last seconds of 400 years of months."""
+    async with client_of(server) as client:
+        begin, expected = 0, 1970 * 12 + 1
+        for _ in range(12 * 400):
+            _, end = month_of(begin)
+            for second in (begin, end - 1):
+                assert await client.eval(scripts.MONTH, 2, "a", "b", second) == expected
+            begin, expected = end, expected + 1
+
+
+async def test_a_tenants_keys_stay_together(server: RedisServer) -> None:
+    """One hash tag: a cluster keeps them on one node. And they go by themselves."""
+    plan = Plan(requests_per_minute=5, tokens_per_minute=5, concurrent_requests=5, tokens_per_month=5)
+    async with gateway(server) as limits, client_of(server) as client:
+        await limits.admit(TENANT, plan, 1)
+        keys = await client.keys("*")
+        assert sorted(keys) == [COUNTERS, LEASES]
+        assert min([await client.ttl(key) for key in keys]) > 0
+
+
+async def test_who_leaves_while_redis_is_asked_holds_nothing(server: RedisServer) -> None:
+    """A cancelled admission gives place, tokens and request back."""
+    plan = Plan(requests_per_minute=1, concurrent_requests=1, tokens_per_minute=10)
+    async with gateway(server) as limits:
+        asking = asyncio.create_task(limits.admit(TENANT, plan, 10))
+        await asyncio.sleep(0)
+        asking.cancel()
+        with suppress(asyncio.CancelledError):
+            await asking
+        async with asyncio.timeout(5):
+            while await admitted(limits, plan, 10) is None:
+                await asyncio.sleep(0.01)
