@@ -1,0 +1,159 @@
+"""The journal of usage: lines in files that outlive the process, until the database has them.
+
+A segment is one file and one batch: its name is the id under which the database knows that it was counted. Whoever
+writes a segment holds its lock, so a file without a holder was left by a process that died, and another may count it.
+A line is in the page cache when `append` returns: it survives the process (kill -9), not a power cut.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+log = logging.getLogger("tailor.usage")
+SUFFIX: Final = ".journal"
+LINE: Final = re.compile(rb"([0-9]+)\t([^\t]+)\t([^\t]*)\t([0-9]+)\t([01])\t([0-9]+)\t([0-9]+)\t([0-9]+)")
+STALE_S: Final = 7 * 86_400  # for so long the database remembers what was counted
+
+Key = tuple[int, str, str, int]
+"""Hour (its first second), tenant, adapter, version."""
+Rows = dict[Key, list[int]]
+"""Requests, failed ones, prompt tokens, cached ones of them, completion tokens."""
+
+
+def add(rows: Rows, key: Key, failed: int, prompt: int, cached: int, completion: int) -> None:
+    """Count one request."""
+    row = rows.get(key)
+    if row is None:
+        rows[key] = [1, failed, prompt, cached, completion]
+        return
+    row[0] += 1
+    row[1] += failed
+    row[2] += prompt
+    row[3] += cached
+    row[4] += completion
+
+
+class Segment:
+    """Lines of one batch. Where the disk takes none, the batch is in memory alone; `lost_by_kill` counts these."""
+
+    def __init__(self, folder: Path, *, limit_bytes: int, fsync: bool) -> None:
+        self.id = f"{int(time.time())}-{secrets.token_hex(12)}"
+        self.rows: Rows = {}
+        self.lost_by_kill = 0
+        self._path = folder / f"{self.id}{SUFFIX}"
+        self._limit_bytes = limit_bytes
+        self._fsync = fsync
+        self._size = 0
+        self._is_broken = False
+        self._file = self._create(folder)
+
+    def _create(self, folder: Path) -> int:
+        """The file appears under its name only once it is locked."""
+        beside = folder / f".{self.id}.{os.getpid()}"
+        try:
+            file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            beside.rename(self._path)
+        except OSError as error:
+            self._refused(error)
+            return -1
+        return file
+
+    def append(self, line: bytes) -> None:
+        """Never raises: what the disk does not take is counted all the same."""
+        if self._is_broken:
+            self.lost_by_kill += 1
+            return
+        try:
+            if self._size + len(line) > self._limit_bytes:
+                raise OSError(0, "the journal has reached its limit")
+            written = os.write(self._file, line)
+            if written != len(line):
+                os.ftruncate(self._file, self._size)
+                raise OSError(0, "the disk is full")
+            if self._fsync:
+                os.fdatasync(self._file)
+        except OSError as error:
+            self._refused(error)
+            self.lost_by_kill += 1
+            return
+        self._size += written
+
+    def _refused(self, error: OSError) -> None:
+        """Nothing more is written here; the lock is kept, for the file alone is no longer the whole batch."""
+        self._is_broken = True
+        log.error("usage is kept in memory alone, where a kill would lose it: %s", error.strerror)
+
+    def delete(self) -> None:
+        """The database has it."""
+        self._path.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the file to whoever comes next."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class LeftSegment:
+    """A dead process's segment, locked for us."""
+
+    def __init__(self, path: Path, file: int) -> None:
+        self.id = path.name.removesuffix(SUFFIX)
+        self._path = path
+        self._file = file
+
+    def read(self) -> Rows:
+        """What it counted; a torn last line was never acknowledged, and a damaged one is told."""
+        rows: Rows = {}
+        *lines, torn = self._path.read_bytes().split(b"\n")
+        damaged = 0
+        for line in lines:
+            found = LINE.fullmatch(line)
+            if found is None:
+                damaged += 1
+                continue
+            hour, tenant, adapter, version, *counts = found.groups()
+            add(rows, (int(hour), tenant.decode(), adapter.decode(), int(version)), *map(int, counts))
+        if damaged or torn:
+            log.warning("%s: %d damaged lines and %d torn bytes are not counted", self._path, damaged, len(torn))
+        return rows
+
+    def is_stale(self) -> bool:
+        """So old that the database may have forgotten whether it was counted."""
+        return time.time() - os.fstat(self._file).st_mtime > STALE_S
+
+    def set_aside(self) -> None:
+        self._path.rename(self._path.with_suffix(".stale"))
+
+    def delete(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def left_segments(folder: Path) -> Iterator[LeftSegment]:
+    """Those of dead processes, each locked while it is looked at; a living one's are passed over."""
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # its owner was faster
+        try:
+            if _lock(file) and os.fstat(file).st_nlink:
+                yield LeftSegment(path, file)
+        finally:
+            os.close(file)
+
+
+def _lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
