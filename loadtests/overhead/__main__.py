@@ -9,10 +9,11 @@ import json
 import os
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -22,13 +23,14 @@ import uvloop
 from loadtests.overhead.client import Target
 from loadtests.overhead.features import missing_features
 from loadtests.overhead.model_files import BASE_NAME
-from loadtests.overhead.phases import Length, Sample, all_phases, median
-from loadtests.overhead.processes import listeners, on_core, rss_mib, two_cores
+from loadtests.overhead.phases import Length, Round, all_phases, median, watch
+from loadtests.overhead.processes import niceness, on_core, rss_mib, two_cores
+from loadtests.overhead.profile import profile
 from loadtests.overhead.report import Row, exit_code, load_rows, markdown, row
 from loadtests.overhead.scale import scale_rows
-from loadtests.overhead.stack import CannotMeasureError, Gateway, base_model, mock_upstream, nginx, nginx_path
+from loadtests.overhead.stack import CannotMeasureError, Gateway, Start, base_model, mock_upstream, nginx, nginx_path
 
-STARTS = 3
+STARTS = 5
 
 
 def main() -> int:
@@ -36,13 +38,14 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
     try:
         rows, rounds = measure(args)
+        tell(rows)
         if not args.skip_scale:
-            rows += scale_rows(quick=args.quick)
+            scale = scale_rows(rounds=5 if args.quick else 20)
+            tell(scale)
+            rows += scale
     except CannotMeasureError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    for one in rows:
-        sys.stdout.write(one.line() + "\n")
     if args.report is not None:
         args.report.write_text(json.dumps(_report(rows, rounds), indent=1, ensure_ascii=False))
     if args.markdown is not None:
@@ -50,38 +53,57 @@ def main() -> int:
     return exit_code(rows)
 
 
-def measure(args: argparse.Namespace) -> tuple[list[Row], list[dict[str, dict[str, Sample]]]]:
+def tell(rows: list[Row]) -> None:
+    """A line a figure."""
+    sys.stdout.writelines(f"{one.line()}\n" for one in rows)
+    sys.stdout.flush()
+
+
+def measure(args: argparse.Namespace) -> tuple[list[Row], list[Round]]:
     """The figures of one run, and the rounds they are the medians of."""
     proxy_core, client_core = two_cores()
     length = Length(args.seconds or (1.0 if args.quick else 2.0), 100 if args.quick else 300)
     with ExitStack() as held:
+        if args.nice:
+            held.enter_context(niceness(args.nice))
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tailor-overhead-")))
         base, fingerprint = base_model(folder / BASE_NAME)
         upstream = held.enter_context(mock_upstream(folder, fingerprint, client_core))
         gateway = Gateway(folder, base, upstream, proxy_core, dict(args.set))
-        starts_s = []
+        starts = []
         for _ in range(STARTS - 1):
             with gateway.started() as running:
-                starts_s.append(running.start.took_s)
+                starts.append(running.start)
         running = held.enter_context(gateway.started())
-        starts_s.append(running.start.took_s)
+        starts.append(running.start)
         ready_mib = rss_mib(running.start.process.pid)
         through_nginx = held.enter_context(nginx(folder / "nginx", upstream, proxy_core))
         targets = [Target("direct", upstream), through_nginx, running.target()]
-        watched = [(target, listeners(target.port)) for target in targets]
+        watched = watch(targets, {proxy_core, client_core})
         with on_core(client_core):
+            if args.profile is not None:
+                profile(targets[-1], running.start.process.pid, args.profile)
             rounds = [uvloop.run(all_phases(watched, length)) for _ in range(args.rounds or (3 if args.quick else 9))]
         loaded_mib = rss_mib(running.start.process.pid)
         missing = missing_features(running, targets[-1], upstream)
     rows = load_rows(median(rounds))
     memory = {"at_readiness_mib": round(ready_mib, 1), "after_load_mib": round(loaded_mib, 1)}
     rows.append(row("memory_per_worker_mib", max(ready_mib, loaded_mib), **memory))
-    rows.append(row("start_to_ready_s", max(starts_s), starts_s=[round(took, 2) for took in starts_s]))
+    rows.append(start_row(starts))
     rows.append(row("features_off", len(missing), missing=missing))
     return rows, rounds
 
 
-def _report(rows: list[Row], rounds: list[dict[str, dict[str, Sample]]]) -> dict[str, object]:
+def start_row(starts: Sequence[Start]) -> Row:
+    """The median of all; the first is on an empty home."""
+    each = {
+        "each_s": [round(start.took_s, 2) for start in starts],
+        "cpu_s": [round(start.cpu_s, 2) for start in starts],
+    }
+    return row("start_to_ready_s", statistics.median(start.took_s for start in starts), **each)
+
+
+def _report(rows: list[Row], rounds: list[Round]) -> dict[str, object]:
     return {
         "figures": [json.loads(one.line()) for one in rows],
         "machine": machine(),
@@ -122,6 +144,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--skip-scale", action="store_true", help="leave out the 100,000 adapters")
     parser.add_argument("--report", type=Path, help="write everything to this file, as JSON")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument("--profile", type=Path, help="first sample the gateway with py-spy into this folder")
+    parser.add_argument("--nice", type=int, default=0, help="niceness of all that is measured; below 0 asks for root")
     parser.add_argument("--set", type=_setting, action="append", default=[], help="NAME=VALUE for the gateway")
     return parser.parse_args()
 

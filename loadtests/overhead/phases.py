@@ -1,23 +1,28 @@
 """The loads: a closed loop of small requests, streams one at a time, many streams in lockstep."""
 
 import asyncio
+import os
 import statistics
 from collections.abc import Awaitable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from loadtests.overhead.client import Pool, Reply, Target, now
-from loadtests.overhead.processes import cpu_ns
+from loadtests.overhead.processes import busy_ns, cpu_ns, listeners
 
 CONNECTIONS: Final = 16
 STREAMS: Final = 64
 SLOW_STEP_US: Final = 20_000
 FAST_STEP_US: Final = 5_000
+PHASES: Final = ("requests", "first_token", "slow_streams", "fast_streams")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One phase against one target; an operation is a request or a chunk, `p50_us` and `p99_us` its latency."""
+    """One phase against one target; an operation is a request or a chunk, `p50_us` and `p99_us` its latency.
+
+    `others`: share of the two cores' time that went to processes which have no part in this.
+    """
 
     operations: int
     failed: int
@@ -25,6 +30,30 @@ class Sample:
     p50_us: float
     p99_us: float
     cpu_us: float = 0.0
+    others: float = 0.0
+
+
+Round = dict[str, dict[str, Sample]]
+"""Phase → target's name → sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A target, the processes whose CPU is its own, and all that take part when it is asked."""
+
+    target: Target
+    own: frozenset[int]
+    taking_part: frozenset[int]
+    cores: frozenset[int]
+
+
+def watch(targets: Sequence[Target], cores: Collection[int]) -> list[Watched]:
+    """Find the targets' processes; the first target is the upstream of the others, `cores` is where all of them run."""
+    own = [frozenset(listeners(target.port)) for target in targets]
+    return [
+        Watched(target, pids, pids | own[0] | {os.getpid()}, frozenset(cores))
+        for target, pids in zip(targets, own, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,26 +117,27 @@ def _sample(replies: Sequence[Reply], operations: int, took_s: float, latencies_
     )
 
 
-async def with_cpu(pids: Collection[int], load: Awaitable[Sample]) -> Sample:
-    """The load's sample with what the processes spent on each operation."""
-    before = cpu_ns(pids)
+async def with_cpu(watched: Watched, load: Awaitable[Sample]) -> Sample:
+    """The load's sample with what the target's processes spent on each operation, and how busy others were."""
+    begin, busy, own, part = now(), busy_ns(watched.cores), cpu_ns(watched.own), cpu_ns(watched.taking_part)
     sample = await load
-    spent_us = (cpu_ns(pids) - before) / 1e3
-    return Sample(
-        sample.operations, sample.failed, sample.per_s, sample.p50_us, sample.p99_us,
-        cpu_us=spent_us / max(1, sample.operations),
-    )  # fmt: skip
+    own_ns, others_ns = cpu_ns(watched.own) - own, busy_ns(watched.cores) - busy - (cpu_ns(watched.taking_part) - part)
+    return replace(
+        sample,
+        cpu_us=own_ns / 1e3 / max(1, sample.operations),
+        others=max(0.0, others_ns / (now() - begin) / len(watched.cores)),
+    )
 
 
-async def all_phases(targets: Sequence[tuple[Target, Collection[int]]], length: Length) -> dict[str, dict[str, Sample]]:
-    """One round: each phase visits every target before the next begins; phase → target's name → sample."""
-    for target, _ in targets:
-        await closed_loop(target, 0.2, 4)
-    out: dict[str, dict[str, Sample]] = {}
-    for phase in ("requests", "first_token", "slow_streams", "fast_streams"):
+async def all_phases(targets: Sequence[Watched], length: Length) -> Round:
+    """One round: each phase visits every target before the next begins."""
+    for watched in targets:
+        await closed_loop(watched.target, 0.2, 4)
+    out: Round = {}
+    for phase in PHASES:
         out[phase] = {}
-        for target, pids in targets:
-            out[phase][target.name] = await with_cpu(pids, _load(phase, target, length))
+        for watched in targets:
+            out[phase][watched.target.name] = await with_cpu(watched, _load(phase, watched.target, length))
             await asyncio.sleep(0.05)
     return out
 
@@ -121,19 +151,28 @@ def _load(phase: str, target: Target, length: Length) -> Awaitable[Sample]:
     return streams(target, step_us, length.seconds)
 
 
-def median(rounds: Sequence[dict[str, dict[str, Sample]]]) -> dict[str, dict[str, Sample]]:
-    """Of every number over the rounds; failures add up."""
-    return {
-        phase: {name: _median([one[phase][name] for one in rounds]) for name in rounds[0][phase]} for phase in rounds[0]
-    }
+def median(rounds: Sequence[Round]) -> Round:
+    """Of every number over the calmer half of the rounds, phase by phase; failures of all rounds add up.
+
+    Calm is told by what others took of the cores, never by how a target did.
+    """
+    out: Round = {}
+    for phase in PHASES:
+        ordered = sorted((one[phase] for one in rounds), key=lambda by: sum(sample.others for sample in by.values()))
+        calm = ordered[: (len(ordered) + 1) // 2]
+        out[phase] = {
+            name: replace(
+                _median([by[name] for by in calm]),
+                operations=sum(by[name].operations for by in ordered),
+                failed=sum(by[name].failed for by in ordered),
+            )
+            for name in ordered[0]
+        }
+    return out
 
 
 def _median(samples: Sequence[Sample]) -> Sample:
-    return Sample(
-        operations=sum(sample.operations for sample in samples),
-        failed=sum(sample.failed for sample in samples),
-        per_s=statistics.median(sample.per_s for sample in samples),
-        p50_us=statistics.median(sample.p50_us for sample in samples),
-        p99_us=statistics.median(sample.p99_us for sample in samples),
-        cpu_us=statistics.median(sample.cpu_us for sample in samples),
-    )
+    def of(number: str) -> float:
+        return float(statistics.median(getattr(sample, number) for sample in samples))
+
+    return Sample(0, 0, of("per_s"), of("p50_us"), of("p99_us"), of("cpu_us"), of("others"))

@@ -53,6 +53,18 @@ def cpu_ns(pids: Collection[int]) -> int:
     return total
 
 
+def busy_ns(cores: Collection[int]) -> int:
+    """Time that the cores have worked so far, for whomever; counted in ticks of a hundredth of a second."""
+    ticks = 0
+    names = {f"cpu{core}" for core in cores}
+    for line in (PROC / "stat").read_text().splitlines():
+        name, *fields = line.split()
+        if name in names:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = (int(field) for field in fields[:8])
+            ticks += user + nice + system + irq + softirq + steal
+    return ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+
 def rss_mib(pid: int) -> float:
     """Resident memory of one process."""
     found = re.search(r"^VmRSS:\s+(\d+) kB", (PROC / str(pid) / "status").read_text(), re.MULTILINE)
@@ -63,6 +75,29 @@ def two_cores() -> tuple[int, int]:
     """One for what is measured, one for who measures; the same where the machine has only one."""
     allowed = sorted(os.sched_getaffinity(0))
     return allowed[0], allowed[-1] if len(allowed) < 2 else allowed[1]
+
+
+@contextmanager
+def niceness(value: int) -> Iterator[None]:
+    """Of what is started inside; where the kernel schedules by session, of the session's processes too.
+
+    Raises:
+        PermissionError: less than 0 is for root.
+    """
+    group = PROC / "self/autogroup"
+    before = group.read_text().rpartition(" ")[2] if group.exists() else "0"  # "/autogroup-7 nice 0"
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    set_niceness(value, str(value), group)
+    try:
+        yield
+    finally:
+        set_niceness(own, before, group)
+
+
+def set_niceness(own: int, session: str, group: Path) -> None:
+    os.setpriority(os.PRIO_PROCESS, 0, own)
+    if group.exists():
+        group.write_text(session)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import httpx
 
 from loadtests.overhead.client import Target
 from loadtests.overhead.model_files import adapter_files, write_base
-from loadtests.overhead.processes import on_core
+from loadtests.overhead.processes import cpu_ns, on_core
 
 ADAPTER: Final = "support"
 TOKEN: Final = "token-of-the-overhead-benchmark"  # noqa: S105  of a replica that is a mock
@@ -73,10 +73,11 @@ class CannotMeasureError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A process that was started, and the time from exec to its first good answer."""
+    """A process that was started, the time from exec to its first good answer, and the CPU it took till then."""
 
     process: "subprocess.Popen[bytes]"
     took_s: float
+    cpu_s: float
 
 
 def free_port() -> int:
@@ -96,7 +97,7 @@ def running(command: Sequence[str], url: str, *, core: int, log: Path, env: Mapp
         process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
     try:
         _wait(url, process, log)
-        yield Start(process, time.monotonic() - begin)
+        yield Start(process, time.monotonic() - begin, cpu_ns([process.pid]) / 1e9)
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -1,0 +1,1 @@
+"""Measurements of parts of the gateway from inside; `make bench-gateway` runs them."""
