@@ -3,9 +3,9 @@
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from gateway.dialects.dialect import MOST_TOOLS, Checked, Dialect, Stream, check_entries
+from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream, check_bias, check_entries
 from gateway.dialects.fields import (
     CallId,
     Description,
@@ -23,14 +23,13 @@ from gateway.dialects.fields import (
     StopTokens,
     Temperature,
     Text,
-    TokenId,
     ToolName,
     TopK,
     TopP,
     Unit,
 )
-from gateway.dialects.nested import check_nested
 from gateway.dialects.schemas import SchemaBudget
+from gateway.dialects.words import Pieces, hold_text, hold_tokens, is_null, is_text
 from gateway.errors import ReplicaFailed, RequestInvalid
 from gateway.relay import StreamTranslation, Translation, Usage
 
@@ -41,21 +40,22 @@ NO_PARSER: Final = (
 
 
 class TextPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="text", gc=False):
-    text: Text
+    text: Raw
 
 
 class RefusalPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="refusal", gc=False):
-    refusal: Text
+    refusal: Raw
 
 
 Parts = Annotated[list[TextPart], Meta(min_length=1, max_length=256)]
+AnswerParts = Annotated[list[TextPart | RefusalPart], Meta(min_length=1, max_length=256)]
 Speaker = Annotated[str, Meta(max_length=64)] | None
 
 
 class Told(Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="role", kw_only=True, gc=False):
     """What all messages but the model's and the tools' have."""
 
-    content: Text | Parts
+    content: Raw
     name: Speaker = None
 
 
@@ -88,7 +88,7 @@ class Assistant(
 ):
     """An answer of the model, as it was answered or as a client writes it."""
 
-    content: Text | Annotated[list[TextPart | RefusalPart], Meta(min_length=1, max_length=256)] | None = None
+    content: Raw | UnsetType = UNSET
     tool_calls: Annotated[list[ToolCall], Meta(max_length=MOST_TOOLS)] | None = None
     name: Speaker = None
     reasoning: Text | None = None
@@ -100,7 +100,7 @@ class Assistant(
 
 
 class ToolResult(Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="role", tag="tool", kw_only=True):
-    content: Text | Parts
+    content: Raw
     tool_call_id: CallId
     name: Speaker = None
 
@@ -111,7 +111,7 @@ Message = System | Developer | User | Assistant | ToolResult
 class Function(Struct, forbid_unknown_fields=True, omit_defaults=True):
     name: ToolName
     description: Description | None = None
-    parameters: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    parameters: Raw | UnsetType = UNSET
     strict: bool | None = None
 
 
@@ -131,7 +131,7 @@ class NamedTool(Struct, forbid_unknown_fields=True):
 
 class JsonSchema(Struct, forbid_unknown_fields=True, omit_defaults=True):
     name: Name
-    schema: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    schema: Raw | UnsetType = UNSET
     description: Annotated[str, Meta(max_length=1_024)] | None = None
     strict: bool | None = None
 
@@ -193,7 +193,7 @@ class ChatRequest(Sampling, kw_only=True):
 
 
 class CompletionRequest(Sampling, kw_only=True):
-    prompt: Text | Annotated[list[TokenId], Meta(min_length=1, max_length=1 << 18)]
+    prompt: Raw
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
 
 
@@ -232,6 +232,7 @@ class OpenAIGeneration(Dialect):
             raise RequestInvalid("stream_options goes with stream: true.", param="stream_options")
         if request.n is not None and request.n > self.bounds.max_choices:
             raise RequestInvalid(f"n may be at most {self.bounds.max_choices} on this server.", param="n")
+        check_bias(request.logit_bias)
         length = self.length(request.max_tokens, param, default)
         check_entries(request.n or 1, length, alternatives, param)
         if request.min_tokens is not None and request.min_tokens > length:
@@ -259,7 +260,7 @@ class OpenAIGeneration(Dialect):
             raise RequestInvalid("json_schema goes with type 'json_schema', and only with it.", param="response_format")
         described = response_format.json_schema
         if described is not None:
-            if not isinstance(described.schema, msgspec.Raw):
+            if not isinstance(described.schema, Raw):
                 raise RequestInvalid("A json_schema needs a schema.", param="response_format.json_schema.schema")
             described.schema = schemas.take(described.schema, "response_format.json_schema.schema")
 
@@ -299,8 +300,7 @@ class Chat(OpenAIGeneration):
         self._check_choice(request)
         if request.tools is not None:
             check_tools(request.tools, schemas, request.tool_choice)
-        if b'"tool_calls"' in body or b"\\u" in body:
-            check_calls(request.messages)
+        check_messages(request.messages, Pieces(self.invalid))
         return self._checked(request, body, param, None, request.top_logprobs or 0)
 
     def _check_choice(self, request: ChatRequest) -> None:
@@ -317,13 +317,34 @@ class Chat(OpenAIGeneration):
             raise RequestInvalid(f"tool_choice 'auto' {NO_PARSER}", param="tool_choice", code="unsupported_parameter")
 
 
-def check_calls(messages: list[Message]) -> None:
-    """Hold the depth of what called functions were given: vLLM parses it for the chat template."""
+_PARTS: Final = msgspec.json.Decoder(Parts)
+_ANSWER_PARTS: Final = msgspec.json.Decoder(AnswerParts)
+
+
+def check_messages(messages: list[Message], pieces: Pieces) -> None:
+    """Hold what messages say, and the depth of what functions were given: vLLM parses it for the chat template.
+
+    Raises:
+        RequestInvalid: a content is neither text nor parts of text, or a bound is passed.
+    """
     for number, message in enumerate(messages):
+        content = message.content
+        if isinstance(content, Raw) and not is_text(content):
+            message.content = _parts(message, content, f"messages[{number}].content", pieces)
         if isinstance(message, Assistant) and message.tool_calls:
             for call in message.tool_calls:
-                call.index = None
-                check_nested(call.function.arguments or "{}", f"messages[{number}].tool_calls")
+                call.index, call.type = None, "function"
+                pieces.hold(call.function.arguments or "{}", f"messages[{number}].tool_calls")
+
+
+def _parts(message: Message, content: Raw, place: str, pieces: Pieces) -> Any:
+    answered = isinstance(message, Assistant)
+    if answered and is_null(content):
+        return UNSET
+    parts = pieces.parts(_ANSWER_PARTS if answered else _PARTS, content, place)
+    for part in parts:
+        hold_text(part.refusal if isinstance(part, RefusalPart) else part.text, place)
+    return Raw(ENCODER.encode(parts))
 
 
 def check_tools(tools: list[Tool], schemas: SchemaBudget, choice: str | NamedTool | None) -> None:
@@ -337,10 +358,12 @@ def check_tools(tools: list[Tool], schemas: SchemaBudget, choice: str | NamedToo
         raise RequestInvalid("Two tools have the same name.", param="tools")
     named = choice.function.name if isinstance(choice, NamedTool) else None
     for number, tool in enumerate(tools):
-        if isinstance(tool.function.parameters, msgspec.Raw):
+        if isinstance(tool.function.parameters, Raw):
             place = f"tools[{number}].function.parameters"
             held = tool.function.strict or choice == "required" or tool.function.name == named
-            tool.function.parameters = schemas.take(tool.function.parameters, place, compiled=bool(held))
+            tool.function.parameters = schemas.take(
+                tool.function.parameters, place, compiled=bool(held), may_be_null=True
+            )
 
 
 class Completions(OpenAIGeneration):
@@ -353,5 +376,7 @@ class Completions(OpenAIGeneration):
     def bound(self, request: CompletionRequest, body: bytes) -> Checked:
         if request.response_format is not None:
             self._check_format(request.response_format, self.schemas())
+        if not is_text(request.prompt):
+            hold_tokens(request.prompt, "prompt")
         # OpenAI's default of a plain completion is 16; a chat runs to the model's end, within our ceiling
         return self._checked(request, body, "max_tokens", 16, request.logprobs or 0)

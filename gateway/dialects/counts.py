@@ -6,13 +6,14 @@ An adapter changes no tokenizer, so any model name of the engine's does.
 from typing import Annotated, Any, ClassVar
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from gateway.dialects.chat import CalledFunction, Function, Message, Tool, ToolCall, check_calls, check_tools
+from gateway.dialects.chat import CalledFunction, Function, Message, Tool, ToolCall, check_messages, check_tools
 from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect
-from gateway.dialects.fields import ModelName, Text
+from gateway.dialects.fields import ModelName
 from gateway.dialects.messages import Conversation, Spoken
 from gateway.dialects.responses import Asked, Conversing, Item
+from gateway.dialects.words import Pieces, hold_text
 from gateway.errors import ReplicaFailed, RequestInvalid
 from gateway.relay import Usage
 
@@ -21,7 +22,7 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True, omit_defaults=True, kw
     """A prompt, or messages (with the tools that a chat would show)."""
 
     model: ModelName
-    prompt: Text | None = None
+    prompt: Raw | UnsetType = UNSET
     messages: Annotated[list[Message], Meta(min_length=1)] | None = None
     tools: Annotated[list[Tool], Meta(min_length=1, max_length=MOST_TOOLS)] | None = None
 
@@ -54,10 +55,11 @@ class Tokenize(Dialect):
     prompt_param = "messages"
     generates = False
     request = TokenizeRequest
+    opt_in: ClassVar = frozenset({"chat_template_kwargs"})
     hints: ClassVar = {".type": "this server reads text and calls functions only"}
 
     def bound(self, request: Any, body: bytes) -> Checked:
-        if (request.prompt is None) == (request.messages is None):
+        if (request.prompt is UNSET) == (request.messages is None):
             raise RequestInvalid("Send prompt or messages, one of them.", param="prompt")
         if request.messages is not None and len(request.messages) > self.bounds.max_messages:
             raise RequestInvalid(f"At most {self.bounds.max_messages} messages are read.", param="messages")
@@ -65,7 +67,10 @@ class Tokenize(Dialect):
             if request.messages is None:
                 raise RequestInvalid("tools go with messages.", param="tools")
             check_tools(request.tools, self.schemas(), None)
-        check_calls(request.messages or [])
+        if request.messages is not None:
+            check_messages(request.messages, Pieces(self.invalid))
+        else:
+            hold_text(request.prompt, "prompt")
         return _counting(request, body)
 
     def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
@@ -98,7 +103,7 @@ class CountTokens(Spoken):
     opt_in: ClassVar = frozenset({"chat_template_kwargs", "thinking"})
 
     def bound(self, request: Any, body: bytes) -> Checked:
-        self.conversation(request, body)
+        self.conversation(request)
         return _counting(request, body)
 
     def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
@@ -116,7 +121,7 @@ class Turn(Struct, omit_defaults=True):
     """A chat message as vLLM itself makes it of the input's items."""
 
     role: str
-    content: str | UnsetType = UNSET
+    content: Raw | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
     tool_call_id: str | UnsetType = UNSET
 
@@ -138,23 +143,23 @@ class InputTokens(Conversing):
     def bound(self, request: Any, body: bytes) -> Checked:
         self.asked(request)
         tools = [Tool(Function(one.name, one.description, one.parameters, one.strict)) for one in request.tools or ()]
-        return _counting(AskedTokens(request.model, list(_turns(request)), tools or None), body)
+        return _counting(AskedTokens(request.model, _turns(request, self.items(request.input)), tools or None), body)
 
     def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
         told = {"object": "response.input_tokens", "input_tokens": counted(body).count}
         return ENCODER.encode(told), Usage()
 
 
-def _turns(request: Asked) -> list[Turn]:
+def _turns(request: Asked, items: list[Item]) -> list[Turn]:
     """The chat that vLLM makes of instructions and input: a model's text and calls in a row are one turn."""
     turns: list[Turn] = []
-    if request.instructions:
+    if isinstance(request.instructions, Raw) and len(request.instructions) > len('""'):
         turns.append(Turn("system", request.instructions))
-    if isinstance(request.input, str):
-        return [*turns, Turn("user", request.input)]
-    for item in request.input:
+    if not items:
+        turns.append(Turn("user", request.input))
+    for item in items:
         if item.type == "function_call_output":
-            turns.append(Turn("tool", str(item.output), tool_call_id=item.call_id or ""))
+            turns.append(Turn("tool", item.output, tool_call_id=item.call_id or ""))
             continue
         answering = turns[-1] if turns and turns[-1].role == "assistant" else None
         if item.type == "function_call":
@@ -164,9 +169,9 @@ def _turns(request: Asked) -> list[Turn]:
             calls = answering.tool_calls if isinstance(answering.tool_calls, list) else []
             answering.tool_calls = [*calls, _call(item)]
         elif item.role == "assistant" and answering is not None and answering.content is UNSET:
-            answering.content = str(item.content)
+            answering.content = item.content
         else:
-            turns.append(Turn(item.role or "user", str(item.content)))
+            turns.append(Turn(item.role or "user", item.content))
     return turns
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from gateway.dialects.fields import GATEWAY_SET, OPT_IN, REFUSED
 from gateway.dialects.schemas import SchemaBudget
@@ -25,6 +25,8 @@ ENCODER: Final = msgspec.json.Encoder()
 MOST_ENTRIES: Final = 131_072
 """Tokens with their alternatives in one answer: about 10 MB of JSON."""
 MOST_TOOLS: Final = 128
+TOOLS_BYTES: Final = 131_072
+REST_BYTES: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +149,13 @@ class Dialect:
             RequestInvalid: names the field, the rule and, for a refused field, the reason.
         """
         try:
+            if not body.isascii():
+                body.decode()  # text that is kept as it came must be UTF-8 too
+            if len(body) > REST_BYTES:
+                _hold_rest(body)
             request = self._decoder.decode(body)
         except msgspec.ValidationError as error:
-            raise self._invalid(str(error)) from None
+            raise self.invalid(str(error)) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RequestInvalid(f"The body is not JSON: {error}.", code="invalid_json") from None
         return self.bound(request, body)
@@ -217,13 +223,13 @@ class Dialect:
         """The last event of a stream that failed; no end mark follows, so that no client takes it for whole."""
         return b"data: " + self.error(error, request_id).body + b"\n\n"
 
-    def _invalid(self, text: str) -> RequestInvalid:
-        """msgspec's sentence as ours: the same fact, with the field as `param`."""
+    def invalid(self, text: str, within: str = "") -> RequestInvalid:
+        """msgspec's sentence as ours: the same fact, with the field (below `within`) as `param`."""
         unknown = _UNKNOWN_FIELD.search(text)
         if unknown:
-            return self._unknown(unknown[1], _param(unknown[2] or "$"))
+            return self._unknown(unknown[1], _param(within, unknown[2] or "$"))
         place_found = _PLACE.search(text)
-        place = _param(place_found[1]) if place_found else None
+        place = _param(within, place_found[1] if place_found else "$")
         sentence = _PLACE.sub("", text)[:200]  # it may quote a field's name, which has no bound
         missing = _MISSING.search(sentence)
         if missing:
@@ -261,9 +267,40 @@ _NUMBER: Final = re.compile(r"\[[^\]]*\]")
 _PLACE: Final = re.compile(r" - at (?:`key` in )?`([^`]+)`$")
 
 
-def _param(place: str) -> str | None:
+def _param(within: str, place: str) -> str | None:
     """`$.messages[0].role` → `messages[0].role`; the root → None."""
-    return place.removeprefix("$").removeprefix(".") or None
+    return (within + place.removeprefix("$")).removeprefix(".") or None
+
+
+class _Large(Struct):
+    """The fields that may be large."""
+
+    messages: Raw | UnsetType = UNSET
+    prompt: Raw | UnsetType = UNSET
+    input: Raw | UnsetType = UNSET
+    system: Raw | UnsetType = UNSET
+    instructions: Raw | UnsetType = UNSET
+    tools: Raw | UnsetType = UNSET
+
+
+_LARGE: Final = msgspec.json.Decoder(_Large)
+
+
+def _hold_rest(body: bytes) -> None:
+    """Refuse, before it is decoded, what would be slow to decode only to be refused.
+
+    Raises:
+        RequestInvalid: tools, or what is neither tools nor prompt, is too large.
+    """
+    large = _LARGE.decode(body)
+    rest = len(body)
+    for value in (large.messages, large.prompt, large.input, large.system, large.instructions, large.tools):
+        if isinstance(value, Raw):
+            rest -= len(value)
+    if isinstance(large.tools, Raw) and len(large.tools) > TOOLS_BYTES:
+        raise RequestInvalid(f"tools may have at most {TOOLS_BYTES} bytes.", param="tools")
+    if rest > REST_BYTES:
+        raise RequestInvalid(f"All but the prompt and the tools may have at most {REST_BYTES} bytes.")
 
 
 def with_fields(request: type[Struct], names: list[str]) -> type[Struct]:
@@ -272,6 +309,12 @@ def with_fields(request: type[Struct], names: list[str]) -> type[Struct]:
     return msgspec.defstruct(
         request.__name__, fields, bases=(request,), kw_only=True, forbid_unknown_fields=True, omit_defaults=True
     )
+
+
+def check_bias(bias: Mapping[str, float] | None) -> None:
+    """Raises RequestInvalid where a key is no token id."""
+    if bias and not all(map(str.isdecimal, bias)):
+        raise RequestInvalid("logit_bias maps token ids, written as numbers, to biases.", param="logit_bias")
 
 
 def check_entries(choices: int, length: int, alternatives: int, param: str) -> None:

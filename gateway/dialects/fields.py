@@ -28,7 +28,7 @@ StopTexts = Annotated[list[StopText], Meta(max_length=16)]
 Stop = StopText | StopTexts
 StopTokens = Annotated[list[TokenId], Meta(max_length=16)]
 LogitBias = Annotated[
-    dict[Annotated[str, Meta(pattern=r"^[0-9]{1,10}$")], Annotated[float, Meta(ge=-100, le=100)]],
+    dict[Annotated[str, Meta(min_length=1, max_length=10)], Annotated[float, Meta(ge=-100, le=100)]],
     Meta(max_length=1_024),
 ]
 Metadata = Annotated[dict[Annotated[str, Meta(max_length=64)], Label], Meta(max_length=16)]

@@ -3,7 +3,7 @@
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
-from msgspec import Meta, Raw, Struct
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from gateway.dialects.chat import NO_PARSER
 from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream
@@ -23,8 +23,8 @@ from gateway.dialects.fields import (
     TopP,
     Unit,
 )
-from gateway.dialects.nested import check_nested
 from gateway.dialects.schemas import SchemaBudget
+from gateway.dialects.words import Pieces, hold_text, is_null, is_text
 from gateway.errors import ErrorAnswer, ReplicaFailed, RequestInvalid
 from gateway.relay import Usage
 
@@ -38,33 +38,33 @@ class CacheControl(Struct, forbid_unknown_fields=True):
     ttl: Literal["5m", "1h"] | None = None
 
 
-class Block(Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="type", kw_only=True):
+class Block(Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="type", kw_only=True, gc=False):
     cache_control: CacheControl | None = None
 
 
-class TextBlock(Block, tag="text"):
-    text: Text
+class TextBlock(Block, tag="text", gc=False):
+    text: Raw
     citations: Annotated[list[None], Meta(max_length=0)] | None = None
 
 
-class ToolUse(Block, tag="tool_use"):
+class ToolUse(Block, tag="tool_use", gc=False):
     id: CallId
     name: ToolName
     input: Raw
 
 
-class ToolResult(Block, tag="tool_result"):
+class ToolResult(Block, tag="tool_result", gc=False):
     tool_use_id: CallId
-    content: Text | Annotated[list[TextBlock], Meta(max_length=MOST_BLOCKS)] | None = None
+    content: Raw | UnsetType = UNSET
     is_error: bool | None = None
 
 
-class Thought(Block, tag="thinking"):
+class Thought(Block, tag="thinking", gc=False):
     thinking: Text
     signature: Text | None = None
 
 
-class HiddenThought(Block, tag="redacted_thinking"):
+class HiddenThought(Block, tag="redacted_thinking", gc=False):
     data: Text
 
 
@@ -74,15 +74,15 @@ Blocks = Annotated[list[TextBlock], Meta(max_length=MOST_BLOCKS)]
 
 
 class User(Struct, forbid_unknown_fields=True, tag_field="role", tag="user"):
-    content: Text | Told
+    content: Raw
 
 
 class Assistant(Struct, forbid_unknown_fields=True, tag_field="role", tag="assistant"):
-    content: Text | Answered
+    content: Raw
 
 
 class System(Struct, forbid_unknown_fields=True, tag_field="role", tag="system"):
-    content: Text | Blocks
+    content: Raw
 
 
 class Tool(Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -118,7 +118,7 @@ class Conversation(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_on
 
     model: ModelName
     messages: Annotated[list[User | Assistant | System], Meta(min_length=1)]
-    system: Text | Blocks | None = None
+    system: Raw | UnsetType = UNSET
     tools: Annotated[list[Tool], Meta(max_length=MOST_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
@@ -139,6 +139,14 @@ class MessagesRequest(Conversation, kw_only=True):
     inference_geo: Label | None = None
 
 
+_BLOCKS: Final = msgspec.json.Decoder(Blocks)
+_DECODERS: Final[dict[type[Struct], msgspec.json.Decoder[Any]]] = {
+    User: msgspec.json.Decoder(Told),
+    Assistant: msgspec.json.Decoder(Answered),
+    System: _BLOCKS,
+}
+
+
 class Spoken(Dialect):
     """What both endpoints of this API share."""
 
@@ -155,7 +163,7 @@ class Spoken(Dialect):
         ".type": "this server reads text, tool_use and tool_result only",
     }
 
-    def conversation(self, request: Conversation, body: bytes) -> None:
+    def conversation(self, request: Conversation) -> None:
         """Bound and strip what both requests share.
 
         Raises:
@@ -176,8 +184,14 @@ class Spoken(Dialect):
             self._check_format(request.output_config, schemas)
         self._check_choice(request)
         request.cache_control = None
-        if b'"tool_use"' in body or b'"cache_control"' in body or b'"citations"' in body or b"\\u" in body:
-            _strip(request)
+        pieces = Pieces(self.invalid)
+        if isinstance(request.system, Raw) and not is_text(request.system):
+            given = request.system
+            request.system = UNSET if is_null(given) else _blocks(given, _BLOCKS, "system", pieces)
+        for number, message in enumerate(request.messages):
+            if not is_text(message.content):
+                place = f"messages[{number}].content"
+                message.content = _blocks(message.content, _DECODERS[type(message)], place, pieces)
 
     def _check_format(self, config: OutputConfig, schemas: SchemaBudget) -> None:
         if config.format is not None:
@@ -209,20 +223,24 @@ class Spoken(Dialect):
         return b"event: error\ndata: " + self.error(error, request_id).body + b"\n\n"
 
 
-def _strip(request: Conversation) -> None:
-    """Drop the marks that do nothing here, and hold the depth of tools' inputs."""
-    for text in request.system if isinstance(request.system, list) else ():
-        text.cache_control = text.citations = None
-    for message in request.messages:
-        for block in message.content if isinstance(message.content, list) else ():
-            block.cache_control = None
-            if isinstance(block, TextBlock):
-                block.citations = None
-            elif isinstance(block, ToolUse):
-                check_nested(block.input, "messages[...].content[...].input")
-            elif isinstance(block, ToolResult) and isinstance(block.content, list):
-                for part in block.content:
-                    part.cache_control = part.citations = None
+def _blocks(content: Raw, decoder: msgspec.json.Decoder[Any], place: str, pieces: Pieces) -> Raw:
+    """Blocks without the marks that do nothing here.
+
+    Raises:
+        RequestInvalid: they are none that this call knows, or a bound is passed.
+    """
+    blocks = pieces.parts(decoder, content, place)
+    for number, block in enumerate(blocks):
+        block.cache_control = None
+        if isinstance(block, TextBlock):
+            hold_text(block.text, f"{place}[{number}].text")
+            block.citations = None
+        elif isinstance(block, ToolUse):
+            pieces.hold(block.input, f"{place}[{number}].input")
+        elif isinstance(block, ToolResult) and isinstance(block.content, Raw) and not is_text(block.content):
+            given = block.content
+            block.content = UNSET if is_null(given) else _blocks(given, _BLOCKS, f"{place}[{number}].content", pieces)
+    return Raw(ENCODER.encode(blocks))
 
 
 class Messages(Spoken):
@@ -234,7 +252,7 @@ class Messages(Spoken):
     opt_in: ClassVar = frozenset({"chat_template_kwargs", "thinking"})
 
     def bound(self, request: Any, body: bytes) -> Checked:
-        self.conversation(request, body)
+        self.conversation(request)
         stream = bool(request.stream)
         affinity = request.metadata.user_id if request.metadata is not None else None
         request.metadata = request.service_tier = request.inference_geo = None

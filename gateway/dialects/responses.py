@@ -6,7 +6,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from gateway.dialects.chat import NO_PARSER, StreamOptions
-from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream, check_entries
+from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream, check_bias, check_entries
 from gateway.dialects.events import NamedEvents, usage
 from gateway.dialects.fields import (
     REFUSED,
@@ -30,52 +30,48 @@ from gateway.dialects.fields import (
     TopP,
     Unit,
 )
-from gateway.dialects.nested import check_nested
 from gateway.dialects.schemas import SchemaBudget
+from gateway.dialects.words import Pieces, decoded, hold_text, is_null, is_text, not_text
 from gateway.errors import ReplicaFailed, RequestInvalid
 from gateway.relay import Usage
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class TextPart(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+class TextPart(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True, gc=False):
     """Of a message or of a tool's output; what comes back from an answer carries more than is read."""
 
     type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text"]
-    text: Text | None = None
-    refusal: Text | None = None
+    text: Raw | UnsetType = UNSET
+    refusal: Raw | UnsetType = UNSET
     annotations: Annotated[list[Raw], Meta(max_length=64)] | None = None
     logprobs: Raw | UnsetType = UNSET
-
-    @property
-    def words(self) -> str:
-        return self.text if self.text is not None else self.refusal or ""
 
 
 Parts = Annotated[list[TextPart], Meta(max_length=256)]
 
 
-class Item(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+class Item(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True, gc=False):
     """One item of the input: a message, a call of a function, its output, or a thought (which is dropped)."""
 
-    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
+    type: Literal["message", "function_call", "function_call_output", "reasoning"] | UnsetType = UNSET
     id: Label | None = None
     status: Status | None = None
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: Text | Parts | None = None
+    content: Raw | UnsetType = UNSET
     phase: Label | None = None
     call_id: CallId | None = None
     name: ToolName | None = None
     namespace: None = None
     arguments: Text | None = None
-    output: Text | Parts | None = None
+    output: Raw | UnsetType = UNSET
     summary: Annotated[list[Raw], Meta(max_length=256)] | None = None
     encrypted_content: Text | None = None
 
 
 class Tool(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    type: Literal["function"]
     name: ToolName
-    type: Literal["function"] = "function"
     description: Description | None = None
     parameters: Raw | UnsetType = UNSET
     strict: bool | None = None
@@ -106,8 +102,8 @@ class Asked(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True
     """What a request and the count of its tokens share."""
 
     model: ModelName
-    input: Text | Annotated[list[Item], Meta(min_length=1)]
-    instructions: Text | None = None
+    input: Raw
+    instructions: Raw | UnsetType = UNSET
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
@@ -154,6 +150,8 @@ IGNORED: Final = (
     "truncation",
     "user",
 )
+_ITEMS: Final = msgspec.json.Decoder(Annotated[list[Item], Meta(min_length=1)])
+_PARTS: Final = msgspec.json.Decoder(Parts)
 LOGPROBS: Final = "message.output_text.logprobs"
 
 
@@ -178,16 +176,50 @@ class Conversing(Dialect):
         Raises:
             RequestInvalid: a bound is passed.
         """
-        if isinstance(request.input, list):
-            if len(request.input) > self.bounds.max_messages:
-                raise RequestInvalid(f"At most {self.bounds.max_messages} items are read.", param="input")
-            request.input = [_plain(item, number) for number, item in enumerate(request.input) if item.type != THOUGHT]
-            if not request.input:
-                raise RequestInvalid("The input has nothing to answer.", param="input")
+        if isinstance(request.instructions, Raw) and not is_text(request.instructions):
+            if not is_null(request.instructions):
+                raise RequestInvalid("instructions are a string.", param="instructions")
+            request.instructions = UNSET
         schemas = self.schemas()
         if request.text is not None:
             _check_text(request.text, schemas)
         self._check_tools(request, schemas)
+
+    def items(self, given: Raw) -> list[Item]:
+        """The input's items, simplified; none for a plain text.
+
+        Raises:
+            RequestInvalid: it is neither, or a bound is passed.
+        """
+        if is_text(given):
+            return []
+        found: list[Item] = decoded(_ITEMS, given, "input", self.invalid)
+        if len(found) > self.bounds.max_messages:
+            raise RequestInvalid(f"At most {self.bounds.max_messages} items are read.", param="input")
+        pieces = Pieces(self.invalid)
+        plain = [self._plain(item, f"input[{n}]", pieces) for n, item in enumerate(found) if item.type != THOUGHT]
+        if not plain:
+            raise RequestInvalid("The input has nothing to answer.", param="input")
+        return plain
+
+    def _plain(self, item: Item, place: str, pieces: Pieces) -> Item:
+        """An item in the simplest form that vLLM reads alike: of an answer's parts it reads the first only.
+
+        Raises:
+            RequestInvalid: a member that its type needs is missing.
+        """
+        if item.type in (UNSET, "message"):
+            if item.role is None or item.content is UNSET:
+                raise RequestInvalid(f"{place}: a message has role and content.", param=place)
+            return Item(type="message", role=item.role, content=_words(item.content, f"{place}.content", pieces))
+        if item.type == "function_call":
+            if item.call_id is None or item.name is None or item.arguments is None:
+                raise RequestInvalid(f"{place}: a function_call has call_id, name and arguments.", param=place)
+            pieces.hold(item.arguments or "{}", f"{place}.arguments")
+            return Item(type=item.type, call_id=item.call_id, name=item.name, arguments=item.arguments)
+        if item.call_id is None or item.output is UNSET:
+            raise RequestInvalid(f"{place}: a function_call_output has call_id and output.", param=place)
+        return Item(type=item.type, call_id=item.call_id, output=_words(item.output, f"{place}.output", pieces))
 
     def _check_tools(self, request: Asked, schemas: SchemaBudget) -> None:
         choice = request.tool_choice
@@ -204,7 +236,7 @@ class Conversing(Dialect):
             if isinstance(tool.parameters, Raw):
                 held = tool.strict or choice == "required" or tool.name == named
                 place = f"tools[{number}].parameters"
-                tool.parameters = schemas.take(tool.parameters, place, compiled=bool(held))
+                tool.parameters = schemas.take(tool.parameters, place, compiled=bool(held), may_be_null=True)
         if isinstance(choice, NamedTool):
             if choice.name not in names:
                 raise RequestInvalid("tool_choice names a function that is not in tools.", param="tool_choice.name")
@@ -215,29 +247,19 @@ class Conversing(Dialect):
 THOUGHT: Final = "reasoning"
 
 
-def _plain(item: Item, number: int) -> Item:
-    """An item in the simplest form that vLLM reads alike: of an answer's parts it reads the first only.
-
-    Raises:
-        RequestInvalid: a member that its type needs is missing, or has one that it cannot have.
-    """
-    place = f"input[{number}]"
-    if item.type == "message":
-        if item.role is None or item.content is None:
-            raise RequestInvalid(f"{place}: a message has role and content.", param=place)
-        return Item(type="message", role=item.role, content=_words(item.content, place))
-    if item.type == "function_call":
-        if item.call_id is None or item.name is None or item.arguments is None:
-            raise RequestInvalid(f"{place}: a function_call has call_id, name and arguments.", param=place)
-        check_nested(item.arguments or "{}", f"{place}.arguments")
-        return Item(type=item.type, call_id=item.call_id, name=item.name, arguments=item.arguments)
-    if item.call_id is None or item.output is None:
-        raise RequestInvalid(f"{place}: a function_call_output has call_id and output.", param=place)
-    return Item(type=item.type, call_id=item.call_id, output=_words(item.output, place))
-
-
-def _words(content: str | list[TextPart], place: str) -> str:
-    return content if isinstance(content, str) else "".join([part.words for part in content])
+def _words(content: Raw, place: str, pieces: Pieces) -> Raw:
+    if is_text(content):
+        return content
+    texts = []
+    for part in pieces.parts(_PARTS, content, place):
+        text = part.text if isinstance(part.text, Raw) else part.refusal
+        if not isinstance(text, Raw):
+            not_text(place)
+        hold_text(text, place)
+        texts.append(text)
+    if len(texts) == 1:
+        return texts[0]
+    return Raw(ENCODER.encode("".join([msgspec.json.decode(text, type=str) for text in texts])))
 
 
 def _check_text(options: TextOptions, schemas: SchemaBudget) -> None:
@@ -265,10 +287,14 @@ class Responses(Conversing):
 
     def bound(self, request: Any, body: bytes) -> Checked:
         self.asked(request)
+        items = self.items(request.input)
+        if items:
+            request.input = Raw(ENCODER.encode(items))
         logprobs = request.include is not None and LOGPROBS in request.include
         if request.top_logprobs and not logprobs:
             raise RequestInvalid(f"top_logprobs goes with include: ['{LOGPROBS}'].", param="top_logprobs")
         param = "max_output_tokens"
+        check_bias(request.logit_bias)
         length = self.length(request.max_output_tokens, param)
         check_entries(1, length, request.top_logprobs or 0, param)
         checked = Checked(

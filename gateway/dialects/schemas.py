@@ -45,6 +45,9 @@ Format = Literal[
 """Those that xgrammar knows; vLLM would give others to a second compiler."""
 Number = int | float
 Scalar = str | int | float | bool | None
+Example = (
+    Scalar | list[Scalar | list[Scalar] | dict[str, Scalar]] | dict[str, Scalar | list[Scalar] | dict[str, Scalar]]
+)
 Type = Literal["object", "array", "string", "number", "integer", "boolean", "null"]
 Key = Annotated[str, Meta(max_length=256)]
 
@@ -77,8 +80,8 @@ class Schema(Struct, forbid_unknown_fields=True, gc=False):
     # annotations
     title: str | None = None
     description: str | None = None
-    default: Any = None
-    examples: Any = None
+    default: Example = None
+    examples: Annotated[list[Example], Meta(max_length=64)] | None = None
     comment: str | None = msgspec.field(default=None, name="$comment")
     schema: str | None = msgspec.field(default=None, name="$schema")
     id: str | None = msgspec.field(default=None, name="$id")
@@ -86,20 +89,7 @@ class Schema(Struct, forbid_unknown_fields=True, gc=False):
     nullable: bool | None = None
     read_only: bool | None = msgspec.field(default=None, name="readOnly")
     write_only: bool | None = msgspec.field(default=None, name="writeOnly")
-    discriminator: Any = None
-
-    def children(self) -> "list[Schema | bool]":
-        found: list[Schema | bool] = []
-        for one in (self.additional_properties, self.items):
-            if one is not None:
-                found.append(one)
-        for several in (self.prefix_items, self.any_of, self.one_of, self.all_of):
-            if several:
-                found += several
-        for named in (self.properties, self.defs):
-            if named:
-                found += named.values()
-        return found
+    discriminator: dict[str, Scalar | dict[str, str]] | None = None
 
 
 class SchemaBudget:
@@ -114,7 +104,7 @@ class SchemaBudget:
         self._optional = 0
         self._lengths: set[int] = set()
 
-    def take(self, raw: msgspec.Raw, param: str, *, compiled: bool = True) -> msgspec.Raw:
+    def take(self, raw: msgspec.Raw, param: str, *, compiled: bool = True, may_be_null: bool = False) -> msgspec.Raw:
         """The schema as it goes to the engine, its keywords in the client's order.
 
         One that is not `compiled` is only shown to the model: it may hold any keyword.
@@ -129,37 +119,39 @@ class SchemaBudget:
                 param=param,
             )
         try:
-            plain = msgspec.json.decode(raw, type=dict[str, Any] | None)
-            if plain is None:  # a function without parameters
+            if may_be_null and bytes(raw) == b"null":
                 return raw
-            if deeper_than(DEEPEST_JSON, plain):
-                raise RequestInvalid(f"A schema may be at most {DEEPEST} levels deep.", param=param)
+            plain = msgspec.json.decode(raw, type=dict[str, Any])
             if compiled:
                 self._measure(msgspec.convert(plain, type=Schema), param)
+            elif deeper_than(DEEPEST_JSON, plain):
+                raise RequestInvalid(f"A schema may be at most {DEEPEST} levels deep.", param=param)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RequestInvalid(f"{param}: {_told(str(error))}.", param=param) from None
         return msgspec.Raw(msgspec.json.encode(plain))
 
     def _measure(self, root: Schema, param: str) -> None:
         level: list[Schema | bool] = [root]
+        nodes: list[Schema] = []
         refs = False
         for _ in range(DEEPEST):
             self._nodes += len(level)
             below: list[Schema | bool] = []
             for node in level:
                 if isinstance(node, Schema):
+                    nodes.append(node)
                     refs = refs or node.ref is not None
-                    self._add(node)
-                    below += node.children()
+                    self._add(node, below)
             self._hold(param)
             if not below:
                 if refs:
-                    _check_references(root, param)
+                    _check_references(root, nodes, param)
                 return
             level = below
         raise RequestInvalid(f"A schema may be at most {DEEPEST} levels deep.", param=param)
 
-    def _add(self, node: Schema) -> None:
+    def _add(self, node: Schema, below: list[Schema | bool]) -> None:
+        """Count what one part costs, and put what it holds into `below`."""
         if node.enum:
             self._choices += len(node.enum)
         if node.format:
@@ -168,6 +160,17 @@ class SchemaBudget:
             self._lengths.add(min(node.max_length or node.min_length or 0, MOST_LENGTH))
         if node.properties:
             self._optional += len(node.properties.keys() - (node.required or ())) ** 2
+            below += node.properties.values()
+        if node.items is not None:
+            below.append(node.items)
+        if node.additional_properties is not None:
+            below.append(node.additional_properties)
+        if node.any_of:
+            below += node.any_of
+        if node.one_of or node.all_of or node.prefix_items:
+            below += (*(node.one_of or ()), *(node.all_of or ()), *(node.prefix_items or ()))
+        if node.defs:
+            below += node.defs.values()
 
     def _hold(self, param: str) -> None:
         passed = None
@@ -200,7 +203,7 @@ def deeper_than(depth: int, value: Any) -> bool:
     return True
 
 
-def _check_references(root: Schema, param: str) -> None:
+def _check_references(root: Schema, nodes: list[Schema], param: str) -> None:
     """Each leads to a definition of the same schema, and none to itself before a property or an item is read."""
     defs = {f"#/$defs/{name}": found for name, found in (root.defs or {}).items()}
     done: set[str] = set()
@@ -219,11 +222,8 @@ def _check_references(root: Schema, param: str) -> None:
         for choice in (*(node.any_of or ()), *(node.one_of or ()), *(node.all_of or ())):
             walk(choice, within)
 
-    level: list[Schema | bool] = [root]
-    while level:
-        for node in level:
-            walk(node, ())
-        level = [child for node in level if isinstance(node, Schema) for child in node.children()]
+    for node in nodes:
+        walk(node, ())
 
 
 _REGEXES: Final = re.compile(r"unknown field `(pattern|patternProperties)`")

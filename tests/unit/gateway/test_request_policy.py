@@ -1,4 +1,4 @@
-"""What a tenant may ask, field by field."""
+"""What a tenant may ask, field by field, in each dialect."""
 
 import json
 from typing import Any
@@ -6,106 +6,300 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import fields as fields_of
 
+from gateway.dialects import DIALECTS, OPT_IN, Bounds, Checked, Dialect, all_dialects
+from gateway.dialects.fields import GATEWAY_SET, REFUSED
+from gateway.dialects.schemas import MOST_CHOICES, MOST_NODES
 from gateway.errors import ContextLengthExceeded, RequestInvalid
-from gateway.request_policy import REFUSED, ChatRequest, Checked, CompletionRequest, RequestPolicy
 
-BOUNDS = {"max_messages": 8, "max_output_tokens": 100, "max_choices": 4, "max_schema_bytes": 1_000}
-CHAT = RequestPolicy(ChatRequest, **BOUNDS)
-COMPLETION = RequestPolicy(CompletionRequest, **BOUNDS)
-HELLO = [{"role": "user", "content": "hello"}]
+BOUNDS = Bounds(max_messages=8, max_output_tokens=100, max_schema_bytes=8_000, calls_tools=True)
+HELLO: list[dict[str, Any]] = [{"role": "user", "content": "hello"}]
+LEAST: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": HELLO},
+    "/v1/completions": {"prompt": "hello"},
+    "/v1/responses": {"input": "hello"},
+    "/v1/messages": {"messages": HELLO, "max_tokens": 7},
+    "/v1/messages/count_tokens": {"messages": HELLO},
+    "/v1/responses/input_tokens": {"input": "hello"},
+    "/v1/tokenize": {"messages": HELLO},
+}
+CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": SCHEMA}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":"x"}'}}
 
 
-def chat(**fields: Any) -> Checked:
-    return CHAT.check(json.dumps({"model": "bot", "messages": HELLO, **fields}).encode())
+def body(path: str, **fields: Any) -> bytes:
+    return json.dumps({"model": "bot", **LEAST[path], **fields}).encode()
+
+
+def ask(path: str, bounds: Bounds = BOUNDS, **fields: Any) -> Checked:
+    return all_dialects(bounds)[path].check(body(path, **fields))
 
 
 def sent(checked: Checked, context_length: int = 1_000) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads(
-        checked.upstream_body(model="a-1", cache_salt="s", request_id="r", context_length=context_length)
+    found: dict[str, Any] = json.loads(
+        checked.upstream_body(model="a-1", cache_salt="s", context_length=context_length)
     )
-    return body
+    return found
 
 
-def refused(**fields: Any) -> RequestInvalid:
+def refused(path: str = CHAT, bounds: Bounds = BOUNDS, **fields: Any) -> RequestInvalid:
     with pytest.raises(RequestInvalid) as error:
-        chat(**fields)
+        ask(path, bounds, **fields)
     return error.value
 
 
 def test_the_upstream_body_is_built() -> None:
     """It has what was checked and what the gateway sets, and nothing else."""
-    assert sent(chat(temperature=0.5, user="u", metadata={"a": "b"}, store=False)) == {
+    assert sent(ask(CHAT, temperature=0.5, user="u", metadata={"a": "b"}, store=False)) == {
         "model": "a-1",
         "cache_salt": "s",
-        "request_id": "r",
         "messages": HELLO,
         "temperature": 0.5,
         "max_tokens": 100,
     }
 
 
+def test_the_upstream_body_may_be_built_again() -> None:
+    """A second replica's context is not the first's."""
+    checked = ask(CHAT)
+    assert sent(checked, context_length=64)["max_tokens"] == 64
+    assert sent(checked)["max_tokens"] == 100
+
+
+def test_a_stream_is_asked_with_its_usage() -> None:
+    """Of each event, so that a cut stream is counted; the client sees it only where it asked."""
+    checked = ask(CHAT, stream=True)
+    assert sent(checked)["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+    assert not checked.wants_usage
+    assert ask(CHAT, stream=True, stream_options={"include_usage": True}).wants_usage
+
+
 def test_a_length_is_always_sent() -> None:
     """Without one an answer would run to the context's end; a plain completion has OpenAI's default."""
-    assert sent(chat())["max_tokens"] == 100
-    assert sent(chat(), context_length=64)["max_tokens"] == 64
-    assert sent(chat(max_completion_tokens=7))["max_tokens"] == 7
-    completion = COMPLETION.check(b'{"model": "bot", "prompt": "x"}')
-    assert sent(completion)["max_tokens"] == 16
+    assert sent(ask(CHAT))["max_tokens"] == 100
+    assert sent(ask(CHAT, max_completion_tokens=7))["max_tokens"] == 7
+    assert sent(ask(COMPLETIONS))["max_tokens"] == 16
+    assert sent(ask(RESPONSES))["max_output_tokens"] == 100
+    assert ask(CHAT, n=3, max_tokens=5).max_tokens == 15
 
 
 def test_a_length_that_the_model_cannot_hold_is_told() -> None:
     """The client's own max_tokens is never cut in silence."""
-    with pytest.raises(ContextLengthExceeded, match="64 tokens"):
-        sent(chat(max_tokens=65), context_length=64)
+    for path, name in ((CHAT, "max_tokens"), (CHAT, "max_completion_tokens"), (RESPONSES, "max_output_tokens")):
+        with pytest.raises(ContextLengthExceeded, match="64 tokens") as error:
+            sent(ask(path, **{name: 65}), context_length=64)
+        assert error.value.param == name
 
 
-@pytest.mark.parametrize("field", sorted(REFUSED))
-def test_a_refused_field_is_named_with_its_reason(field: str) -> None:
+def test_a_plan_holds_the_length() -> None:
+    """What the client asked for is refused by its name, what it left open is cut."""
+    checked = ask(CHAT)
+    checked.limit_output(20)
+    assert sent(checked)["max_tokens"] == 20
+    with pytest.raises(RequestInvalid, match="20 on your plan") as error:
+        ask(RESPONSES, max_output_tokens=21).limit_output(20)
+    assert error.value.param == "max_output_tokens"
+
+
+@pytest.mark.parametrize("kind", DIALECTS, ids=lambda kind: kind.path)
+def test_a_refused_field_is_named_with_its_reason(kind: type[Dialect]) -> None:
     """Whoever sends it learns that it is known, and why it is not taken."""
-    error = refused(**{field: 1})
-    assert (error.param, error.own_code) == (field, "unsupported_parameter")
-    assert REFUSED[field] in error.message
+    for field in kind.refused.keys() - {one.name for one in fields_of(kind.request)} - kind.opt_in:
+        error = refused(kind.path, **{field: 1})
+        assert (error.param, error.own_code) == (field, "unsupported_parameter")
+        assert kind.refused[field] in error.message
+
+
+@pytest.mark.parametrize("kind", DIALECTS, ids=lambda kind: kind.path)
+def test_only_the_gateway_sets_its_fields(kind: type[Dialect]) -> None:
+    """Salt, priority and id are not a tenant's to say."""
+    for field in GATEWAY_SET - {"model"}:
+        error = refused(kind.path, **{field: "x"})
+        assert (error.param, error.own_code) == (field, "unsupported_parameter")
 
 
 @pytest.mark.parametrize(
-    ("fields", "param"),
+    ("path", "fields", "param"),
     [
-        ({"cache_salt": "x"}, "cache_salt"),
-        ({"priority": -1}, "priority"),
-        ({"request_id": "x"}, "request_id"),
-        ({"unheard_of": 1}, "unheard_of"),
-        ({"messages": [{"role": "user", "content": "x", "evil": 1}]}, "messages[0].evil"),
-        ({"messages": []}, "messages"),
-        ({"messages": HELLO * 9}, "messages"),
-        ({"messages": [{"role": "root", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-        ({"model": ""}, "model"),
-        ({"model": 3}, "model"),
-        ({"n": 5}, "n"),
-        ({"n": 0}, "n"),
-        ({"max_tokens": 101}, "max_tokens"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
-        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
-        ({"temperature": 2.1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"logit_bias": {"not a number": 1}}, "logit_bias"),
-        ({"logit_bias": {"1": 101}}, "logit_bias"),
-        ({"stop": ["x"] * 17}, "stop"),
-        ({"stop": ""}, "stop"),
-        ({"top_logprobs": 5}, "top_logprobs"),
-        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        (CHAT, {"unheard_of": 1}, "unheard_of"),
+        (CHAT, {"messages": [{"role": "user", "content": "x", "evil": 1}]}, "messages[0].evil"),
+        (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": HELLO * 9}, "messages"),
+        (CHAT, {"messages": [{"role": "root", "content": "x"}]}, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]}, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        (
+            CHAT,
+            {"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"id": "c"}]}]},
+            "messages[1].tool_calls[0].function",
+        ),
+        (CHAT, {"model": ""}, "model"),
+        (CHAT, {"model": 3}, "model"),
+        (CHAT, {"n": 5}, "n"),
+        (CHAT, {"n": 0}, "n"),
+        (CHAT, {"max_tokens": 101}, "max_tokens"),
+        (CHAT, {"max_tokens": 0}, "max_tokens"),
+        (CHAT, {"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
+        (CHAT, {"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        (CHAT, {"temperature": 2.1}, "temperature"),
+        (CHAT, {"top_p": 0}, "top_p"),
+        (CHAT, {"logit_bias": {"not an id": 1}}, "logit_bias"),
+        (CHAT, {"logit_bias": {"1": 101}}, "logit_bias[...]"),
+        (CHAT, {"stop": ["x"] * 17}, "stop"),
+        (CHAT, {"stop": ""}, "stop"),
+        (CHAT, {"top_logprobs": 5}, "top_logprobs"),
+        (CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
+        (CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
+        (CHAT, {"response_format": {"type": "xml"}}, "response_format.type"),
+        (CHAT, {"tools": []}, "tools"),
+        (CHAT, {"tools": [TOOL, TOOL]}, "tools"),
+        (CHAT, {"tools": [TOOL] * 129}, "tools"),
+        (CHAT, {"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        (COMPLETIONS, {"prompt": ["a", "b"]}, "prompt"),
+        (COMPLETIONS, {"prompt": [[1, 2]]}, "prompt"),
+        (COMPLETIONS, {"prompt": [-1]}, "prompt"),
+        (COMPLETIONS, {"prompt": [1.5]}, "prompt"),
+        (COMPLETIONS, {"prompt": [10**10]}, "prompt"),
+        (COMPLETIONS, {"prompt": []}, "prompt"),
+        (COMPLETIONS, {"logprobs": 6}, "logprobs"),
+        (RESPONSES, {"background": True}, "background"),
+        (RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"),
+        (RESPONSES, {"prompt": {"id": "p"}}, "prompt"),
+        (RESPONSES, {"conversation": "c"}, "conversation"),
+        (RESPONSES, {"truncation": "auto"}, "truncation"),
+        (RESPONSES, {"include": ["file_search_call.results"]}, "include[0]"),
+        (RESPONSES, {"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        (RESPONSES, {"tools": [{"type": "mcp", "server_label": "x"}]}, "tools[0].type"),
+        (RESPONSES, {"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        (RESPONSES, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
+        (RESPONSES, {"input": [{"role": "user"}]}, "input[0]"),
+        (RESPONSES, {"input": [{"type": "function_call", "name": "f"}]}, "input[0]"),
+        (RESPONSES, {"input": []}, "input"),
+        (RESPONSES, {"input": 3}, "input"),
+        (RESPONSES, {"top_logprobs": 2}, "top_logprobs"),
+        (RESPONSES, {"reasoning": {"effort": "high"}}, "reasoning"),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
+        (MESSAGES, {"max_tokens": 0}, "max_tokens"),
+        (MESSAGES, {"temperature": 1.5}, "temperature"),
+        (MESSAGES, {"thinking": {"type": "enabled", "budget_tokens": 2_000}}, "thinking.type"),
+        (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
+        (MESSAGES, {"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, "messages[0].content[0].type"),
+        (MESSAGES, {"messages": [{"role": "system", "content": "x"}]}, "messages"),
+        (MESSAGES, {"system": [{"type": "text", "text": "x", "evil": 1}]}, "system[0].evil"),
+        (MESSAGES, {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
+        (MESSAGES, {"tool_choice": {"type": "any"}}, "tool_choice"),
+        (MESSAGES, {"output_config": {"effort": "high"}}, "output_config.effort"),
+        ("/v1/tokenize", {"prompt": "x"}, "prompt"),
     ],
 )
-def test_a_bad_value_is_named(fields: dict[str, Any], param: str) -> None:
+def test_a_bad_value_is_named(path: str, fields: dict[str, Any], param: str) -> None:
     """The error's param is the field, as OpenAI writes it."""
-    found = refused(**fields).param
-    assert found is not None
-    assert found.partition("[...]")[0] == param
+    assert refused(path, **fields).param == param
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
+def test_a_missing_field_is_named(path: str) -> None:
+    """By its own name."""
+    with pytest.raises(RequestInvalid, match="is missing"):
+        all_dialects(BOUNDS)[path].check(b'{"model": "bot"}')
+
+
+def test_what_an_answer_holds_may_come_back_as_history() -> None:
+    """Clients send a message of an answer whole, with its empty members."""
+    answered = {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+        "reasoning": None,
+        "tool_calls": [{**CALL, "index": 0}],
+    }
+    messages = [*HELLO, answered, {"role": "tool", "tool_call_id": "c1", "content": "42"}]
+    assert sent(ask(CHAT, messages=messages, tools=[TOOL]))["messages"][1] == {
+        "role": "assistant",
+        "tool_calls": [CALL],
+    }
+    spoken = [
+        {"role": "user", "content": "hello"},
+        {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "status": "completed",
+            "phase": None,
+            "content": [
+                {"type": "output_text", "text": "one ", "annotations": [], "logprobs": None},
+                {"type": "output_text", "text": "two", "annotations": [], "logprobs": []},
+            ],
+        },
+        {"id": "rs_1", "type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"id": "fc_1", "type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}", "status": "completed"},
+        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "42"}]},
+    ]
+    assert sent(ask(RESPONSES, input=spoken))["input"] == [
+        {"type": "message", "role": "user", "content": "hello"},
+        {"type": "message", "role": "assistant", "content": "one two"},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "42"},
+    ]
+
+
+def test_marks_for_a_cache_are_dropped() -> None:
+    """Blocks go on without what does nothing here, and otherwise as they came."""
+    mark = {"cache_control": {"type": "ephemeral"}}
+    checked = ask(
+        MESSAGES,
+        system=[{"type": "text", "text": "s", **mark}],
+        tools=[{"name": "f", "input_schema": SCHEMA, **mark}],
+        messages=[
+            {"role": "user", "content": [{"type": "text", "text": "a", **mark}]},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {"a": "x"}}]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "r", **mark}]}
+                ],
+            },
+        ],
+        metadata={"user_id": "u"},
+    )
+    upstream = sent(checked)
+    assert "cache_control" not in json.dumps(upstream)
+    assert upstream["messages"][1]["content"] == [{"type": "tool_use", "id": "c", "name": "f", "input": {"a": "x"}}]
+    assert upstream["tools"] == [{"name": "f", "input_schema": SCHEMA}]
+    assert checked.affinity == "u"
+
+
+def test_without_tools_no_answer_is_read_for_calls() -> None:
+    """vLLM's Messages API would look for calls in text where tool_choice is absent."""
+    assert sent(ask(MESSAGES))["tool_choice"] == {"type": "none"}
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES, MESSAGES])
+def test_auto_needs_the_operators_parser(path: str) -> None:
+    """Without one, a call must be required or named; the refusal says so."""
+    plain = Bounds(max_output_tokens=100)
+    tools = {
+        CHAT: [TOOL],
+        RESPONSES: [{"type": "function", "name": "f", "parameters": SCHEMA}],
+        MESSAGES: [{"name": "f", "input_schema": SCHEMA}],
+    }[path]
+    required = {"type": "any"} if path == MESSAGES else "required"
+    assert refused(path, plain, tools=tools).own_code == "unsupported_parameter"
+    assert sent(ask(path, plain, tools=tools, tool_choice=required))["tools"] == tools
+    assert sent(ask(path, tools=tools))["tools"] == tools
 
 
 @pytest.mark.parametrize(
@@ -113,36 +307,140 @@ def test_a_bad_value_is_named(fields: dict[str, Any], param: str) -> None:
     [
         {"type": "string", "pattern": "(a+)+$"},
         {"type": "object", "patternProperties": {"(a+)+$": {}}},
-        {"enum": list(range(257))},
-        {"description": "x" * 1_001},
+        {"enum": list(range(MOST_CHOICES + 1))},
+        {"description": "x" * 8_001},
+        {"type": "array", "maxItems": 1_001},
+        {"type": "string", "maxLength": 1_001},
+        {"type": "object", "properties": {f"k{n}": {"type": "string", "maxLength": 60 + n} for n in range(5)}},
+        {"type": "object", "properties": {f"k{n}": {"type": "integer"} for n in range(129)}},
+        {"anyOf": [{}] * MOST_NODES},
+        {"type": "array", "items": [{}, {}]},
+        {"not": {}},
+        {"$ref": "https://example.org/schema"},
+        {"$ref": "#/$defs/missing"},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/b"}]}, "b": {"$ref": "#/$defs/a"}}},
+        {"type": "string", "format": "regex"},
+        {"allOf": [{}, {}]},
+        {"default": {"a": {"b": {"c": {"d": 1}}}}},
+        "a string",
+        None,
     ],
 )
-def test_a_costly_schema_is_refused(schema: dict[str, Any]) -> None:
-    """Regular expressions, long choices and big schemas cost every tenant the engine's time."""
+def test_a_costly_schema_is_refused(schema: Any) -> None:
+    """What costs every tenant the engine's time to compile, or is none, in every place where a schema may stand."""
     shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    assert refused(response_format=shape).param == "response_format"
+    assert refused(response_format=shape).param == "response_format.json_schema.schema"
+    spoken = {"format": {"type": "json_schema", "name": "x", "schema": schema}}
+    assert refused(RESPONSES, text=spoken).param == "text.format.schema"
+    assert refused(MESSAGES, output_config={"format": {"type": "json_schema", "schema": schema}}).param
+    if schema is not None:
+        tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+        assert refused(tools=[tool], tool_choice="required").param == "tools[0].function.parameters"
 
 
-def test_a_deep_schema_is_refused() -> None:
-    """Nesting is bounded."""
+@pytest.mark.parametrize("deep", ["items", "default"])
+def test_a_deep_schema_is_refused(deep: str) -> None:
+    """Nesting is bounded, in schemas that are only shown too: the engine's server parses with a recursive parser."""
     schema: dict[str, Any] = {}
-    for _ in range(20):
-        schema = {"items": schema}
+    for _ in range(60):
+        schema = {deep: schema}
     shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    assert "levels" in refused(response_format=shape).message
+    assert refused(response_format=shape).param
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert "levels" in refused(tools=[tool]).message
 
 
-def test_a_schema_may_have_a_property_called_pattern() -> None:
-    """The keyword is refused, not the word."""
-    schema = {"type": "object", "properties": {"pattern": {"type": "string"}}}
-    assert chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+def test_a_deep_argument_is_refused() -> None:
+    """What a called function was given is bounded in depth."""
+    deep = "[" * 100 + "]" * 100
+    call = {**CALL, "function": {"name": "f", "arguments": deep}}
+    assert "levels" in refused(messages=[*HELLO, {"role": "assistant", "tool_calls": [call]}]).message
+    item = {"type": "function_call", "call_id": "c", "name": "f", "arguments": deep}
+    assert "levels" in refused(RESPONSES, input=[item]).message
+    used = {"type": "tool_use", "id": "c", "name": "f", "input": {"a": json.loads(deep)}}
+    assert "levels" in refused(MESSAGES, messages=[{"role": "assistant", "content": [used]}]).message
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"null", b"[]", b'{"model": NaN}', b"\xff", b"[" * 100_000])
-def test_what_is_not_a_json_object_is_told(body: bytes) -> None:
+def test_a_schema_that_is_only_shown_may_hold_any_keyword() -> None:
+    """tool_choice auto compiles nothing but strict tools."""
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^a"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert sent(ask(CHAT, tools=[tool]))["tools"] == [tool]
+    strict = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+    assert refused(tools=[strict]).param == "tools[0].function.parameters"
+
+
+def test_a_schema_of_pydantic_passes() -> None:
+    """Definitions, references (through a list to themselves too), optional and annotated fields, in their order."""
+    schema = {
+        "$defs": {
+            "Node": {
+                "properties": {
+                    "children": {"items": {"$ref": "#/$defs/Node"}, "title": "Children", "type": "array"},
+                    "kind": {"enum": ["a", "b"], "title": "Kind", "type": "string"},
+                    "when": {"format": "date-time", "type": "string"},
+                    "size": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "null"}], "default": None},
+                    "pattern": {"type": "string"},
+                },
+                "required": ["children", "kind"],
+                "type": "object",
+                "additionalProperties": False,
+            }
+        },
+        "properties": {"root": {"$ref": "#/$defs/Node"}},
+        "title": "Tree",
+        "type": "object",
+    }
+    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    upstream = ask(CHAT, response_format=shape).upstream_body(model="a", cache_salt="s", context_length=10)
+    assert json.dumps(schema, separators=(",", ":")).encode() in upstream
+
+
+def test_an_opt_in_field_is_the_operators_to_allow() -> None:
+    """Refused with a reason until it is named in the settings; then it has its own bounds."""
+    values: dict[str, Any] = {
+        "allowed_token_ids": [1],
+        "bad_words": ["x"],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "reasoning": {"effort": "low"},
+        "reasoning_effort": "low",
+        "thinking": {"type": "enabled", "budget_tokens": 2_000},
+        "prompt_logprobs": 1,
+        "thinking_token_budget": 5,
+        "truncate_prompt_tokens": 5,
+    }
+    open_bounds = Bounds(max_output_tokens=4_000, calls_tools=True, allowed_fields=frozenset(OPT_IN))
+    for kind in DIALECTS:
+        for name in kind.opt_in:
+            value = values.get(name, True)
+            assert refused(kind.path, **{name: value}).param in (name, f"{name}.type")
+            assert sent(ask(kind.path, open_bounds, **{name: value}))[name] == value
+            assert refused(kind.path, open_bounds, **{name: {"evil": 1}}).param
+    assert refused(bounds=open_bounds, chat_template_kwargs={"tools": []}).param == "chat_template_kwargs.tools"
+
+
+def test_what_is_neither_prompt_nor_tools_stays_small() -> None:
+    """A megabyte of anything else is refused before it is decoded."""
+    assert "at most" in refused(logit_bias={str(n): 1 for n in range(20_000)}).message
+    assert refused(tools=[TOOL] * 2_000).param == "tools"
+
+
+@pytest.mark.parametrize("path", LEAST)
+@pytest.mark.parametrize("data", [b"", b"{", b"null", b"[]", b'{"model": NaN}', b"\xff", b"[" * 100_000])
+def test_what_is_not_a_json_object_is_told(path: str, data: bytes) -> None:
     """No body makes anything but a RequestInvalid."""
     with pytest.raises(RequestInvalid):
-        CHAT.check(body)
+        all_dialects(BOUNDS)[path].check(data)
+
+
+def test_text_is_utf8() -> None:
+    """It goes on as it came, so it is held here."""
+    good = '{"model":"bot","messages":[{"role":"user","content":"\\u8a9e 語 \\"\\n"}]}'.encode()
+    assert sent(all_dialects(BOUNDS)[CHAT].check(good))["messages"][0]["content"] == '語 語 "\n'
+    for bad in (b"\xff", b"\xed\xa0\x80", b"\\ud800", b"\x01"):
+        with pytest.raises(RequestInvalid):
+            all_dialects(BOUNDS)[CHAT].check(good.replace(b"8a9e", b"8a9e" + bad))
 
 
 JSON = st.recursive(
@@ -150,29 +448,62 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
     max_leaves=12,
 )
-FIELDS = st.sampled_from(sorted({*REFUSED, "messages", "n", "stop", "logit_bias", "response_format", "stream_options"}))
+PARTS = st.sampled_from(
+    [
+        "x",
+        None,
+        [{"type": "text", "text": "x"}],
+        [{"type": "input_text", "text": "x"}],
+        [{"type": "image_url", "image_url": {}}],
+        [{"type": "tool_use", "id": "c", "name": "f", "input": {"model": "evil"}}],
+        [{"type": "tool_result", "tool_use_id": "c", "content": "r"}],
+    ]
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool", "developer"]), "content": PARTS},
+    optional={"tool_calls": st.just([CALL]), "tool_call_id": st.just("c1"), "name": JSON, "cache_salt": JSON},
+)
+TOOLS = st.sampled_from([[TOOL], [{"type": "function", "name": "f"}], [{"name": "f", "input_schema": {}}], "x"])
+LIKELY = {
+    "messages": st.lists(MESSAGE, max_size=3),
+    "input": st.just("x") | st.lists(MESSAGE, max_size=3),
+    "tools": TOOLS,
+    "tool_choice": st.sampled_from(["auto", "none", {"type": "auto"}, {"type": "any"}]),
+    "max_tokens": st.integers(0, 120),
+    "stream": st.booleans(),
+    "stop": st.text(max_size=3),
+}
 
 
-@given(st.dictionaries(FIELDS | st.text(max_size=10), JSON, max_size=6))
-@settings(max_examples=500, deadline=None)
-def test_random_bodies_are_refused_or_sent_whole(fields: dict[str, Any]) -> None:
-    """Whatever is accepted makes a body that names only allowed fields (500 bodies here; 20,000 under `full`)."""
-    check_random_body(fields)
+def bodies(kind: type[Dialect]) -> st.SearchStrategy[dict[str, Any]]:
+    names = {*REFUSED, *OPT_IN, *GATEWAY_SET, *(field.name for field in fields_of(kind.request))} - {"model"}
+    field = st.sampled_from(sorted(names)).flatmap(lambda name: st.tuples(st.just(name), LIKELY.get(name, JSON)))
+    return st.lists(field | st.tuples(st.text(max_size=10), JSON), max_size=5).map(dict)
+
+
+def check_random_body(kind: type[Dialect], fields: dict[str, Any]) -> None:
+    try:
+        checked = ask(kind.path, **fields)
+        upstream = sent(checked)
+    except RequestInvalid:
+        return
+    allowed = {field.name for field in fields_of(kind.request)} | {"cache_salt", "messages", "tools"}
+    assert upstream.keys() <= allowed
+    assert upstream["model"] == "a-1"
+    assert upstream.get("cache_salt") == ("s" if kind.generates else None)
+    assert not upstream.keys() & (kind.refused.keys() | kind.opt_in) - allowed
+    for message in upstream.get("messages", []):
+        assert message.keys() <= {"role", "content", "name", "tool_calls", "tool_call_id"}
+
+
+@pytest.mark.parametrize("kind", DIALECTS, ids=lambda kind: kind.path)
+def test_random_bodies_are_refused_or_sent_whole(kind: type[Dialect]) -> None:
+    """Whatever is accepted makes a body that names only allowed fields (here 150 a dialect; 20,000 under `full`)."""
+    settings(max_examples=150, deadline=None)(given(bodies(kind))(lambda fields: check_random_body(kind, fields)))()
 
 
 @pytest.mark.full
-@given(st.dictionaries(FIELDS | st.text(max_size=10), JSON, max_size=6))
-@settings(max_examples=20_000, deadline=None)
-def test_twenty_thousand_random_bodies(fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", DIALECTS, ids=lambda kind: kind.path)
+def test_twenty_thousand_random_bodies(kind: type[Dialect]) -> None:
     """The same at full scale."""
-    check_random_body(fields)
-
-
-def check_random_body(fields: dict[str, Any]) -> None:
-    try:
-        checked = CHAT.check(json.dumps({"model": "bot", "messages": HELLO, **fields}).encode())
-    except RequestInvalid:
-        return
-    body = sent(checked)
-    assert body["model"] == "a-1"
-    assert not set(body) & set(REFUSED)
+    settings(max_examples=20_000, deadline=None)(given(bodies(kind))(lambda fields: check_random_body(kind, fields)))()
