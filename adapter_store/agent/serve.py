@@ -9,13 +9,23 @@ from pathlib import Path
 
 from adapter_store.agent.settings import AgentSettings
 
+ANY_PARSER = "pythonic"  # needs nothing of the tokenizer, and leaves required and named calls to the grammar
+
 
 def launch_plan(
-    settings: AgentSettings, *, listen: str, max_model_len: int | None, extra: tuple[str, ...], device: str
+    settings: AgentSettings,
+    *,
+    listen: str,
+    max_model_len: int | None,
+    extra: tuple[str, ...],
+    device: str,
+    tool_call_parser: str | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """The command line and environment of one replica.
 
     `listen` is `unix:/path` or `host:port`. On CPU one slot more is asked for than tenants get: the null adapter's.
+    vLLM 0.32 calls no function at all without a parser, not even a required one, which is held to JSON by a grammar and
+    needs none: `ANY_PARSER` stands in where no `tool_call_parser` knows the base model's own form.
     """
     own = 1 if settings.needs_null_adapter else 0
     arguments = [
@@ -29,6 +39,8 @@ def launch_plan(
         "--worker-extension-cls", "adapter_store.agent.worker.WorkerExtension",
         "--scheduling-policy", "priority",
         "--enable-prompt-tokens-details",
+        "--enable-auto-tool-choice",
+        "--tool-call-parser", tool_call_parser or ANY_PARSER,
         "--shutdown-timeout", "30",
         "--disable-uvicorn-access-log",
         "--generation-config", str(settings.base_model),
