@@ -87,6 +87,7 @@ class RetryBudget:
         self._floor = floor
         self._requests = Window(clock)
         self._retries = Window(clock)
+        self.taken = 0
 
     def request(self) -> None:
         """A first try goes out."""
@@ -97,6 +98,7 @@ class RetryBudget:
         allowed = self._retries.count() + 1 <= max(self._floor, self._share * self._requests.count())
         if allowed:
             self._retries.add()
+            self.taken += 1
         return allowed
 
 

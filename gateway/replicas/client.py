@@ -81,14 +81,23 @@ class _AgentErrorBody(msgspec.Struct):
 
 
 class ReplicaClient:
-    """Control calls to one replica's agent, and the bytes of its generation requests."""
+    """Control calls to one replica's agent, and the bytes of its generation requests.
+
+    Control calls have connections of their own: what happens to requests' connections says nothing about the agent.
+    """
 
     def __init__(self, upstream: Upstream, token: str) -> None:
         self.upstream = upstream
+        self._control = Upstream(upstream.url)
         self._common = (
             f"host: {upstream.host_header}\r\nauthorization: Bearer {token}\r\n"
             "accept: */*\r\ncontent-type: application/json\r\n"
         ).encode()
+
+    def close(self) -> None:
+        """Cut every connection."""
+        self.upstream.close()
+        self._control.close()
 
     async def state(self, timeout_s: float) -> ReplicaReport:
         """What the replica is and holds.
@@ -149,11 +158,11 @@ class ReplicaClient:
         head = f"{method} /tailor/{path} HTTP/1.1\r\n".encode() + self._common
         request = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
         async with asyncio.timeout(timeout_s):
-            connection = await self.upstream.send(request)
+            connection = await self._control.send(request)
             try:
                 answer = await connection.read_all(16 << 20)
             finally:
-                self.upstream.release(connection)
+                self._control.release(connection)
         if connection.status >= 400:
             raise AgentRefusedError(connection.status, _code_of(answer))
         return answer

@@ -132,7 +132,7 @@ class ReplicaPool:
         for replica in self._replicas.values():
             replica.residency.abandon()
             replica.turns.close()
-            replica.client.upstream.close()
+            replica.client.close()
 
     def states(self) -> dict[str, ReplicaState]:
         return {replica.id: replica.state for replica in self._replicas.values()}
@@ -169,8 +169,21 @@ class ReplicaPool:
         return await self._place_in_turn(replica, version, tenant_id, plan, cost, tried)
 
     def choose(self, adapter: str, *, tried: Sequence[Replica] = ()) -> Replica:
-        """A replica for a request that takes no place."""
+        """A replica for a request that takes no place: it asks the API server, not the engine.
+
+        Raises:
+            ReplicaUnavailable: none takes requests.
+        """
         return self._choose(None, tried)
+
+    def has_other(self, replica: Replica) -> bool:
+        """Whether another replica takes requests."""
+        return any(other is not replica and other.takes_requests for other in self._replicas.values())
+
+    @property
+    def retry_count(self) -> int:
+        """Second tries so far."""
+        return self._retries.taken
 
     def retry_allowed(self) -> bool:
         """Whether a request that no byte of an answer came for may be sent a second time; it is counted.
@@ -416,7 +429,7 @@ class ReplicaPool:
             watch.cancel()
         replica.residency.abandon()
         replica.turns.close()
-        replica.client.upstream.close()
+        replica.client.close()
 
     def _watch(self, replica: Replica) -> None:
         self._watches[replica.url] = asyncio.create_task(replica.watch())

@@ -111,6 +111,11 @@ class Replica:
     def null_adapter(self) -> str | None:
         return self.report.null_adapter if self.report is not None else None
 
+    @property
+    def corrupted_requests(self) -> int:
+        """Requests whose logits were not finite, since the engine's start."""
+        return self.report.corrupted_requests if self.report is not None else 0
+
     # what routing reads
 
     @property

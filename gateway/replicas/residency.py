@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -73,6 +73,8 @@ class Residency:
         self._turn = TenantTurns()
         self.load_count = 0
         self.failed_loads = 0
+        self.load_seconds = 0.0
+        self.evictions = 0
 
     def held(self, version: Version) -> Resident | None:
         """The resident, or None when it must be loaded first."""
@@ -84,6 +86,9 @@ class Residency:
 
     def holds(self, key: object) -> bool:
         return key in self._residents
+
+    def residents(self) -> Collection[Resident]:
+        return self._residents.values()
 
     def is_loading(self, key: Key) -> bool:
         return key in self._loading
@@ -186,6 +191,7 @@ class Residency:
 
     def _note(self, key: Key, version: Version, report: LoadReport) -> Resident:
         self.load_count += 1
+        self.load_seconds += report.load_s
         log.info(
             "adapter %s of tenant %s loaded as %s: fetch %.3f s, load %.3f s",
             version.digest, version.tenant_id, report.name, report.fetch_s, report.load_s,
@@ -213,6 +219,7 @@ class Residency:
                 resident.tier = adapter.tier
             elif resident.loaded_at < asked_at:
                 self.forget(resident)
+                self.evictions += 1
         for adapter in known.values():
             if adapter.owner:
                 key = (TenantId(adapter.owner), adapter.digest)
