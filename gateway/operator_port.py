@@ -5,7 +5,6 @@ Its server is asyncio's own: a second uvicorn would cost each worker a lifespan 
 """
 
 import asyncio
-import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
-from gateway.home import ConfigurationError
+from gateway.listening import bind
 from gateway.telemetry.exposition import CONTENT_TYPE
 
 log = logging.getLogger("tailor.operator_port")
@@ -68,22 +67,7 @@ class OperatorPort:
         Raises:
             ConfigurationError: it is taken, or not ours to take.
         """
-        listener = socket.socket(socket.AF_INET6 if ":" in self._host else socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((self._host, self._port))
-            listener.listen(MAX_CONNECTIONS)
-        except OSError as error:
-            listener.close()
-            if error.errno == errno.EADDRINUSE:
-                raise ConfigurationError(
-                    f"The operator port {self._port} on {self._host} is in use: stop what listens there, or set "
-                    "TAILOR_OPERATOR_PORT to a free one or to 0 for none."
-                ) from error
-            raise ConfigurationError(
-                f"Cannot listen on the operator port, {self._host} port {self._port}: {error.strerror}."
-            ) from error
-        self._listener = listener
+        self._listener = bind(self._host, self._port, setting="TAILOR_OPERATOR_PORT")
 
     @property
     def port(self) -> int:

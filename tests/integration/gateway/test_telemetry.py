@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,6 +26,7 @@ from gateway.telemetry.asgi import Counted
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.observation import Observation
 from gateway.telemetry.tracing import Tracing, open_tracing
+from tests.integration.gateway.conftest import RunGateway, RunReplica
 
 CHAT = "/v1/chat/completions"
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -140,7 +142,7 @@ async def test_connections_are_bounded() -> None:
 async def test_a_port_that_is_taken_is_told_by_name() -> None:
     """Before anything is served, with what to do."""
     async with operator_port(Metrics(tenants=1, adapters=1)) as port:
-        with pytest.raises(ConfigurationError, match=rf"operator port {port.port} .* TAILOR_OPERATOR_PORT"):
+        with pytest.raises(ConfigurationError, match=rf"Port {port.port} .* TAILOR_OPERATOR_PORT"):
             OperatorPort("127.0.0.1", port.port, Metrics(tenants=1, adapters=1).page).bind()
 
 
@@ -382,3 +384,72 @@ async def test_a_collector_that_is_away_is_no_failure(otel: pytest.MonkeyPatch) 
     assert trace is not None
     trace.finish(observation())
     await tracing.close()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_gateway_tells_of_a_request_from_client_to_engine(
+    collector: Collector,
+    otel: pytest.MonkeyPatch,
+    run_replica: RunReplica,
+    run_gateway: RunGateway,
+    good: Path,
+    caplog: pytest.LogCaptureFixture,
+    streamed: bool,
+) -> None:
+    """Counted, traced and told to the engine under one id; nothing that a tenant wrote is in any of it."""
+    otel.setenv("OTEL_TRACES_SAMPLER", "always_on")
+    otel.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    caplog.set_level("DEBUG", logger="tailor")
+    replica = await run_replica()
+    port = free_port()
+    gateway = await run_gateway(replica, operator_port=port)
+    tenant = await gateway.tenant("canary-tenant")
+    assert (await tenant.publish(good, "canary-bot")).status_code == 201
+    asked = {"model": "canary-bot", "messages": [{"role": "user", "content": "canary-prompt"}], "stream": streamed}
+    sent = {"traceparent": TRACEPARENT.decode(), "tracestate": "canary=state", "x-canary": "canary-header"}
+    answer = await tenant.client.post(CHAT, json=asked, headers=sent)
+    assert answer.status_code == 200
+    refused = await tenant.client.post(CHAT, json={**asked, "model": "canary-missing"}, headers=sent)
+    assert refused.status_code == 404
+
+    page = (await gateway.client().get(f"http://127.0.0.1:{port}/metrics")).text
+    assert gateway.parts.metrics.unwatched() == set()
+    assert {family.name for family in text_string_to_metric_families(page)} == {
+        metric.name.removesuffix("_total") if metric.kind == "counter" else metric.name for metric in names.METRICS
+    }
+    assert f'tailor_requests_total{{method="POST",route="{CHAT}",status="200"}} 1\n' in page
+    assert f'tailor_requests_total{{method="POST",route="{CHAT}",status="404"}} 1\n' in page
+    assert 'tailor_requests_total{method="POST",route="/v1/adapters",status="201"} 1\n' in page
+    assert 'tailor_slot_requests_total{tier="cold"} 1\n' in page
+    assert f'tailor_time_to_first_token_seconds_count{{route="{CHAT}",tier="cold"}} 1\n' in page or not streamed
+    [replica_id] = gateway.parts.pool.states()
+    assert f'tailor_replica_state{{replica="{replica_id}",state="ready"}} 1.0\n' in page
+    assert "tailor_scrape_faults_total 0.0\n" in page
+
+    async with asyncio.timeout(10):
+        while sum(span.kind == Span.SPAN_KIND_SERVER for span in collector.spans) < 2:
+            await asyncio.sleep(0.02)
+    served, missed = sorted(
+        (span for span in collector.spans if span.kind == Span.SPAN_KIND_SERVER),
+        key=lambda span: span.start_time_unix_nano,
+    )
+    assert {span.trace_id.hex() for span in collector.spans} == {TRACE_ID}
+    assert plain(served.attributes)[names.REQUEST_ID] == answer.headers["x-request-id"]
+    assert plain(served.attributes)[names.ADAPTER_TIER] == "cold"
+    assert plain(missed.attributes)[names.HTTP_STATUS] == 404
+    [upstream] = [span for span in collector.spans if span.kind == Span.SPAN_KIND_CLIENT]
+    usage = plain(upstream.attributes)
+    assert usage[names.GEN_AI_OUTPUT_TOKENS] > 0 < usage[names.GEN_AI_INPUT_TOKENS]
+    assert names.LOAD_SPAN in {span.name for span in collector.spans}
+    [heard] = [request["headers"] for request in replica.requests if "canary-prompt" in str(request["body"])]
+    assert heard["traceparent"] == f"00-{TRACE_ID}-{upstream.span_id.hex()}-01"
+    assert "tracestate" not in heard
+    for told in (page, str(collector.spans), caplog.text):
+        assert "canary" not in told
+        assert tenant.key not in told
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+        return port
