@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from adapter_store.base_model import BaseModel
 from gateway.app import create_app
 from gateway.dependencies import Parts
+from gateway.front import Front
 from gateway.home import Home
 from gateway.protocol import FrontProtocol
 from gateway.settings import Settings
@@ -50,6 +51,7 @@ class Gateway:
     parts: Parts
     operator: httpx.AsyncClient
     home: Home
+    front: Front
     clients: list[httpx.AsyncClient] = field(default_factory=list)
 
     def client(self, key: str | None = None) -> httpx.AsyncClient:
@@ -117,7 +119,7 @@ async def serving(settings: Settings) -> AsyncIterator[Gateway]:
         await asyncio.sleep(0.01)
     home = Home(settings.home)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    gateway = Gateway(url, app.parts, httpx.AsyncClient(), home)
+    gateway = Gateway(url, app.parts, httpx.AsyncClient(), home, app)
     gateway.operator = gateway.client(home.operator_key())
     try:
         yield gateway
@@ -198,6 +200,13 @@ def good(tmp_path: Path) -> Path:
 @pytest.fixture
 def other_good(tmp_path: Path) -> Path:
     return write_good(tmp_path / "other-good", seed=2)
+
+
+def live_routes(front: Front) -> set[tuple[str, str]]:
+    """Method and path of everything that this gateway answers, as it was put together."""
+    control = front._app._app  # type: ignore[attr-defined]  # FastAPI, under the counting of its requests
+    found = {(method, route.path) for route in control.routes for method in route.methods}
+    return found | {("POST", path.decode()) for path in front.hot}
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:

@@ -1,0 +1,252 @@
+"""The gateway's API as an OpenAPI document: FastAPI's own for the control routes, the dialects' types for the hot ones.
+
+No route serves it: strangers would read the operators' routes there, and `tailor openapi` writes it without a running
+server or a base model. Fields that only an operator's setting allows (`TAILOR_ALLOWED_FIELDS`) are not in it.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import Any, Final
+
+import msgspec
+from fastapi.openapi.utils import get_openapi
+from msgspec import Struct
+from starlette.routing import BaseRoute
+
+from adapter_store.bundle import BUNDLE_FILES
+from gateway.dialects import DIALECTS, Dialect, chat, counts, messages, responses
+from gateway.dialects.fields import Text, TokenId
+from gateway.errors import Envelope, RejectedEnvelope
+from gateway.front import OPEN_PATHS, UPLOAD_PATH
+
+Json = dict[str, Any]
+TITLE: Final = "Tailor"
+JSON: Final = "application/json"
+ANTHROPIC: Final = "/v1/messages"
+_SCHEMAS: Final = "#/components/schemas/"
+_MODULES: Final = "gateway.dialects."  # before the names of types that several dialects have
+_Object = dict[str, Any]
+
+SHOWN: Final[tuple[tuple[type[Struct], str, Any], ...]] = (
+    (chat.System, "content", Text | chat.Parts),
+    (chat.Developer, "content", Text | chat.Parts),
+    (chat.User, "content", Text | chat.Parts),
+    (chat.ToolResult, "content", Text | chat.Parts),
+    (chat.Assistant, "content", Text | chat.AnswerParts | None),
+    (chat.TextPart, "text", Text),
+    (chat.RefusalPart, "refusal", Text),
+    (chat.Function, "parameters", _Object | None),
+    (chat.JsonSchema, "schema", _Object),
+    (chat.CompletionRequest, "prompt", Text | list[TokenId]),
+    (counts.TokenizeRequest, "prompt", Text),
+    (messages.User, "content", Text | messages.Told),
+    (messages.Assistant, "content", Text | messages.Answered),
+    (messages.System, "content", Text | messages.Blocks),
+    (messages.TextBlock, "text", Text),
+    (messages.ToolResult, "content", Text | messages.Blocks | None),
+    (messages.ToolUse, "input", _Object),
+    (messages.Tool, "input_schema", _Object),
+    (messages.OutputFormat, "schema", _Object),
+    (messages.Conversation, "system", Text | messages.Blocks | None),
+    (messages.MessagesRequest, "system", Text | messages.Blocks | None),
+    (responses.TextPart, "text", Text),
+    (responses.TextPart, "refusal", Text),
+    (responses.Item, "content", Text | responses.Parts),
+    (responses.Item, "output", Text | responses.Parts),
+    (responses.Tool, "parameters", _Object | None),
+    (responses.Format, "schema", _Object),
+    *(
+        (request, name, shown)
+        for request in (responses.ResponsesRequest, counts.InputTokensRequest)
+        for name, shown in (("input", Text | list[responses.Item]), ("instructions", Text | None))
+    ),
+)
+"""What clients may send where a request's type has raw JSON, which is held later; a test finds those left out."""
+
+RECEIPTS: Final = {
+    "x-request-id": "The request's id: the client's own where that is of `[A-Za-z0-9._:-]{1,64}`, else a new one.",
+    "x-tailor-adapter": "The adapter that answered; `-` for the base model.",
+    "x-tailor-version": "Its version, `number; sha256=digest`; `base; sha256=fingerprint` for the base model.",
+    "x-tailor-replica": "The replica that answered.",
+    "x-tailor-fallback": "Only where the alias's declared fallback answered: which one.",
+    "server-timing": "Wait for a turn (`queue`), for the adapter (`load`), and where that was (`adapter`).",
+}
+REQUEST_ID: Final = {
+    "name": "x-request-id",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,64}$"},
+    "description": "Names the request in the answer and in the server's log.",
+}
+
+
+def document() -> Json:
+    """The whole API."""
+    from gateway.app import ROUTERS
+
+    return openapi([route for part in ROUTERS for route in part.router.routes], DIALECTS)
+
+
+def openapi(routes: Sequence[BaseRoute], dialects: Iterable[type[Dialect]]) -> Json:
+    """The document of these control routes and these generation endpoints."""
+    control = get_openapi(title=TITLE, version=version("tailor"), summary=_SUMMARY, description=_ABOUT, routes=routes)
+    schemas: Json = control["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own; ours are told in one envelope
+        schemas.pop(name, None)
+    schemas |= _error_schemas()
+    paths: Json = control["paths"]
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            _complete(path, method, operation)
+    hot, components = _hot_paths(tuple(dialects))
+    paths |= hot
+    schemas |= components
+    control["components"]["securitySchemes"] = _SECURITY
+    control["tags"] = [{"name": name, "description": text} for name, text in _TAGS.items()]
+    return control
+
+
+# control routes
+
+
+def _complete(path: str, method: str, operation: Json) -> None:
+    """What FastAPI does not know: keys, errors, bodies that it does not read."""
+    answers: Json = operation["responses"]
+    answers.pop("422", None)
+    if path in OPEN_PATHS:
+        if path == "/ready":
+            answers["503"] = {"description": "Not ready; the same object says why.", "content": _content({})}
+        return
+    operation["security"] = [{"bearer": []}]
+    statuses = {400, 401, 403, 404, 500, 503}
+    if method != "get":
+        statuses |= {408, 409, 413, 507}
+    if path == UPLOAD_PATH and method == "post":
+        operation["requestBody"] = _UPLOAD
+        answers["201"]["headers"] = {"location": _text_header("The adapter's path.")}
+        answers["422"] = _error(422, "RejectedError")
+    if path.endswith("/usage"):
+        answers["200"]["content"]["text/csv"] = {"schema": {"type": "string"}}
+        answers["200"]["headers"] = {
+            "x-tailor-next-page": _text_header("In CSV only: what next_page is in JSON.", required=False)
+        }
+    answers |= {str(status): _error(status) for status in sorted(statuses)}
+
+
+# generation endpoints
+
+
+def _hot_paths(dialects: tuple[type[Dialect], ...]) -> tuple[Json, Json]:
+    """Their path items, and the schemas of their requests."""
+    requests = [dialect.request for dialect in dialects]
+    types = [*requests, *(struct for struct, _, _ in SHOWN), *(shown for _, _, shown in SHOWN)]
+    found, components = msgspec.json.schema_components(types, ref_template=_SCHEMAS + "{name}")
+    structs, shown = found[len(requests) : -len(SHOWN)], found[-len(SHOWN) :]
+    for (_, field, _), struct, schema in zip(SHOWN, structs, shown, strict=True):
+        place = components[struct["$ref"].removeprefix(_SCHEMAS)]["properties"]
+        place[field] = {**place[field], **schema}
+    named = zip(dialects, found, strict=False)
+    paths = {dialect.path: {"post": _generation(dialect, schema)} for dialect, schema in named}
+    plain: tuple[Json, Json] = json.loads(json.dumps([paths, components]).replace(_MODULES, ""))
+    return plain[0], plain[1]
+
+
+def _generation(dialect: type[Dialect], request: Json) -> Json:
+    anthropic = dialect.path.startswith(ANTHROPIC)
+    told = {"type": "object", "description": f"As {'Anthropic' if anthropic else 'OpenAI'} has it."}
+    content: Json = {JSON: {"schema": told}}
+    if dialect.generates:
+        content["text/event-stream"] = {"schema": {"type": "string"}}  # with `stream: true`
+    shown = RECEIPTS if dialect.generates else {"x-request-id": RECEIPTS["x-request-id"]}
+    headers = {name: _text_header(text, required=name == "x-request-id") for name, text in shown.items()}
+    statuses = (400, 401, 403, 404, 408, 413, 429, 500, 502, 503)
+    errors = {str(status): _error(status, "AnthropicError" if anthropic else "Error") for status in statuses}
+    return {
+        "tags": ["generation" if dialect.generates else "counting"],
+        "summary": dialect.__name__,
+        "operationId": dialect.path.strip("/").replace("/", "_"),
+        "security": [{"bearer": []}, {"x-api-key": []}],
+        "parameters": [REQUEST_ID],
+        "requestBody": {"required": True, "content": {JSON: {"schema": request}}},
+        "responses": {"200": {"description": "The answer.", "headers": headers, "content": content}, **errors},
+    }
+
+
+# errors
+
+
+def _error_schemas() -> Json:
+    found, components = msgspec.json.schema_components([Envelope, RejectedEnvelope], ref_template=_SCHEMAS + "{name}")
+    error, rejected = found
+    kind = {"type": "string"}
+    anthropic = {"type": "object", "required": ["type", "message"], "properties": {"type": kind, "message": kind}}
+    return {
+        **components,
+        "Error": _object(error=error),
+        "RejectedError": _object(error=rejected),
+        "AnthropicError": _object(type={"const": "error"}, error=anthropic, request_id=kind),
+    }
+
+
+def _error(status: int, schema: str = "Error") -> Json:
+    told: Json = {"description": f"{HTTPStatus(status).phrase}.", "content": _content({"$ref": _SCHEMAS + schema})}
+    if status in (429, 503):
+        retry = {"description": "Seconds.", "schema": {"type": "integer"}, "required": False}
+        told["headers"] = {"retry-after": retry}
+    return told
+
+
+def _object(**properties: Json) -> Json:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _content(schema: Json) -> Json:
+    return {JSON: {"schema": schema}}
+
+
+def _text_header(text: str, *, required: bool = True) -> Json:
+    return {"description": text, "schema": {"type": "string"}, "required": required}
+
+
+_SUMMARY: Final = "One base model and a fitted adapter for every tenant."
+_ABOUT: Final = (
+    "Every call but `/health` and `/ready` needs a key. Other paths answer 404, other methods 405, both with the same "
+    "envelope; without a key both are 401."
+)
+_SECURITY: Final = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "A key, `sk-tailor-…`; its scopes say what for."},
+    "x-api-key": {
+        "type": "apiKey",
+        "in": "header",
+        "name": "x-api-key",
+        "description": "The same key, for generation.",
+    },
+}
+_TAGS: Final = {
+    "generation": "Scope `inference`.",
+    "counting": "Scope `inference`; nothing is generated.",
+    "models": "Scope `inference`.",
+    "adapters": "Scope `adapters`.",
+    "keys": "Scope `admin`: the keys of one's own tenant.",
+    "usage": "Own use with scope `inference` or `admin`; everybody's with `operator`.",
+    "admin": "Scope `operator`.",
+    "replicas": "Scope `operator`.",
+    "health": "Open to all.",
+}
+_UPLOAD: Final[Json] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["name", *BUNDLE_FILES],
+                "properties": {
+                    "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"},
+                    **{name: {"type": "string", "format": "binary"} for name in BUNDLE_FILES},
+                },
+            }
+        }
+    },
+}
