@@ -160,7 +160,7 @@ def _for_demo(settings: Settings, base: Path) -> Settings:
 def _ask_everything(url: str, home: Home, customers: Sequence[Customer], base: str) -> dict[str, Any]:
     """Publish both adapters, ask every question of base and both adapters, try to cross the fence."""
     operator = ApiClient(url, home.operator_key())
-    known = {tenant["name"] for tenant in operator.call("GET", "/admin/v1/tenants")["data"]}
+    known = {tenant["name"] for tenant in operator.call("GET", "/admin/v1/tenants", params={"limit": 1_000})["data"]}
     for customer in customers:
         if customer.name not in known:
             operator.call("POST", "/admin/v1/tenants", {"name": customer.name})

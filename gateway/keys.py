@@ -147,6 +147,8 @@ class Keys:
                 raise KeyIsOver("This key is revoked or expired: make a new one.", param="key")
             asked = _new_details(old.tenant_id, old.scopes, secret, old.label, now, old.expires_at)
             made = replace(await self._bounded(connection, asked, maker), replaces=old.id)
+            if made.expires_at != old.expires_at:
+                raise GrantTooWide("Your key ends before this one: it makes no successor with the same end.")
             await _insert(connection, made)
             ends_at = now + overlap_s if old.expires_at is None else min(old.expires_at, now + overlap_s)
             await connection.execute(update(api_keys).where(api_keys.c.id == old.id).values(expires_at=ends_at))
