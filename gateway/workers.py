@@ -22,7 +22,7 @@ from gateway.settings import Settings
 from gateway.signals import until_stopped
 
 log = logging.getLogger("tailor.workers")
-START_S: Final = 60.0
+START_S: Final = 120.0
 STOP_MARGIN_S: Final = 5.0
 
 
@@ -58,14 +58,14 @@ class Workers:
         """One per worker, in order; fewer while they start."""
         return tuple(self._children)
 
-    async def start(self) -> None:
+    async def start(self, *, tries: int = 1) -> None:
         """The first worker, and when it serves the others: it alone meets an empty home, an old schema, a fault.
 
         Raises:
-            WorkerFailed: it does not serve.
+            WorkerFailed: it has ended so many times, and never served.
         """
         self._children.append(self._launch(0))
-        await self._served(self._children[0])
+        await self._served(self._children[0], tries)
         for number in range(1, len(self._ports)):
             self._children.append(self._launch(number))
 
@@ -78,7 +78,7 @@ class Workers:
         for number, old in enumerate(self._children):
             new = self._launch(number)
             try:
-                await self._served(new)
+                await self._served(new, 1)
             except WorkerFailed:
                 await new.stop()
                 raise
@@ -115,10 +115,10 @@ class Workers:
         run.add_done_callback(lambda _: self._runs.pop(child))
         return child
 
-    async def _served(self, child: Child) -> None:
+    async def _served(self, child: Child, tries: int) -> None:
         try:
             async with asyncio.timeout(START_S):
-                if await child.first_start():
+                if await child.becomes_ready(tries):
                     return
         except TimeoutError:
             raise WorkerFailed(f"{child.command.name} does not serve after {START_S:.0f} s") from None

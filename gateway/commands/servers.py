@@ -17,23 +17,37 @@ app = typer.Typer()
 def up(
     base_model: Annotated[str | None, typer.Option(help="Folder or Hugging Face id of the base model.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the gateway.")] = None,
+    replicas: Annotated[int | None, typer.Option(help="Engines to start; on GPUs each has its own.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Gateway processes; more than 1 need TAILOR_REDIS_URL.")] = None,
 ) -> None:
-    """Run the whole stack on this machine until Ctrl-C: engine and gateway, supervised."""
+    """Run the whole stack on this machine until Ctrl-C: engines and gateway, supervised."""
     from gateway.stack import run_up
 
     with told():
-        asyncio.run(run_up(settings_of(base_model=base_model, port=port), lambda text: print(text, flush=True)))
+        settings = settings_of(base_model=base_model, port=port, local_replicas=replicas, workers=workers)
+        asyncio.run(run_up(settings, lambda text: print(text, flush=True)))
+
+
+@app.command()
+def restart() -> None:
+    """Restart the running stack of this home part by part: each engine in turn, then the gateway."""
+    from gateway.stack import restart_running_stack
+
+    with told():
+        restart_running_stack(Home(settings_of().home))
+    print("restarted")
 
 
 @app.command()
 def gateway(
     base_model: Annotated[str | None, typer.Option(help="Folder or Hugging Face id of the base model.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; more than 1 need TAILOR_REDIS_URL.")] = None,
 ) -> None:
     """Become a gateway; TAILOR_REPLICAS says where its replicas are."""
     with told():
-        settings = settings_of(base_model=base_model, port=port)
-        given = {"TAILOR_PORT": str(settings.port)}
+        settings = settings_of(base_model=base_model, port=port, workers=workers)
+        given = {"TAILOR_PORT": str(settings.port), "TAILOR_WORKERS": str(settings.workers)}
         if settings.base_model is not None:
             given["TAILOR_BASE_MODEL"] = settings.base_model
         command = [sys.executable, "-m", "gateway.server"]

@@ -43,16 +43,20 @@ class Child:
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
         self._restarting = False
-        self._first_start: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._is_ready = False
+        self._news = asyncio.Event()
         self.restarts = 0
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process is not None else None
 
-    async def first_start(self) -> bool:
-        """Whether the child, which `tells_when_ready`, became ready before it ended for the first time."""
-        return await asyncio.shield(self._first_start)
+    async def becomes_ready(self, tries: int) -> bool:
+        """Whether the child, which `tells_when_ready`, became ready before it ended for the `tries`-th time."""
+        while not self._is_ready and self.restarts < tries and not self._stopping.is_set():
+            await self._news.wait()
+            self._news.clear()
+        return self._is_ready
 
     async def run(self) -> None:
         """Keep the child alive until `stop`; restarts wait longer and longer while it dies young."""
@@ -63,9 +67,9 @@ class Child:
                 status: object = await self._run_once()
             except OSError as error:  # no log file, no descriptor, no memory: it may pass
                 status = error
-            if not self._first_start.done():
-                self._first_start.set_result(False)
+            self._is_ready = False
             if self._stopping.is_set():
+                self._news.set()
                 return
             if self._restarting:
                 self._restarting = False
@@ -75,6 +79,7 @@ class Child:
             if lived_s > STEADY_S:
                 pause_s = FIRST_PAUSE_S
             self.restarts += 1
+            self._news.set()
             log.error(
                 "%s ended with status %s after %.0f s; started again in %.1f s%s",
                 self.command.name, status, lived_s, pause_s,
@@ -117,8 +122,9 @@ class Child:
 
     def _hear(self, ours: int) -> None:
         said = os.read(ours, 65_536)
-        if READY in said and not self._first_start.done():
-            self._first_start.set_result(True)
+        if READY in said:
+            self._is_ready = True
+            self._news.set()
         if not said:
             asyncio.get_running_loop().remove_reader(ours)
             os.close(ours)

@@ -12,7 +12,7 @@ from tests.bad_adapters import write_base
 
 TAILOR = str(Path(sys.executable).parent / "tailor")
 VERBS = [
-    [], ["up"], ["gateway"], ["replica"], ["tenant"], ["tenant", "create"], ["tenant", "list"], ["key"],
+    [], ["up"], ["restart"], ["gateway"], ["replica"], ["tenant"], ["tenant", "create"], ["tenant", "list"], ["key"],
     ["key", "create"], ["key", "list"], ["key", "revoke"], ["adapter"], ["adapter", "push"], ["adapter", "list"],
     ["adapter", "show"], ["adapter", "delete"], ["train"], ["base"], ["base", "tiny"], ["chat"], ["demo"],
 ]  # fmt: skip
@@ -85,10 +85,22 @@ def test_all_faulty_settings_are_told_at_once(home: Path) -> None:
     assert all(name in told for name in faults)
 
 
+def test_several_workers_need_a_place_to_count_together(home: Path) -> None:
+    """Limits that each worker keeps for itself would be as many times as high."""
+    for verb in ("up", "gateway"):
+        assert "TAILOR_REDIS_URL" in said(tailor(home, verb, "--workers", "2"))
+
+
+def test_without_a_stack_there_is_nothing_to_restart(home: Path) -> None:
+    """And it says whose stack it looked for."""
+    assert str(home) in said(tailor(home, "restart"))
+
+
 def test_a_public_address_must_be_meant(home: Path, tmp_path: Path) -> None:
     """Listening beyond this machine asks for a second setting."""
     base = str(write_base(tmp_path / "base"))
-    assert "TAILOR_ALLOW_PUBLIC" in said(tailor(home, "gateway", "--base-model", base, TAILOR_HOST="0.0.0.0"))
+    for setting in ("TAILOR_HOST", "TAILOR_OPERATOR_HOST"):
+        assert "TAILOR_ALLOW_PUBLIC" in said(tailor(home, "gateway", "--base-model", base, **{setting: "0.0.0.0"}))
 
 
 def test_a_folder_without_an_adapter_is_named(home: Path, tmp_path: Path) -> None:
