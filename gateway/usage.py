@@ -115,7 +115,10 @@ class Ledger:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._pass()
-        self._open.close()
+        if self._open.rows:
+            self._open.close()
+        else:
+            self._open.delete()
         if self._sealed is not None:
             self._sealed.close()
 

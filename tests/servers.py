@@ -81,6 +81,10 @@ class PostgresServer:
                 [*command, "-F", "-c", "shared_buffers=16MB"], stdout=log, stderr=log, user=self._user, cwd="/"
             )
         _wait_for(self._folder / ".s.PGSQL.5432", self._process)
+        ready = [str(binaries / "pg_isready"), "-q", "-h", str(self._folder)]
+        while subprocess.run(ready, check=False).returncode:  # it listens before it lets anybody in
+            assert self._process.poll() is None
+            time.sleep(0.01)
 
     def stop(self) -> None:
         assert self._process is not None
