@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import uvloop
@@ -23,24 +23,48 @@ import uvloop
 from loadtests.overhead.client import Target
 from loadtests.overhead.features import missing_features
 from loadtests.overhead.model_files import BASE_NAME
-from loadtests.overhead.phases import Length, Round, all_phases, median, watch
+from loadtests.overhead.phases import Length, Round, Watched, all_phases, median, watch
 from loadtests.overhead.processes import niceness, on_core, rss_mib, two_cores
 from loadtests.overhead.profile import profile
 from loadtests.overhead.report import Row, exit_code, load_rows, markdown, row
 from loadtests.overhead.scale import scale_rows
-from loadtests.overhead.stack import CannotMeasureError, Gateway, Start, base_model, mock_upstream, nginx, nginx_path
+from loadtests.overhead.stack import (
+    CannotMeasureError,
+    Gateway,
+    RunningGateway,
+    Start,
+    base_model,
+    mock_upstream,
+    nginx,
+    nginx_path,
+)
 
-STARTS = 5
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is measured."""
+
+    rounds: int
+    seconds: float
+    first_tokens: int
+    starts: int
+    scale_rounds: int
+
+
+QUICK = Effort(rounds=2, seconds=1.0, first_tokens=100, starts=3, scale_rounds=5)
+FULL = Effort(rounds=9, seconds=2.0, first_tokens=300, starts=5, scale_rounds=20)
 
 
 def main() -> int:
     args = _arguments()
+    effort = QUICK if args.quick else FULL
+    effort = replace(effort, rounds=args.rounds or effort.rounds, seconds=args.seconds or effort.seconds)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
     try:
-        rows, rounds = measure(args)
+        rows, rounds = measure(args, effort)
         tell(rows)
         if not args.skip_scale:
-            scale = scale_rows(rounds=5 if args.quick else 20)
+            scale = scale_rows(rounds=effort.scale_rounds)
             tell(scale)
             rows += scale
     except CannotMeasureError as error:
@@ -59,39 +83,67 @@ def tell(rows: list[Row]) -> None:
     sys.stdout.flush()
 
 
-def measure(args: argparse.Namespace) -> tuple[list[Row], list[Round]]:
-    """The figures of one run, and the rounds they are the medians of."""
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """What is measured, running: direct, nginx and gateway, in this order; `starts` are the gateway's."""
+
+    upstream_port: int
+    gateway: RunningGateway
+    starts: Sequence[Start]
+    ready_mib: float
+    targets: Sequence[Target]
+
+
+def measure(args: argparse.Namespace, effort: Effort) -> tuple[list[Row], list[Round]]:
+    """The figures of one run, and the rounds they are the medians of.
+
+    Raises:
+        CannotMeasureError: something is missing or does not start.
+    """
+    nginx_path()
     proxy_core, client_core = two_cores()
-    length = Length(args.seconds or (1.0 if args.quick else 2.0), 100 if args.quick else 300)
     with ExitStack() as held:
         if args.nice:
             held.enter_context(niceness(args.nice))
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tailor-overhead-")))
-        base, fingerprint = base_model(folder / BASE_NAME)
-        upstream = held.enter_context(mock_upstream(folder, fingerprint, client_core))
-        gateway = Gateway(folder, base, upstream, proxy_core, dict(args.set))
-        starts = []
-        for _ in range(STARTS - 1):
-            with gateway.started() as running:
-                starts.append(running.start)
-        running = held.enter_context(gateway.started())
-        starts.append(running.start)
-        ready_mib = rss_mib(running.start.process.pid)
-        through_nginx = held.enter_context(nginx(folder / "nginx", upstream, proxy_core))
-        targets = [Target("direct", upstream), through_nginx, running.target()]
-        watched = watch(targets, {proxy_core, client_core})
+        stack = start(held, folder, (proxy_core, client_core), dict(args.set), effort.starts)
         with on_core(client_core):
             if args.profile is not None:
-                profile(targets[-1], running.start.process.pid, args.profile)
-            rounds = [uvloop.run(all_phases(watched, length)) for _ in range(args.rounds or (3 if args.quick else 9))]
-        loaded_mib = rss_mib(running.start.process.pid)
-        missing = missing_features(running, targets[-1], upstream)
-    rows = load_rows(median(rounds))
-    memory = {"at_readiness_mib": round(ready_mib, 1), "after_load_mib": round(loaded_mib, 1)}
-    rows.append(row("memory_per_worker_mib", max(ready_mib, loaded_mib), **memory))
-    rows.append(start_row(starts))
-    rows.append(row("features_off", len(missing), missing=missing))
+                profile(stack.targets[-1], stack.gateway.start.process.pid, args.profile)
+            rounds = run(effort, watch(stack.targets, {proxy_core, client_core}))
+        loaded_mib = rss_mib(stack.gateway.start.process.pid)
+        missing = missing_features(stack.gateway, stack.targets[-1], stack.upstream_port)
+    memory = {"at_readiness_mib": round(stack.ready_mib, 1), "after_load_mib": round(loaded_mib, 1)}
+    rows = [
+        *load_rows(median(rounds)),
+        row("memory_per_worker_mib", max(stack.ready_mib, loaded_mib), **memory),
+        start_row(stack.starts),
+        row("features_off", len(missing), missing=missing),
+    ]
     return rows, rounds
+
+
+def start(held: ExitStack, folder: Path, cores: tuple[int, int], settings: Mapping[str, str], times: int) -> Stack:
+    """Start everything; the gateway several times, the first on an empty home. `cores`: the proxies', the client's."""
+    proxy_core, client_core = cores
+    base, fingerprint = base_model(folder / BASE_NAME)
+    upstream = held.enter_context(mock_upstream(folder, fingerprint, client_core))
+    gateway = Gateway(folder, base, upstream, proxy_core, settings)
+    starts = []
+    for _ in range(times - 1):
+        with gateway.started() as once:
+            starts.append(once.start)
+    running = held.enter_context(gateway.started())
+    ready_mib = rss_mib(running.start.process.pid)
+    through_nginx = held.enter_context(nginx(folder / "nginx", upstream, proxy_core))
+    targets = [Target("direct", upstream), through_nginx, running.target()]
+    return Stack(upstream, running, [*starts, running.start], ready_mib, targets)
+
+
+def run(effort: Effort, watched: Sequence[Watched]) -> list[Round]:
+    """All rounds."""
+    length = Length(effort.seconds, effort.first_tokens)
+    return [uvloop.run(all_phases(watched, length)) for _ in range(effort.rounds)]
 
 
 def start_row(starts: Sequence[Start]) -> Row:

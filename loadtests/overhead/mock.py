@@ -233,12 +233,16 @@ class MockProtocol(asyncio.Protocol):
         return True
 
 
-async def serve(port: int, fingerprint: str) -> None:
-    """Answer on 127.0.0.1 until cancelled."""
-    engine, ticker = Engine(fingerprint), Ticker()
+async def listen(engine: Engine, port: int = 0) -> asyncio.Server:
+    """Answer on 127.0.0.1; port 0 takes a free one."""
+    ticker = Ticker()
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: MockProtocol(engine, ticker), "127.0.0.1", port, backlog=1_024)
-    await server.serve_forever()
+    return await loop.create_server(lambda: MockProtocol(engine, ticker), "127.0.0.1", port, backlog=1_024)
+
+
+async def serve(port: int, fingerprint: str) -> None:
+    """Answer until cancelled."""
+    await (await listen(Engine(fingerprint), port)).serve_forever()
 
 
 def main() -> None:
