@@ -9,7 +9,7 @@ from adapter_store.catalog import Provenance, Version
 from adapter_store.ids import AdapterId, TenantId, VersionId
 from gateway.errors import AdapterNotLoadable
 from gateway.replicas.client import AgentRefusedError, LoadReport, ReplicaClient, ResidentAdapter
-from gateway.replicas.residency import Residency, Resident
+from gateway.replicas.residency import LoadFailed, Residency, Resident, SlowLoad, TenantTurns
 
 
 def version(digest: str = "d", tenant: str = "t") -> Version:
@@ -108,3 +108,96 @@ async def test_a_load_newer_than_the_report_is_kept(residency: Residency, agent:
     assert residency.held(version()) is not None
     residency.adopt([], asked_at=1e12)
     assert residency.held(version()) is None
+
+
+class SlowAgent(Agent):
+    """Answers loads only when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer = asyncio.Event()
+
+    async def load(self, name: str, wanted: Version, timeout_s: float) -> LoadReport:
+        self.loaded.append(f"{wanted.tenant_id} {wanted.digest}")
+        await self.answer.wait()
+        return LoadReport(name, "gpu", 0.0, 0.0)
+
+
+@pytest.fixture
+def slow() -> SlowAgent:
+    return SlowAgent()
+
+
+@pytest.fixture
+def slowly(slow: SlowAgent) -> Residency:
+    return Residency(cast(ReplicaClient, slow), load_timeout_s=10, patience_s=0.05)
+
+
+async def test_a_slow_load_gives_its_turn_away_and_goes_on(slowly: Residency, slow: SlowAgent) -> None:
+    """Who can go elsewhere is told; who is patient gets it when it comes; other loads go past it."""
+    patient = asyncio.create_task(slowly.hold(version()))
+    with pytest.raises(SlowLoad):
+        await slowly.hold(version(), patient=False)
+    other = asyncio.create_task(slowly.hold(version("other")))
+    while len(slow.loaded) < 2:
+        await asyncio.sleep(0)
+    slow.answer.set()
+    assert (await patient).key == ("t", "d")
+    assert (await other).key == ("t", "other")
+    assert slowly.held(version()) is not None
+
+
+async def test_a_load_that_may_not_be_is_not_made(slowly: Residency, slow: SlowAgent) -> None:
+    """`allow` is asked by whoever would start a load, not by those who join one."""
+    asked: list[str] = []
+    first = asyncio.create_task(slowly.hold(version(), allow=lambda: asked.append("first")))
+    second = asyncio.create_task(slowly.hold(version(), allow=lambda: asked.append("second")))
+    while not slow.loaded:
+        await asyncio.sleep(0)
+    slow.answer.set()
+    assert await first is await second
+    assert asked == ["first"]
+
+    def refuse() -> None:
+        raise AdapterNotLoadable("no")
+
+    with pytest.raises(AdapterNotLoadable):
+        await slowly.hold(version("other"), allow=refuse)
+    assert len(slow.loaded) == 1
+
+
+async def test_loads_that_wait_go_round_the_tenants(slow: SlowAgent) -> None:
+    """A tenant with many cold adapters does not put all of them before another's one."""
+    residency = Residency(cast(ReplicaClient, slow), load_timeout_s=10, patience_s=10)
+    slow.answer.set()
+    wanted = [version(f"d{number}", "many") for number in range(4)] + [version("d", "one")]
+    await asyncio.gather(*(residency.hold(each) for each in wanted))
+    assert slow.loaded == ["many d0", "many d1", "one d", "many d2", "many d3"]
+
+
+async def test_when_the_replica_goes_all_who_wait_for_a_load_are_told(slowly: Residency, slow: SlowAgent) -> None:
+    """At once, not when the load's time is over; the next load there starts afresh."""
+    waiting = [asyncio.create_task(slowly.hold(version(digest))) for digest in ("d", "d", "other")]
+    while not slow.loaded:
+        await asyncio.sleep(0)
+    slowly.abandon()
+    for failed in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(failed, LoadFailed)
+        assert failed.again
+    slow.answer.set()
+    assert (await slowly.hold(version())).key == ("t", "d")
+
+
+async def test_a_cancelled_wait_leaves_the_turn_to_the_next(slow: SlowAgent) -> None:
+    """Also where the turn came in the very moment of the cancellation."""
+    turns = TenantTurns()
+    await turns.take(TenantId("a"))
+    waiting = [asyncio.create_task(turns.take(TenantId(name))) for name in ("b", "c", "d")]
+    await asyncio.sleep(0)
+    waiting[0].cancel()
+    turns.give()
+    waiting[1].cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert not waiting[2].cancelled()
+    turns.give()
+    await asyncio.wait_for(turns.take(TenantId("e")), 1)
