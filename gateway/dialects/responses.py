@@ -349,6 +349,7 @@ class _Usage(Struct):
 
 
 class _Counted(Struct):
+    object: Literal["response"]
     usage: _Usage | None = None
 
 

@@ -1,6 +1,6 @@
 """How vLLM words an answer on each of its paths, and how it streams one; the fake replica speaks so.
 
-Checked with vLLM 0.32: `/v1/messages` and `/v1/responses` stream named events, the former with `[DONE]` after the last.
+Checked with vLLM 0.32: `/v1/messages` and `/v1/responses` stream named events, and no `[DONE]`.
 """
 
 import json
@@ -69,7 +69,6 @@ class MessagesSpeech(Speech):
         told = {"input_tokens": prompt, "output_tokens": completion}
         yield named("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage=told)
         yield named("message_stop")
-        yield b"data: [DONE]\n\n"
 
     def _message(
         self, content: list[dict[str, Any]], reason: str | None, prompt: int, completion: int
@@ -135,6 +134,11 @@ SPEECHES = {"/v1/messages": MessagesSpeech, "/v1/responses": ResponsesSpeech}
 
 
 def speech_of(path: str, body: dict[str, Any]) -> Speech:
+    """The words of one answer: a call where tools are given."""
+    from tests.fakes.calls import ChatCall, MessagesCall, ResponsesCall, asks_for_call
+
+    if asks_for_call(body):
+        return {"/v1/messages": MessagesCall, "/v1/responses": ResponsesCall}.get(path, ChatCall)(path, body)
     return SPEECHES.get(path, Speech)(path, body)
 
 
@@ -149,7 +153,7 @@ def usage(prompt: int, completion: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def named(name: str, **members: object) -> bytes:
+def named(name: str, /, **members: object) -> bytes:
     return f"event: {name}\n".encode() + b"data: " + _json({"type": name, **members}) + b"\n\n"
 
 
