@@ -39,6 +39,9 @@ class ApiClient:
             raise _refused(response.status_code, response.content)
         return response.json() if response.content else None
 
+    def close(self) -> None:
+        self._http.close()
+
     def push(self, name: str, folder: Path) -> Any:
         """Publish the two files of `folder` as a version of `name`."""
         with (

@@ -98,8 +98,15 @@ class Keys:
     `whose` of a call says whose keys are meant: None for operators' own, `ANYONE` where an operator may touch all.
     """
 
-    def __init__(self, engine: AsyncEngine, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        *,
+        live_limit: int = LIVE_KEYS_LIMIT,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._engine = engine
+        self._live_limit = live_limit
         self._clock = clock
 
     async def create(
@@ -125,7 +132,7 @@ class Keys:
         asked = _new_details(tenant_id, frozenset(scopes), secret, label, now, expires_at)
         async with writing(self._engine) as connection:
             await take_turn(connection)
-            await _check_room(connection, tenant_id, now)
+            await self._check_room(connection, tenant_id, now)
             made = await self._bounded(connection, asked, maker)
             await _insert(connection, made)
         return made, secret
@@ -232,6 +239,11 @@ class Keys:
         async with writing(self._engine) as connection:
             await connection.execute(statement, rows)
 
+    async def _check_room(self, connection: AsyncConnection, tenant_id: TenantId | None, now: int) -> None:
+        query = select(func.count()).select_from(api_keys).where(_owned(tenant_id), _live(now))
+        if (await connection.execute(query)).scalar_one() >= self._live_limit:
+            raise TooManyKeys(f"There are {self._live_limit} live keys: revoke those that nobody needs.")
+
     def _now(self) -> int:
         return int(self._clock())
 
@@ -316,12 +328,6 @@ async def _find(connection: AsyncConnection, whose: TenantId | Anyone | None, ke
     if row is None:
         raise ObjectUnknown(f"There is no key '{key_id[:64]}'.", param="key")
     return row
-
-
-async def _check_room(connection: AsyncConnection, tenant_id: TenantId | None, now: int) -> None:
-    query = select(func.count()).select_from(api_keys).where(_owned(tenant_id), _live(now))
-    if (await connection.execute(query)).scalar_one() >= LIVE_KEYS_LIMIT:
-        raise TooManyKeys(f"There are {LIVE_KEYS_LIMIT} live keys: revoke those that nobody needs.")
 
 
 async def _has_operator(connection: AsyncConnection) -> bool:

@@ -3,7 +3,8 @@
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 import typer
@@ -26,13 +27,18 @@ OperatorKey = Annotated[
 ]
 
 
+_opened: ContextVar[ExitStack] = ContextVar("_opened")
+
+
 @contextmanager
 def told() -> Iterator[None]:
-    """What a person can mend is told in its own words, without a traceback."""
+    """What a person can mend is told in its own words, without a traceback; connections are closed at the end."""
     from gateway.api_client import ApiError
 
     try:
-        yield
+        with ExitStack() as opened:
+            _opened.set(opened)
+            yield
     except (ConfigurationError, ApiError) as error:
         fail(str(error))
     except ValidationError as error:
@@ -60,6 +66,7 @@ def settings_of(**given: object) -> Settings:
 
 
 def operator_client(url: str | None, key: str | None) -> Any:
+    """A client with an operator's key, open until `told` ends."""
     from gateway.api_client import ApiClient
 
     settings = settings_of()
@@ -68,15 +75,16 @@ def operator_client(url: str | None, key: str | None) -> Any:
         raise ConfigurationError(
             f"No operator key: set TAILOR_OPERATOR_KEY, or run where {settings.home / 'operator-key'} is."
         )
-    return ApiClient(url or settings.url, key)
+    return _opened.get().enter_context(closing(ApiClient(url or settings.url, key)))
 
 
 def tenant_client(url: str | None, key: str | None) -> Any:
+    """A client with a tenant's key, open until `told` ends."""
     from gateway.api_client import ApiClient
 
     if key is None:
         raise ConfigurationError("No API key: set TAILOR_API_KEY or pass --key.")
-    return ApiClient(url or settings_of().url, key)
+    return _opened.get().enter_context(closing(ApiClient(url or settings_of().url, key)))
 
 
 def pages(client: Any, path: str, last: str) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from tests.bad_adapters import write_base
 
 TAILOR = str(Path(sys.executable).parent / "tailor")
 VERBS = [
-    [], ["up"], ["restart"], ["gateway"], ["replica"], ["tenant"], ["tenant", "create"], ["tenant", "list"], ["key"],
+    [], ["up"], ["restart"], ["gateway"], ["replica"], ["tenant"], ["tenant", "create"], ["tenant", "list"],
+    ["tenant", "update"], ["plan"], ["plan", "update"], ["key", "rotate"], ["adapter", "fallback"], ["key"],
     ["key", "create"], ["key", "list"], ["key", "revoke"], ["adapter"], ["adapter", "push"], ["adapter", "list"],
     ["adapter", "show"], ["adapter", "delete"], ["train"], ["base"], ["base", "tiny"], ["chat"], ["demo"],
 ]  # fmt: skip
@@ -55,6 +56,15 @@ def test_without_a_gateway_it_says_where_it_looked(home: Path) -> None:
     assert "tailor up" in told
     assert "TAILOR_OPERATOR_KEY" in said(tailor(home, "tenant", "list"))
     assert "TAILOR_API_KEY" in said(tailor(home, "adapter", "list"))
+
+
+def test_whose_keys_are_meant_must_be_said(home: Path) -> None:
+    """A tenant's, one's own tenant's or operators'; and a limit is a number or none."""
+    assert "--self" in said(tailor(home, "key", "create", TAILOR_OPERATOR_KEY="sk-x"))
+    assert "--self" in said(tailor(home, "key", "list", "acme", "--self", TAILOR_API_KEY="sk-x"))
+    assert "TAILOR_API_KEY" in said(tailor(home, "key", "list", "--self"))
+    told = said(tailor(home, "plan", "create", "gold", "--tokens-per-month", "many", TAILOR_OPERATOR_KEY="sk-x"))
+    assert "--tokens-per-month" in told
 
 
 def test_a_base_model_that_is_not_there_is_named(home: Path) -> None:

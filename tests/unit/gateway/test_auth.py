@@ -21,7 +21,7 @@ from adapter_store.transactions import writing
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
 from gateway.database import api_keys, migrate, open_engine, tenants
-from gateway.errors import GrantTooWide, KeyInvalid, KeyIsOver
+from gateway.errors import GrantTooWide, KeyInvalid, KeyIsOver, TooManyKeys
 from gateway.fresh_cache import FreshCache
 from gateway.freshness import Freshness
 from gateway.keys import ANYONE, Keys, hash_key
@@ -309,6 +309,19 @@ async def test_rotation_is_no_way_around_the_makers_bounds(bench: Bench) -> None
     for key in (wide, long):
         with pytest.raises(GrantTooWide):
             await bench.keys.rotate(key.tenant_id, key.id, maker=maker, overlap_s=0)
+
+
+async def test_a_tenant_has_an_end_of_keys(bench: Bench) -> None:
+    """Its own admin cannot fill the database; a revoked key makes room, and other tenants have their own."""
+    keys = Keys(bench.engine, live_limit=2)
+    maker = await bench.live(await bench.key(scopes=frozenset({Scope.ADMIN, Scope.INFERENCE})))
+    made, _ = await keys.create(maker.tenant_id, SERVING, maker=maker)
+    with pytest.raises(TooManyKeys):
+        await keys.create(maker.tenant_id, SERVING, maker=maker)
+    other = await bench.tenants.create("globex")
+    await keys.create(other.id, SERVING, maker=None)
+    await keys.revoke(maker.tenant_id, made.id)
+    await keys.create(maker.tenant_id, SERVING, maker=maker)
 
 
 async def test_a_long_absence_is_made_up_for_at_once(bench: Bench) -> None:
