@@ -52,6 +52,8 @@ def database_errors() -> Iterator[None]:
         yield
     except PoolTimeout as error:
         raise StorageUnavailable("the database is busy: no connection became free") from error
+    except TimeoutError as error:  # asyncpg's own, of a server that hangs
+        raise StorageUnavailable("the database does not answer in time") from error
     except DBAPIError as error:
         reason = str(error.orig)
         if "is full" in reason or "No space left" in reason:

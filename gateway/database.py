@@ -7,6 +7,8 @@ to convert.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import (
     BigInteger,
@@ -23,9 +25,11 @@ from sqlalchemy import (
     inspect,
     text,
 )
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from adapter_store import changes
 from adapter_store.catalog import metadata
@@ -34,6 +38,7 @@ from adapter_store.transactions import WRITES, reading, writing
 MIGRATIONS = Path(__file__).parent / "migrations"
 HEAD = "0002"  # the newest file in migrations/versions; a test holds the two together
 CONNECTIONS = 4
+ANSWER_S = 10.0  # patience with PostgreSQL: one that hangs is as good as away
 PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA foreign_keys=ON")
 MIGRATION_LOCK = 7_461_696_972  # any number: what PostgreSQL's advisory lock is known by
 
@@ -110,18 +115,58 @@ DEFAULT_PLAN = {"name": "default", "weight": 1.0, "created_at": 0}
 def open_engine(url: str, *, busy_timeout_s: float = 5.0) -> AsyncEngine:
     """An engine for `sqlite+aiosqlite:///path` or `postgresql+asyncpg://…`; connects on first use.
 
-    `busy_timeout_s`: how long a SQLite writer waits for its turn.
+    `busy_timeout_s`: how long a SQLite writer waits for its turn, whoever finds all connections taken for one, and a
+    connection to PostgreSQL for its server.
     """
     parts = make_url(url)
     if parts.get_backend_name() != "sqlite":
-        return create_async_engine(parts, pool_pre_ping=True)
-    if parts.database:
-        Path(parts.database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    arguments = {"timeout": busy_timeout_s}
-    engine = create_async_engine(parts, pool_size=CONNECTIONS, max_overflow=0, connect_args=arguments)
+        timeouts = {"timeout": busy_timeout_s, "command_timeout": ANSWER_S}
+        return create_async_engine(parts, pool_pre_ping=True, pool_timeout=busy_timeout_s, connect_args=timeouts)
+    path = Path(parts.database).absolute() if parts.database else None
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)  # here alone: where the file has gone later, an empty one must not take its place
+    engine = create_async_engine(
+        parts,
+        pool_size=CONNECTIONS,
+        max_overflow=0,
+        pool_timeout=busy_timeout_s,
+        connect_args={"timeout": busy_timeout_s},
+    )
     event.listen(engine.sync_engine, "connect", _set_up_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    if path is not None:
+        _stay_with_the_file(engine.sync_engine, path)
     return engine
+
+
+def _stay_with_the_file(engine: Engine, path: Path) -> None:
+    """Connections to a file that has been moved away, or that another has taken the place of, are not used again.
+
+    SQLite itself goes on reading and writing the file that it has opened: what is acknowledged would be gone.
+    """
+
+    def identity() -> tuple[int, int] | None:
+        try:
+            found = path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def before_connect(_: object, __: object, arguments: list[Any], options: dict[str, Any]) -> None:
+        arguments[0] = f"file:{quote(str(path))}?mode=rw"
+        options["uri"] = True
+
+    def on_connect(_: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        record.info["file"] = identity()
+
+    def on_checkout(_: DBAPIConnection, record: ConnectionPoolEntry, __: object) -> None:
+        if record.info["file"] != identity():
+            raise DisconnectionError("the database is not where it was")
+
+    event.listen(engine, "do_connect", before_connect)
+    event.listen(engine, "connect", on_connect)
+    event.listen(engine, "checkout", on_checkout)
 
 
 def _set_up_sqlite(connection: DBAPIConnection, _record: object) -> None:
