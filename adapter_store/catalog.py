@@ -194,7 +194,7 @@ async def find_by_alias(
     statement = (
         _select_versions()
         .add_columns(aliases.c.fallback)
-        .join(aliases, aliases.c.version_id == versions.c.id)
+        .join(aliases, (aliases.c.adapter_id == adapters.c.id) & (aliases.c.version_id == versions.c.id))
         .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name, aliases.c.name == alias)
     )
     row = (await connection.execute(statement)).one_or_none()
@@ -241,7 +241,7 @@ async def list_adapters(
     statement = (
         _select_versions()
         .add_columns(adapters.c.created_at.label("adapter_created_at"), aliases.c.fallback)
-        .join(aliases, aliases.c.version_id == versions.c.id)
+        .join(aliases, (aliases.c.adapter_id == adapters.c.id) & (aliases.c.version_id == versions.c.id))
         .where(adapters.c.tenant_id == tenant_id, aliases.c.name == DEFAULT_ALIAS)
         .order_by(adapters.c.name)
         .limit(limit)
