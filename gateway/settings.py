@@ -93,7 +93,9 @@ class Settings(BaseSettings):
     max_schema_bytes: int = Field(16_384, ge=256, le=1 << 20, description="largest JSON schema in response_format")
     first_byte_timeout_s: Seconds = Field(300, description="longest wait for a replica's first byte")
     tool_call_parser: str | None = Field(
-        None, pattern="^[a-z0-9_]{1,64}$", description="vLLM's parser for the base model's tool calls; none: no tool_choice auto"
+        None,
+        pattern="^[a-z0-9_-]{1,64}$",
+        description="vLLM's parser for the base model's tool calls; none: no tool_choice auto",
     )
     allowed_fields: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="further request fields that tenants may use, comma-separated: docs/api.md lists them"
@@ -159,6 +161,17 @@ class Settings(BaseSettings):
         for url in value:
             if not ADDRESS.fullmatch(url):
                 raise ValueError(f"'{url}' is neither http://host:port nor unix:/path")
+        return value
+
+    @field_validator("allowed_fields")
+    @classmethod
+    def _may_be_allowed(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if value:
+            from gateway.dialects.fields import OPT_IN
+
+            unknown = sorted(set(value) - OPT_IN.keys())
+            if unknown:
+                raise ValueError(f"{', '.join(unknown)} cannot be allowed; these can: {', '.join(OPT_IN)}")
         return value
 
     @field_validator("listen")

@@ -77,7 +77,8 @@ async def test_openai_calls_functions(open_client: openai.AsyncOpenAI) -> None:
     call: Any = message.tool_calls[0]
     assert json.loads(call.function.arguments)["text"].startswith("I am ")
     result: Any = {"role": "tool", "tool_call_id": call.id, "content": "said"}
-    after = await open_client.chat.completions.create(model="bot", messages=[*HELLO, message, result], tools=CHAT_TOOLS)
+    history: Any = [*HELLO, message, result]
+    after = await open_client.chat.completions.create(model="bot", messages=history, tools=CHAT_TOOLS)
     assert (after.choices[0].message.content or "").startswith("I am ")
     async with open_client.chat.completions.stream(model="bot", messages=HELLO, tools=CHAT_TOOLS) as stream:
         final: Any = (await stream.get_final_completion()).choices[0].message

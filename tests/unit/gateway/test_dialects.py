@@ -73,11 +73,16 @@ def test_a_stream_is_the_same_however_it_is_cut(path: str, data: st.DataObject) 
 
 
 @pytest.mark.parametrize("path", STREAMED)
+def test_a_stream_that_has_not_begun_has_no_usage(path: str) -> None:
+    """The engine never said anything."""
+    assert MEMORY[path].stream(NAME, asked(path, stream=True)).usage is None
+
+
+@pytest.mark.parametrize("path", STREAMED)
 def test_a_cut_stream_is_counted_by_its_events(path: str) -> None:
     """What was not told is estimated: the tokens that passed, the prompt by its length where it is not known."""
     speech = speech_of(path, {"model": NAME})
     stream = MEMORY[path].stream(NAME, asked(path, stream=True))
-    assert stream.usage is None
     for event in (*speech.begin(9), speech.token("a", 9, 1), speech.token("b", 9, 2)):
         stream.feed(event)
     usage = stream.usage

@@ -90,7 +90,7 @@ def test_a_length_that_the_model_cannot_hold_is_told() -> None:
     """The client's own max_tokens is never cut in silence."""
     for path, name in ((CHAT, "max_tokens"), (CHAT, "max_completion_tokens"), (RESPONSES, "max_output_tokens")):
         with pytest.raises(ContextLengthExceeded, match="64 tokens") as error:
-            sent(ask(path, **{name: 65}), context_length=64)
+            sent(ask(path, BOUNDS, **{name: 65}), context_length=64)
         assert error.value.param == name
 
 
@@ -108,7 +108,7 @@ def test_a_plan_holds_the_length() -> None:
 def test_a_refused_field_is_named_with_its_reason(kind: type[Dialect]) -> None:
     """Whoever sends it learns that it is known, and why it is not taken."""
     for field in kind.refused.keys() - {one.name for one in fields_of(kind.request)} - kind.opt_in:
-        error = refused(kind.path, **{field: 1})
+        error = refused(kind.path, BOUNDS, **{field: 1})
         assert (error.param, error.own_code) == (field, "unsupported_parameter")
         assert kind.refused[field] in error.message
 
@@ -117,7 +117,7 @@ def test_a_refused_field_is_named_with_its_reason(kind: type[Dialect]) -> None:
 def test_only_the_gateway_sets_its_fields(kind: type[Dialect]) -> None:
     """Salt, priority and id are not a tenant's to say."""
     for field in GATEWAY_SET - {"model"}:
-        error = refused(kind.path, **{field: "x"})
+        error = refused(kind.path, BOUNDS, **{field: "x"})
         assert (error.param, error.own_code) == (field, "unsupported_parameter")
 
 
