@@ -15,7 +15,6 @@ Clock = Callable[[], float]
 BOUND = 1.25  # of the mean load: a replica above it sends an adapter on (Mirrokni et al. 2018, bounded loads)
 BUSY_FROM = 8  # requests: below, no replica is too loaded for one more
 AVERAGED_OVER_S = 2.0
-GROW_AFTER_S = 0.5
 SHRINK_AFTER_S = 30.0
 AVOID_S = 30.0
 FORGET_FROM = 4_096
@@ -84,8 +83,7 @@ class Spread(Generic[KeyT, HostT]):
         self.order: Sequence[HostT] = ()
         self.members = -1  # the pool's membership that `order` is of
         self.avoided: dict[str, float] = {}
-        self.high_since = now  # since when the load asks for one more home
-        self.low_since = now  # or for one less
+        self.low_since = now  # since when the load asks for one home less
         self._noted_at = now
 
     def note(self, now: float, change: int) -> None:
@@ -183,11 +181,8 @@ class Router(Generic[KeyT, HostT]):
         now = self._clock()
         spread.note(now, +1)
         if spread.average / spread.k <= self._spread_at:
-            spread.high_since = now
             return None
-        if now - spread.high_since < GROW_AFTER_S:
-            return None
-        spread.high_since = spread.low_since = now
+        spread.low_since = now
         return self._grow(spread)
 
     def ended(self, key: KeyT) -> None:

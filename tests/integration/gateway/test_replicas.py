@@ -5,6 +5,7 @@ vLLM's. Their times are the engine's own where a figure is held: a busy machine 
 """
 
 import asyncio
+import json
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -16,10 +17,12 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from typer.testing import CliRunner
 
 from adapter_store.bundle import bundle_digest
 from adapter_store.catalog import Provenance, Version
 from adapter_store.ids import AdapterId, TenantId, VersionId
+from gateway.cli import app
 from gateway.errors import (
     AdapterNotLoadable,
     GatewayError,
@@ -724,6 +727,24 @@ async def test_a_replica_of_the_settings_stays_drained_over_a_restart(
     await _until_state(again, shown["id"], "drained", deadline_s=5)
     assert (await again.operator.post(f"/admin/v1/replicas/{shown['id']}/resume")).json()["state"] == "ready"
     await _until_state(here, shown["id"], "ready", deadline_s=3)
+
+
+async def test_the_command_lists_drains_and_resumes(gateway: Gateway, replica: FakeReplica) -> None:
+    """`tailor replicas drain --wait` returns when nothing runs there any more, so that a script can go on."""
+    given = ["--url", gateway.url, "--key", gateway.home.operator_key() or "", "--json"]
+
+    async def tailor(*words: str) -> Any:
+        done = await asyncio.to_thread(CliRunner().invoke, app, ["replicas", *words, *given])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.output)
+
+    (listed,) = await tailor("list")
+    assert (listed["state"], listed["url"]) == ("ready", replica.url)
+    assert (await tailor("drain", listed["id"], "--wait", "5"))["state"] == "drained"
+    assert (await tailor("resume", listed["id"]))["state"] == "ready"
+    added = await tailor("add", "http://127.0.0.1:9")
+    assert added["state"] == "unreachable"
+    assert (await tailor("remove", added["id"]))["removed"]
 
 
 @pytest.mark.parametrize("url", ["", "ftp://x:1", "http://x", "unix:relative", "http://x:1/path", "http://[::1"])

@@ -339,13 +339,38 @@ def test_a_cold_fifth_adapter_waits_no_longer_than_the_formula() -> None:
 
 
 def test_a_long_answer_does_not_hold_up_the_line() -> None:
-    """The adapter with the least work left closes; when it does not drain, another closes a quantum later."""
+    """Where an adapter closes and does not drain, another, however busy, closes a quantum later."""
     model = Model(concurrency=64, slots=2, quantum_s=1.0)
     model.ask("a", 60.0, adapter=key(1, "a"), cost=10)
-    model.ask("b", 3.0, adapter=key(2, "b"), cost=1_000)
+    model.ask("b", 0.5, adapter=key(2, "b"), cost=1_000)
     number, _ = model.ask("c", 0.1, adapter=key(3, "c"))
-    model.run(4.0)
-    assert model.waited[number] <= 3.0
+    for _ in range(20):
+        model.run(0.25)
+        model.ask("b", 0.5, adapter=key(2, "b"), cost=1_000)
+    assert 2.0 <= model.waited[number] <= 2.5
+
+
+def test_the_adapter_with_the_least_work_left_closes() -> None:
+    """It drains soonest, and the engine loses least by it."""
+    model = Model(concurrency=64, slots=2, quantum_s=1.0)
+    model.ask("a", 9.0, adapter=key(1, "a"), cost=1_000)
+    model.ask("b", 9.0, adapter=key(2, "b"), cost=10)
+    model.ask("c", 1.0, adapter=key(3, "c"))
+    model.run(1.1)
+    assert model.open_set is not None
+    assert model.open_set.admits(key(1, "a"))
+    assert not model.open_set.admits(key(2, "b"))
+
+
+def test_a_busy_adapter_keeps_its_place_for_a_quantum() -> None:
+    """Each turn costs a drain: adapters do not change places with every request."""
+    model = Model(concurrency=64, slots=1, quantum_s=2.0)
+    model.ask("a", 0.5, adapter=key(1, "a"))
+    number, _ = model.ask("b", 0.5, adapter=key(2, "b"))
+    for _ in range(20):
+        model.run(0.25)
+        model.ask("a", 0.5, adapter=key(1, "a"))
+    assert 2.0 <= model.waited[number] <= 2.5
 
 
 def test_an_idle_adapter_gives_way_at_once() -> None:

@@ -177,7 +177,7 @@ def test_a_load_between_the_two_thresholds_changes_nothing() -> None:
 
 
 def test_a_moment_of_load_spreads_nothing() -> None:
-    """The average over two seconds counts, and it must stay high."""
+    """The average over two seconds counts."""
     router, _, clock = cluster(4)
     for _ in range(100):
         assert router.started("a") is None
