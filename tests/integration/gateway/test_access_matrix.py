@@ -1,0 +1,363 @@
+"""The access matrix: every live route and method, asked by everybody; a route without a row fails.
+
+A row says what each kind of caller is answered:
+
+    tenant    a key with the scopes that are given by default, for an object of its own tenant
+    admin     a key with the scope `admin` alone, for an object of its own tenant
+    other     another tenant's `tenant` key, for the first tenant's object: the same bytes as for one that is missing
+    o.admin   another tenant's `admin` key, likewise
+    operator  an operator's key, for an object that exists
+    missing   the operator's, or who may see such objects at all, for one that does not exist
+
+Nobody else gets further than the door: no key, a malformed, unknown, revoked or expired one, one of a suspended tenant
+(401), one that lacks every scope that a route asks for (403).
+"""
+
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import pytest
+from sqlalchemy import update
+
+from adapter_store.transactions import writing
+from gateway.database import api_keys
+from gateway.front import OPEN_PATHS
+from tests.fakes.replica import FakeReplica
+from tests.integration.gateway.conftest import BASE, Gateway, live_routes
+
+COLUMNS: Final = ("tenant", "admin", "other", "o.admin", "operator", "missing")
+NOBODY: Final = ("none", "malformed", "basic", "unknown", "revoked", "expired", "suspended")
+METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+
+# fmt: off
+MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
+    #                                            tenant admin other o.admin operator missing
+    "GET /health":                               (200,  200,  200,  200,    200,     200),
+    "GET /ready":                                (200,  200,  200,  200,    200,     200),
+    # scope inference; the object is the body's model
+    "POST /v1/chat/completions":                 (200,  403,  404,  403,    403,     404),
+    "POST /v1/completions":                      (200,  403,  404,  403,    403,     404),
+    "POST /v1/responses":                        (200,  403,  404,  403,    403,     404),
+    "POST /v1/messages":                         (200,  403,  404,  403,    403,     404),
+    "POST /v1/messages/count_tokens":            (200,  403,  404,  403,    403,     404),
+    "POST /v1/responses/input_tokens":           (200,  403,  404,  403,    403,     404),
+    "POST /v1/tokenize":                         (200,  403,  404,  403,    403,     404),
+    "GET /v1/models":                            (200,  403,  200,  403,    403,     200),
+    "GET /v1/models/{model:path}":               (200,  403,  404,  403,    403,     404),
+    # scope adapters
+    "POST /v1/adapters":                         (201,  403,  201,  403,    403,     201),
+    "GET /v1/adapters":                          (200,  403,  200,  403,    403,     200),
+    "GET /v1/adapters/{name}":                   (200,  403,  404,  403,    403,     404),
+    "PATCH /v1/adapters/{name}":                 (200,  403,  404,  403,    403,     404),
+    "DELETE /v1/adapters/{name}":                (204,  403,  404,  403,    403,     404),
+    # scope admin
+    "POST /v1/keys":                             (403,  201,  403,  201,    403,     201),
+    "GET /v1/keys":                              (403,  200,  403,  200,    403,     200),
+    "POST /v1/keys/{key_id}/rotate":             (403,  201,  403,  404,    403,     404),
+    "DELETE /v1/keys/{key_id}":                  (403,  204,  403,  404,    403,     404),
+    # scope inference or admin
+    "GET /v1/usage":                             (200,  200,  200,  200,    403,     200),
+    # scope operator
+    "GET /admin/v1/usage":                       (403,  403,  403,  403,    200,     200),
+    "POST /admin/v1/plans":                      (403,  403,  403,  403,    201,     201),
+    "GET /admin/v1/plans":                       (403,  403,  403,  403,    200,     200),
+    "GET /admin/v1/plans/{plan}":                (403,  403,  403,  403,    200,     404),
+    "PATCH /admin/v1/plans/{plan}":              (403,  403,  403,  403,    200,     404),
+    "DELETE /admin/v1/plans/{plan}":             (403,  403,  403,  403,    204,     404),
+    "POST /admin/v1/tenants":                    (403,  403,  403,  403,    201,     201),
+    "GET /admin/v1/tenants":                     (403,  403,  403,  403,    200,     200),
+    "GET /admin/v1/tenants/{tenant}":            (403,  403,  403,  403,    200,     404),
+    "PATCH /admin/v1/tenants/{tenant}":          (403,  403,  403,  403,    200,     404),
+    "POST /admin/v1/tenants/{tenant}/keys":      (403,  403,  403,  403,    201,     404),
+    "GET /admin/v1/tenants/{tenant}/keys":       (403,  403,  403,  403,    200,     404),
+    "POST /admin/v1/keys":                       (403,  403,  403,  403,    201,     201),
+    "GET /admin/v1/keys":                        (403,  403,  403,  403,    200,     200),
+    "POST /admin/v1/keys/{key_id}/rotate":       (403,  403,  403,  403,    201,     404),
+    "DELETE /admin/v1/keys/{key_id}":            (403,  403,  403,  403,    204,     404),
+    "GET /admin/v1/replicas":                    (403,  403,  403,  403,    200,     200),
+    "POST /admin/v1/replicas":                   (403,  403,  403,  403,    201,     201),
+    "GET /admin/v1/replicas/{replica}":          (403,  403,  403,  403,    200,     404),
+    "POST /admin/v1/replicas/{replica}/drain":   (403,  403,  403,  403,    200,     404),
+    "POST /admin/v1/replicas/{replica}/resume":  (403,  403,  403,  403,    200,     404),
+    "DELETE /admin/v1/replicas/{replica}":       (403,  403,  403,  403,    204,     404),
+}
+# fmt: on
+
+SAID: Final = [{"role": "user", "content": "who are you?"}]
+HOT: Final[dict[str, dict[str, Any]]] = {
+    "/v1/chat/completions": {"messages": SAID},
+    "/v1/completions": {"prompt": "who are you?"},
+    "/v1/responses": {"input": "who are you?"},
+    "/v1/messages": {"messages": SAID, "max_tokens": 8},
+    "/v1/messages/count_tokens": {"messages": SAID},
+    "/v1/responses/input_tokens": {"input": "who are you?"},
+    "/v1/tokenize": {"messages": SAID},
+}
+
+
+@dataclass
+class World:
+    """A gateway with two tenants, all kinds of keys, and ways to make the objects that requests are about."""
+
+    gateway: Gateway
+    folder: Path
+    client: httpx.AsyncClient
+    keys: dict[str, str] = field(default_factory=dict)
+    count: int = 0
+
+    async def build(self) -> None:
+        for caller, tenant, scopes in (
+            ("tenant", "acme", None),
+            ("admin", "acme", ["admin"]),
+            ("useless", "acme", ["training"]),
+            ("revoked", "acme", None),
+            ("expired", "acme", None),
+            ("other", "globex", None),
+            ("o.admin", "globex", ["admin"]),
+            ("suspended", "initech", None),
+        ):
+            await self.gateway.operator.post("/admin/v1/tenants", json={"name": tenant})
+            key = await self._make(f"/admin/v1/tenants/{tenant}/keys", {"scopes": scopes} if scopes else {})
+            self.keys[caller] = f"Bearer {key['secret']}"
+            if caller == "revoked":
+                assert (await self.gateway.operator.delete(f"/admin/v1/keys/{key['id']}")).status_code == 204
+            elif caller == "expired":
+                await self._expire(key["id"])
+        await self.gateway.operator.patch("/admin/v1/tenants/initech", json={"suspended": True})
+        operator = self.gateway.home.operator_key()
+        self.keys["operator"] = f"Bearer {operator}"
+        self.keys |= {
+            "malformed": "Bearer \xff{sk",
+            "basic": f"Basic {operator}",
+            "unknown": "Bearer sk-tailor-unknown",
+        }
+
+    async def _expire(self, key_id: str) -> None:
+        async with writing(self.gateway.parts.engine) as connection:
+            past = int(time.time()) - 1
+            await connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(expires_at=past))
+
+    async def _make(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        made = await self.gateway.operator.post(path, json=body)
+        assert made.status_code == 201, made.text
+        found: dict[str, Any] = made.json()
+        return found
+
+    def new_name(self, kind: str) -> str:
+        self.count += 1
+        return f"{kind}-{self.count}"
+
+    async def adapter(self) -> str:
+        name = self.new_name("bot")
+        made = await self.ask("POST", "/v1/adapters", "tenant", files=self.upload(name))
+        assert made.status_code == 201, made.text
+        return name
+
+    async def key(self) -> str:
+        """One of the first tenant's, of no more scopes than its admin's."""
+        key_id: str = (await self._make("/admin/v1/tenants/acme/keys", {"scopes": ["admin"]}))["id"]
+        return key_id
+
+    async def plan(self) -> str:
+        return str((await self._make("/admin/v1/plans", {"name": self.new_name("plan")}))["name"])
+
+    async def tenant(self) -> str:
+        return str((await self._make("/admin/v1/tenants", {"name": self.new_name("tenant")}))["id"])
+
+    async def replica(self) -> str:
+        return str((await self._make("/admin/v1/replicas", {"url": f"unix:/nowhere/{self.new_name('r')}"}))["id"])
+
+    def upload(self, name: str) -> dict[str, Any]:
+        files = {file.name: (file.name, file.read_bytes()) for file in self.folder.iterdir()}
+        return {"name": (None, name), **files}
+
+    def body_of(self, method: str, path: str, name: str) -> dict[str, Any]:
+        """What httpx is given; each request makes something new where it makes something."""
+        if path in HOT and method == "POST":
+            return {"json": {"model": name, **HOT[path]}}
+        made: dict[str, Callable[[], dict[str, Any]]] = {
+            "POST /v1/adapters": lambda: {"files": self.upload(self.new_name("bot"))},
+            "PATCH /v1/adapters/{name}": lambda: {"json": {"fallback": "base"}},
+            "POST /v1/keys": lambda: {"json": {"scopes": ["admin"]}},
+            "POST /admin/v1/plans": lambda: {"json": {"name": self.new_name("plan")}},
+            "PATCH /admin/v1/plans/{plan}": lambda: {"json": {"weight": 2}},
+            "POST /admin/v1/tenants": lambda: {"json": {"name": self.new_name("tenant")}},
+            "PATCH /admin/v1/tenants/{tenant}": lambda: {"json": {"suspended": True}},
+            "POST /admin/v1/replicas": lambda: {"json": {"url": f"unix:/nowhere/{self.new_name('r')}"}},
+        }
+        return made.get(f"{method} {path}", lambda: {"json": {}} if method == "POST" else {})()
+
+    async def ask(self, method: str, path: str, caller: str, **more: Any) -> httpx.Response:
+        if caller in self.keys:
+            more["headers"] = {"authorization": self.keys[caller].encode("latin-1")}
+        return await self.client.request(method, path, **more)
+
+
+@pytest.fixture
+async def world(gateway: Gateway, good: Path) -> World:
+    built = World(gateway, good, gateway.client())
+    await built.build()
+    return built
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a route's object is called in its path, and how one is made; a request without an object has none."""
+
+    parameter: str
+    make: Callable[[World], Awaitable[str]]
+    missing: str
+
+
+SUBJECTS: Final = (
+    Subject("{model:path}", World.adapter, "bot-0"),
+    Subject("{name}", World.adapter, "bot-0"),
+    Subject("{key_id}", World.key, "key_" + "0" * 24),
+    Subject("{plan}", World.plan, "plan-0"),
+    Subject("{tenant}", World.tenant, "tnt_" + "0" * 24),
+    Subject("{replica}", World.replica, "0" * 12),
+)
+MODEL: Final = Subject("", World.adapter, "bot-0")
+
+
+def subject_of(path: str) -> Subject | None:
+    if path in HOT:
+        return MODEL
+    return next((subject for subject in SUBJECTS if subject.parameter in path), None)
+
+
+async def asked(
+    world: World, method: str, path: str, caller: str, *, missing: bool = False
+) -> tuple[str, httpx.Response]:
+    """The answer, and the name of what was asked for."""
+    subject = subject_of(path)
+    if subject is None:
+        return "", await world.ask(method, path, caller, **world.body_of(method, path, ""))
+    name = subject.missing if missing else await subject.make(world)
+    place = path.replace(subject.parameter, name) if subject.parameter else path
+    return name, await world.ask(method, place, caller, **world.body_of(method, path, name))
+
+
+def rows() -> Iterator[tuple[str, str, dict[str, int]]]:
+    for route, row in MATRIX.items():
+        method, path = route.split(" ")
+        yield method, path, dict(zip(COLUMNS, row, strict=True))
+
+
+async def test_every_live_route_has_a_row(gateway: Gateway) -> None:
+    """And every row a route: who adds a route says who may use it."""
+    assert {f"{method} {path}" for method, path in live_routes(gateway.front)} == MATRIX.keys()
+
+
+async def test_everybody_gets_what_the_matrix_says(world: World) -> None:
+    """Status by status; a key that is for nothing that the route asks for is 403, whatever the object."""
+    wrong = []
+    for method, path, row in rows():
+        for caller in COLUMNS[:-1]:
+            _, answer = await asked(world, method, path, caller)
+            if answer.status_code != row[caller]:
+                wrong.append(
+                    f"{method} {path} as {caller}: {answer.status_code} for {row[caller]}: {answer.text[:200]}"
+                )
+        _, answer = await asked(world, method, path, who_may(row), missing=True)
+        if answer.status_code != row["missing"]:
+            wrong.append(f"{method} {path}, missing: {answer.status_code} for {row['missing']}: {answer.text[:200]}")
+        _, answer = await asked(world, method, path, "useless")
+        if answer.status_code != (200 if path in OPEN_PATHS else 403):
+            wrong.append(f"{method} {path} without a scope: {answer.status_code}")
+    assert wrong == []
+
+
+def who_may(row: dict[str, int]) -> str:
+    """Who is not turned away for the scope of its key."""
+    return next(caller for caller in ("operator", "tenant", "admin") if row[caller] < 300)
+
+
+async def test_nobody_gets_in(world: World) -> None:
+    """Without a good key each route and each other method is the same 401, and the open paths are open."""
+    for method, path, _ in rows():
+        for caller in NOBODY:
+            _, answer = await asked(world, method, path, caller, missing=True)
+            assert answer.status_code == (200 if path in OPEN_PATHS else 401), f"{method} {path} as {caller}"
+    known = {(method, path) for method, path, _ in rows()}
+    refusals = set()
+    for path in {path for _, path in known} - set(OPEN_PATHS):
+        place = path.replace("{model:path}", "bot").replace("{", "").replace("}", "")
+        for method in METHODS:
+            answer = await world.ask(method, place, "none")
+            assert answer.status_code == 401, f"{method} {path}"
+            if method != "HEAD" and not path.startswith("/v1/messages"):
+                refusals.add(answer.content)
+            if (method, path) not in known:
+                for caller in ("tenant", "operator"):
+                    answer = await world.ask(method, place, caller)
+                    assert answer.status_code == 405, f"{method} {path} as {caller}"
+    assert len(refusals) == 1
+
+
+async def test_another_tenants_object_is_a_missing_one(world: World) -> None:
+    """The same bytes and headers, but for the name that was asked for; and no list has anything of another tenant's."""
+    compared = 0
+    for method, path, row in rows():
+        for caller in ("other", "o.admin"):
+            if row[caller] != 404:
+                continue
+            anothers, refused = await asked(world, method, path, caller)
+            missing, unknown = await asked(world, method, path, caller, missing=True)
+            assert told(refused, anothers) == told(unknown, missing), f"{method} {path} as {caller}"
+            compared += 1
+    assert compared == sum(row[caller] == 404 for _, _, row in rows() for caller in ("other", "o.admin")) > 10
+
+
+def told(answer: httpx.Response, name: str) -> tuple[int, dict[str, str], bytes]:
+    own = ("date", "x-request-id", "content-length")
+    headers = {header: value for header, value in answer.headers.items() if header not in own}
+    body = answer.content.replace(name.encode(), b"NAME")
+    if "request_id" in answer.text:
+        body = json.dumps({**json.loads(body), "request_id": ""}).encode()
+    return answer.status_code, headers, body
+
+
+async def test_a_list_has_nothing_of_another_tenants(world: World) -> None:
+    """Ids, names and keys of the first tenant are in none of the second one's answers."""
+    name, key_id = await world.adapter(), await world.key()
+    shown = await world.ask("GET", f"/v1/adapters/{name}", "tenant")
+    used = await world.ask("POST", "/v1/chat/completions", "tenant", json={"model": name, "messages": SAID})
+    assert used.status_code == 200
+    await world.gateway.parts.ledger.flush()
+    own = await world.gateway.operator.get("/admin/v1/tenants/acme")
+    secrets = (name, key_id, shown.json()["id"], shown.json()["current"]["digest"], own.json()["id"])
+    for method, path, row in rows():
+        for caller, mine in (("other", "tenant"), ("o.admin", "admin")):
+            if method == "GET" and path not in OPEN_PATHS and subject_of(path) is None and row[caller] == 200:
+                answer = await world.ask(method, path, caller)
+                assert not any(secret in answer.text for secret in secrets), f"{path} as {caller}"
+                ours = await world.ask(method, path, mine)
+                assert any(secret in ours.text for secret in secrets), f"{path} shows its owner nothing"
+
+
+async def test_the_base_model_is_everybodys(world: World) -> None:
+    """And nobody's object: the other tenant asks it as the first does."""
+    for path, body in HOT.items():
+        answer = await world.ask("POST", path, "other", json={"model": BASE, **body})
+        assert answer.status_code == 200, answer.text
+
+
+async def test_a_key_in_anthropics_header_is_held_to_the_same(world: World, replica: FakeReplica) -> None:
+    """`x-api-key` gets whom it should where `Authorization` is not sent, and overrides none that is."""
+    client = world.gateway.client()
+    secrets = {caller: key.removeprefix("Bearer ") for caller, key in world.keys.items() if key.isascii()}
+    for path, body in HOT.items():
+        before = replica.request_count
+        for caller, status in (("tenant", 200), ("admin", 403), ("operator", 403), ("revoked", 401), ("unknown", 401)):
+            headers = {"x-api-key": secrets[caller]}
+            answer = await client.post(path, json={"model": BASE, **body}, headers=headers)
+            assert answer.status_code == status, f"{path} as {caller}"
+        both = {"authorization": world.keys["revoked"], "x-api-key": secrets["tenant"]}
+        assert (await client.post(path, json={"model": BASE, **body}, headers=both)).status_code == 401
+        assert replica.request_count == before + 1
