@@ -244,12 +244,14 @@ class Upstream:
         Raises:
             UpstreamError: the replica cannot be reached or broke off before the head.
         """
-        while (connection := self._take_idle()) is not None:
+        connection = self._take_idle()
+        if connection is not None:
             try:
                 return await self._exchange(connection, request)
             except UpstreamError as error:
                 if error.answered:
                     raise
+                self._drop_idle()  # the replica has closed them all, or has gone: it is not asked once for each
         return await self._exchange(await self._connect(), request)
 
     async def _exchange(self, connection: Connection, request: bytes) -> Connection:
@@ -270,6 +272,11 @@ class Upstream:
                 return connection
             connection.abort()
         return None
+
+    def _drop_idle(self) -> None:
+        for connection in self._idle:
+            connection.abort()
+        self._idle.clear()
 
     async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
@@ -301,7 +308,7 @@ class Upstream:
             connection.abort()
 
     def close(self) -> None:
-        for connection in (*self._idle, *self._busy):
+        self._drop_idle()
+        for connection in list(self._busy):
             connection.abort()
-        self._idle.clear()
         self._busy.clear()
