@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream, check_bias, check_entries
+from gateway.dialects.dialect import MOST_TOOLS, Checked, Dialect, Stream, check_bias, check_entries
 from gateway.dialects.fields import (
     CallId,
     Description,
@@ -344,7 +344,7 @@ def _parts(message: Message, content: Raw, place: str, pieces: Pieces) -> Any:
     parts = pieces.parts(_ANSWER_PARTS if answered else _PARTS, content, place)
     for part in parts:
         hold_text(part.refusal if isinstance(part, RefusalPart) else part.text, place)
-    return Raw(ENCODER.encode(parts))
+    return parts
 
 
 def check_tools(tools: list[Tool], schemas: SchemaBudget, choice: str | NamedTool | None) -> None:

@@ -223,7 +223,7 @@ class Spoken(Dialect):
         return b"event: error\ndata: " + self.error(error, request_id).body + b"\n\n"
 
 
-def _blocks(content: Raw, decoder: msgspec.json.Decoder[Any], place: str, pieces: Pieces) -> Raw:
+def _blocks(content: Raw, decoder: msgspec.json.Decoder[Any], place: str, pieces: Pieces) -> Any:
     """Blocks without the marks that do nothing here.
 
     Raises:
@@ -240,7 +240,7 @@ def _blocks(content: Raw, decoder: msgspec.json.Decoder[Any], place: str, pieces
         elif isinstance(block, ToolResult) and isinstance(block.content, Raw) and not is_text(block.content):
             given = block.content
             block.content = UNSET if is_null(given) else _blocks(given, _BLOCKS, f"{place}[{number}].content", pieces)
-    return Raw(ENCODER.encode(blocks))
+    return blocks
 
 
 class Messages(Spoken):

@@ -26,10 +26,6 @@ def is_text(raw: Raw) -> bool:
     return memoryview(raw)[0] == _QUOTE
 
 
-def is_list(raw: Raw) -> bool:
-    return memoryview(raw)[0] == _BRACKET
-
-
 def is_null(raw: Raw) -> bool:
     return memoryview(raw)[0] == _NULL
 
@@ -89,7 +85,7 @@ class Pieces:
         Raises:
             RequestInvalid: it is none, has a part that this call does not know, or a bound is passed.
         """
-        if not is_list(raw):
+        if memoryview(raw)[0] != _BRACKET:
             not_text(place)
         found = decoded(decoder, raw, place, self._invalid)
         self._parts += len(found)
