@@ -233,6 +233,7 @@ def _lifespan(
         parts.pool.start()
         gc.collect()
         gc.freeze()  # what lives as long as the process is never walked by the collector again
+        gc.enable()  # `gateway/server.py` has turned it off
         yield
         if operators is not None:
             await operators.stop()
