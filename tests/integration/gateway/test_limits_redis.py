@@ -36,12 +36,16 @@ class Database:
         self.used = used
         self.asked = 0
         self.is_away = False
+        self.answers: asyncio.Event | None = None
 
     async def __call__(self, tenant_id: TenantId, begin: int) -> int:
         self.asked += 1
+        used = self.used
+        if self.answers is not None:
+            await self.answers.wait()
         if self.is_away:
             raise OSError("away")
-        return self.used
+        return used
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +208,18 @@ async def test_decisions_are_those_of_memory(server: RedisServer) -> None:
             else:
                 assert len(kinds) == 2
                 assert kinds[0] is kinds[1]
+
+
+async def test_what_is_over_the_reservation_is_owed_from_now_on(server: RedisServer) -> None:
+    """A bucket that has filled up meanwhile does not forgive it."""
+    plan = Plan(tokens_per_minute=60)
+    async with gateway(server) as limits, client_of(server) as client:
+        running = await limits.admit(TENANT, plan, 10)
+        await client.hset(COUNTERS, "at", repr(await stored(client, "at") - 50))
+        running.settle(90)
+        await settled(limits)
+        await client.hset(COUNTERS, "at", repr(await stored(client, "at") - 15))
+        assert await admitted(limits, plan, 0) is None
 
 
 async def test_too_large_a_request_is_told_so(server: RedisServer) -> None:
@@ -404,6 +420,82 @@ async def test_a_redis_that_forgot_the_scripts_is_taught_again(server: RedisServ
         await until(lambda: not limits.degraded)
         await limits.admit(TENANT, plan, 1)
         assert not limits.degraded
+
+
+async def test_a_second_outage_asks_the_database_again(server: RedisServer) -> None:
+    """What memory knew of the month in the first one is old: others have counted since."""
+    plan, database = Plan(tokens_per_month=1_000), Database()
+    async with gateway(server, database, timeout_s=DEADLINE_S) as limits:
+        for used, expected in ((0, 10), (900, 1)):
+            database.used = used
+            server.freeze()
+            try:
+                found = [await admitted(limits, plan, 100) for _ in range(12)]
+            finally:
+                server.thaw()
+            running = [one for one in found if one is not None]
+            assert len(running) == expected
+            for one in running:
+                one.settle(0)
+            await until(lambda: not limits.degraded)
+
+
+async def test_what_was_counted_alone_is_added_once(server: RedisServer, tmp_path: Path) -> None:
+    """Redis adds it, and the connection breaks before it says so: sent again, it is not added again."""
+    plan, database = Plan(tokens_per_month=10_000), Database()
+    async with deaf_proxy(server, tmp_path / "proxy.sock") as proxy, gateway(proxy.url, database) as limits:
+        (await limits.admit(TENANT, plan, 100)).settle(100)
+        await settled(limits)
+        async with client_of(server) as client:
+            await client.script_flush()  # one outage
+        alone = await limits.admit(TENANT, plan, 100)
+        assert limits.degraded
+        await until(lambda: not limits.degraded)
+        await settled(limits)
+        proxy.is_deaf = True
+        alone.settle(70)
+        await until(lambda: proxy.swallowed > 0 and limits.degraded)
+        proxy.is_deaf = False
+        await until(lambda: not limits.degraded)
+        await settled(limits)
+    async with client_of(server) as client:
+        assert await stored(client, "used") == 170
+
+
+async def test_what_the_database_knew_already_is_not_added(server: RedisServer) -> None:
+    """Redis comes back empty, another gateway puts the database's count there, then the first one returns."""
+    plan, database = Plan(tokens_per_month=10_000), Database()
+    async with gateway(server, database, probe_s=1.0) as first:
+        (await first.admit(TENANT, plan, 100)).settle(100)
+        await settled(first)
+        server.kill()
+        (await first.admit(TENANT, plan, 100)).settle(50)
+        assert first.degraded
+        database.used = 150  # the ledger has both
+        server.start()
+        async with gateway(server, database) as second:
+            (await second.admit(TENANT, plan, 100)).settle(10)
+            await settled(second)
+            await until(lambda: not first.degraded)
+            await settled(first)
+    async with client_of(server) as client:
+        assert await stored(client, "used") == 160
+
+
+async def test_a_count_of_the_month_is_never_put_over_another(server: RedisServer) -> None:
+    """A gateway whose database answers late does not undo what has been counted since."""
+    plan, late = Plan(tokens_per_month=10_000), Database(used=900)
+    late.answers = asyncio.Event()
+    async with gateway(server, Database(used=900)) as first, gateway(server, late) as second:
+        asking = asyncio.create_task(second.admit(TENANT, plan, 10))
+        await until(lambda: late.asked == 1)
+        (await first.admit(TENANT, plan, 50)).settle(50)
+        await settled(first)
+        late.answers.set()
+        (await asking).settle(10)
+        await settled(second)
+        async with client_of(server) as client:
+            assert await stored(client, "used") == 960
 
 
 async def test_the_month_is_asked_for_once(server: RedisServer) -> None:

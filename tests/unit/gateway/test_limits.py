@@ -233,6 +233,19 @@ def test_what_nobody_knows_stays_spent() -> None:
     world.admit(100, plan)
 
 
+def test_what_is_over_the_reservation_is_owed_from_now_on() -> None:
+    """A bucket that has filled up meanwhile does not forgive it."""
+    world, plan = World(), Plan(tokens_per_minute=60)
+    running = world.admit(10, plan)
+    world.move(50)
+    running.settle(90)
+    world.move(19)
+    with pytest.raises(TokenRateLimited):
+        world.admit(0, plan)
+    world.move(1)
+    world.admit(0, plan)
+
+
 def test_a_refused_request_takes_nothing() -> None:
     """All limits or none: one that is over the tokens does not cost a request."""
     world, plan = World(), Plan(requests_per_minute=1, tokens_per_minute=100)
