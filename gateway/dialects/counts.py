@@ -129,6 +129,7 @@ class Turn(Struct, omit_defaults=True):
 class AskedTokens(Struct, omit_defaults=True):
     model: str
     messages: list[Turn]
+    add_special_tokens: bool  # as vLLM 0.32 does for responses, and not for chats: a template's BOS comes twice
     tools: list[Tool] | None = None
 
 
@@ -143,7 +144,9 @@ class InputTokens(Conversing):
     def bound(self, request: Any, body: bytes) -> Checked:
         self.asked(request)
         tools = [Tool(Function(one.name, one.description, one.parameters, one.strict)) for one in request.tools or ()]
-        return _counting(AskedTokens(request.model, _turns(request, self.items(request.input)), tools or None), body)
+        return _counting(
+            AskedTokens(request.model, _turns(request, self.items(request.input)), True, tools or None), body
+        )
 
     def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
         told = {"object": "response.input_tokens", "input_tokens": counted(body).count}

@@ -200,10 +200,7 @@ class Dialect:
 
     def refusal(self, status: int, body: bytes) -> GatewayError:
         """The engine's refusal in our words: its own text may name paths and inner names, so none is passed on."""
-        try:
-            text = msgspec.json.decode(body, type=_UpstreamErrorBody).error.message
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            text = ""
+        text = refusal_text(body)
         if status == 400 and ("context length" in text or "max_model_len" in text):
             return ContextLengthExceeded(
                 "The prompt is longer than the model's context (or leaves no room for the answer): shorten it.",
@@ -251,6 +248,14 @@ class Dialect:
         if reason is None:
             return RequestInvalid(f"{param} is not a parameter of this call.", param=param, code="unknown_parameter")
         return RequestInvalid(f"{param} is not accepted: {reason}.", param=param, code="unsupported_parameter")
+
+
+def refusal_text(body: bytes) -> str:
+    """What the engine says; to be looked at, never passed on."""
+    try:
+        return msgspec.json.decode(body, type=_UpstreamErrorBody).error.message
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return ""
 
 
 class _UpstreamError(Struct):

@@ -5,7 +5,7 @@ from typing import ClassVar, Final
 import msgspec
 
 from gateway.errors import ReplicaFailed
-from gateway.relay import EVENT_LIMIT_BYTES, PromptDetails, Usage
+from gateway.relay import EVENT_LIMIT_BYTES, PromptDetails, Usage, told
 
 NAME: Final = b"event: "
 
@@ -44,7 +44,7 @@ class NamedEvents:
         self._rest = data[end:]
         if len(self._rest) > EVENT_LIMIT_BYTES:
             raise ReplicaFailed("The engine's answer broke off; try again.")
-        return b"".join([self._event(event) for event in data[:end].split(b"\n\n")[:-1]])
+        return told(data[:end].split(b"\n\n")[:-1], self._event)
 
     def _event(self, event: bytes) -> bytes:
         head, _, data = event.partition(b"\ndata: ")
@@ -59,10 +59,10 @@ class NamedEvents:
                 raise ReplicaFailed("The engine broke the answer off; try again.")
             return b""
         try:
-            told = self.rewritten(name, data)
+            words = self.rewritten(name, data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ReplicaFailed("The engine's answer cannot be read; try again.") from error
-        return NAME + name + b"\ndata: " + told + b"\n\n" if told else b""
+        return NAME + name + b"\ndata: " + words + b"\n\n" if words else b""
 
     def rewritten(self, name: bytes, data: bytes) -> bytes:
         """An event's data in the client's words; b"" drops it.

@@ -1,12 +1,13 @@
 """`POST /v1/messages`, as Anthropic has it; vLLM serves it through its chat."""
 
+import re
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from gateway.dialects.chat import NO_PARSER
-from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream
+from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream, refusal_text
 from gateway.dialects.events import NamedEvents, usage
 from gateway.dialects.fields import (
     REFUSED,
@@ -25,7 +26,7 @@ from gateway.dialects.fields import (
 )
 from gateway.dialects.schemas import SchemaBudget
 from gateway.dialects.words import Pieces, hold_text, is_null, is_text
-from gateway.errors import ErrorAnswer, ReplicaFailed, RequestInvalid
+from gateway.errors import ErrorAnswer, GatewayError, ReplicaFailed, RequestInvalid
 from gateway.relay import Usage
 
 MOST_BLOCKS: Final = 256
@@ -243,6 +244,9 @@ def _blocks(content: Raw, decoder: msgspec.json.Decoder[Any], place: str, pieces
     return blocks
 
 
+_CUT: Final = re.compile(r": line \d+ column \d+ \(char \d+\)$")
+
+
 class Messages(Spoken):
     """The key may come in `x-api-key`; `anthropic-version` and `anthropic-beta` are taken and do nothing."""
 
@@ -271,6 +275,13 @@ class Messages(Spoken):
 
     def stream(self, engine_name: str, checked: Checked) -> Stream:
         return MessageEvents(engine_name, checked.model, checked.prompt_bytes)
+
+    def refusal(self, status: int, body: bytes) -> GatewayError:
+        if status == 400 and _CUT.search(refusal_text(body)):  # vLLM 0.32 reads a tool's input before it answers
+            return RequestInvalid(
+                "The answer ended within a tool's input: allow it more tokens, or stream it.", param="max_tokens"
+            )
+        return super().refusal(status, body)
 
     def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
         try:

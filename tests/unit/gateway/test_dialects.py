@@ -195,6 +195,7 @@ def test_the_items_of_a_count_are_the_turns_of_a_chat() -> None:
     assert [turn["role"] for turn in upstream["messages"]] == ["system", "user", "assistant", "tool"]
     assert [call["id"] for call in upstream["messages"][2]["tool_calls"]] == ["c1", "c2"]
     assert upstream["messages"][2]["content"] == "b"
+    assert upstream["add_special_tokens"] is True
 
 
 @pytest.mark.parametrize("kind", DIALECTS, ids=lambda kind: kind.path)
@@ -244,6 +245,14 @@ def test_a_broken_stream_ends_in_an_error_event() -> None:
     assert responded.startswith(b"event: error\ndata: ")
     assert data_of(responded)[0]["code"] == "engine_error"
     assert data_of(responded)[0]["error"]["message"] == "broken"
+
+
+def test_a_tool_input_that_was_cut_is_told() -> None:
+    """vLLM answers with its JSON parser's complaint, not with what there is."""
+    inner = b'{"type":"error","error":{"message":"Expecting value: line 1 column 21 (char 20)"}}'
+    error = MEMORY[MESSAGES].refusal(400, inner)
+    assert error.param == "max_tokens"
+    assert "column" not in str(error)
 
 
 @pytest.mark.parametrize("kind", DIALECTS, ids=lambda kind: kind.path)
