@@ -142,6 +142,11 @@ class Auth:
         self._cache.clear()
         self._standings.clear()
 
+    @property
+    def cached(self) -> int:
+        """Keys in memory."""
+        return len(self._cache)
+
     def _note(self, key: ApiKey, now: float) -> None:
         key.noted_at = now
         self.uses.note(key.id, int(self._clock()))
