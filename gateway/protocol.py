@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from gateway.errors import BodyTooLarge, BodyTooSlow
+from gateway.errors import BodyTooLarge, BodyTooSlow, GatewayError, ReplicaUnavailable
 
 HEAD_LIMIT_BYTES: Final = 65_536
 HEAD_PATIENCE_S: Final = 10.0
@@ -75,7 +75,7 @@ class Exchange:
         self.task: asyncio.Task[None] | None = None
         self.begun = False
         self.flow: Flow | None = None
-        self.expired = False
+        self.expired: GatewayError | None = None
         self._protocol = protocol
         self._hot = hot
         self._gone = False
@@ -197,9 +197,9 @@ class Exchange:
             self._protocol.transport.write(b"0\r\n\r\n")
             self._complete()
 
-    def expire(self) -> None:
+    def expire(self, reason: GatewayError) -> None:
         """It has taken too long: whoever works on it is told by a cancellation that `expired` explains."""
-        self.expired = True
+        self.expired = reason
         if self.task is not None:
             self.task.cancel()
 
@@ -231,6 +231,14 @@ class Exchange:
             if not self.response_complete and not self._gone:
                 self._protocol.transport.abort()  # whatever went wrong, a half answer must not look whole
             self.task = None
+
+
+def _restarting() -> GatewayError:
+    return ReplicaUnavailable(
+        "The server restarts, and this ran for longer than it could wait; send it again.",
+        retry_after_s=1,
+        code="server_restarting",
+    )
 
 
 class _Overflow:
@@ -313,7 +321,7 @@ class FrontProtocol(HttpToolsProtocol):
         """The time for draining is over: a stream ends in an error event, an idle connection at once."""
         if self._running is not None and not self._running.response_complete:
             self._running.keep_alive = False
-            self._running.expire()
+            self._running.expire(_restarting())
         elif self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 

@@ -30,7 +30,7 @@ from gateway.limits import Admission, Limits
 from gateway.models import Models
 from gateway.plans import Plan
 from gateway.protocol import ClientGone, Exchange
-from gateway.relay import Usage
+from gateway.relay import BrokenOff, Usage
 from gateway.replicas.pool import Place, ReplicaPool
 from gateway.replicas.replica import Replica
 from gateway.replicas.upstream import Connection, OutOfDescriptorsError, UpstreamError
@@ -116,7 +116,7 @@ class _Request:
         """Its time is over: for the first byte of an answer, or for hearing an engine out whose client has left."""
         self.deadline = 0.0
         if self.pipe is None:
-            self.exchange.expire()
+            self.exchange.expire(_late())
         else:
             self.pipe.expire()
 
@@ -146,8 +146,8 @@ class Generation:
         except ClientGone:
             request.seen.status = CLIENT_GONE
         except asyncio.CancelledError:
-            if exchange.expired:
-                await self._fail(request, _late())
+            if exchange.expired is not None:
+                await self._fail(request, exchange.expired)
             elif exchange.disconnected:
                 request.seen.status = CLIENT_GONE
             else:
@@ -494,19 +494,21 @@ class _Pipe:
     # what comes from the replica
 
     def feed(self, data: bytes) -> None:
+        failure: Exception | None = None
         try:
             events = self._stream.feed(data)
         except Exception as error:  # noqa: BLE001  raised again in `run`, where every failure of a request is told
             self._connection.unpipe()
-            if not self._done.done():
-                self._done.set_exception(error)
-            return
+            events = error.passed if isinstance(error, BrokenOff) else b""
+            failure = error
         if events and not self._left:
             if not self.first_at:
                 self.first_at = time.monotonic()
                 self._request.deadline = 0.0
                 self._exchange.begin(self._head)
             self._exchange.write(events)
+        if failure is not None and not self._done.done():
+            self._done.set_exception(failure)
 
     def end(self, error: UpstreamError | None) -> None:
         if not self._done.done():

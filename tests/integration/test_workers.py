@@ -209,7 +209,7 @@ async def test_a_stream_gets_its_time_and_then_a_well_formed_end(new_gateway: Ne
     gateway.signal(signal.SIGTERM)
     assert is_whole(await short)
     events = await long
-    assert "error" in json.loads(events[-1])
+    assert json.loads(events[-1])["error"]["code"] == "server_restarting"
     await gateway.ended()
 
 
