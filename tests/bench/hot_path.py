@@ -170,10 +170,11 @@ async def per_request(client: Client) -> float:
 
 async def per_chunk(client: Client, engine: Engine) -> float:
     engine.streams = True
-    data = client.request(stream=True, max_tokens=4_096)
+    data = client.request(stream=True, max_tokens=200)
     chunk = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
     asked = asyncio.ensure_future(client.ask(data))
     while engine.open is None:
+        assert not asked.done(), asked.result()
         await asyncio.sleep(0)
     await asyncio.sleep(0)
     engine.open.data_received(chunk)

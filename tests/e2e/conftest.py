@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,17 +108,27 @@ def tiny_base() -> Path:
 
 @pytest.fixture(scope="session")
 def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealStack]:
-    home = tmp_path_factory.mktemp("stack") / "home"
-    output = home.parent / "up.log"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     settings = {
-        "TAILOR_HOME": str(home),
-        "TAILOR_PORT": str(port),
-        "TAILOR_MAX_MODEL_LEN": str(MAX_MODEL_LEN),
         "TAILOR_ADAPTER_SLOTS": "4",
         "TAILOR_HOST_ADAPTERS": "6",
         "TAILOR_PROBE_DEADLINE_S": "20",  # the machine is shared: a slow token is not a frozen engine
+    }
+    with real_stack(tiny_base, tmp_path_factory.mktemp("stack") / "home", **settings) as stack:
+        yield stack
+
+
+@contextmanager
+def real_stack(tiny_base: Path, home: Path, **more: str) -> Iterator[RealStack]:
+    """`tailor up` on ports of its own, until the block ends."""
+    output = home.parent / "up.log"
+    with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
+        port, operator_port = free.getsockname()[1], other.getsockname()[1]
+    settings = {
+        "TAILOR_HOME": str(home),
+        "TAILOR_PORT": str(port),
+        "TAILOR_OPERATOR_PORT": str(operator_port),
+        "TAILOR_MAX_MODEL_LEN": str(MAX_MODEL_LEN),
+        **more,
     }
     command = [str(Path(sys.executable).parent / "tailor"), "up", "--base-model", str(tiny_base)]
     with output.open("wb") as log:
