@@ -63,7 +63,8 @@ class Exchange:
     """One request on the short way, and its answer."""
 
     def __init__(self, protocol: "FrontProtocol", hot: HotPath, headers: list[tuple[bytes, bytes]]) -> None:
-        self.headers = headers
+        self.header = dict(reversed(headers)).get
+        """The first header of a (lower-case) name, None where there is none."""
         self.began_at = time.monotonic()
         # what uvicorn's protocol reads and writes
         self.body: bytearray | _Overflow = bytearray()
@@ -82,13 +83,6 @@ class Exchange:
         self._waiter: asyncio.Future[None] | None = None
 
     # the request
-
-    def header(self, name: bytes) -> bytes | None:
-        """The first header of that (lower-case) name."""
-        for found, value in self.headers:
-            if found == name:
-                return value
-        return None
 
     async def read_body(self) -> bytes:
         """The whole body. Call it once the sender is known: before, only what came with the head is read.
