@@ -4,6 +4,7 @@ A stream is handed on event by event: what is not yet a whole event waits, so th
 JSON strings cannot hold an unescaped quote, so the byte patterns below match structure, never a tenant's text.
 """
 
+from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -15,6 +16,14 @@ _ERROR_MARK: Final = b'data: {"error"'
 _USAGE_MARK: Final = b',"usage":{'
 _NO_CHOICES: Final = b'"choices":[]'
 EVENT_LIMIT_BYTES: Final = 1 << 20
+
+
+class BrokenOff(ReplicaFailed):
+    """The engine reported an error in the middle of what it sent; `passed` is what came before, translated."""
+
+    def __init__(self, error: ReplicaFailed, passed: bytes) -> None:
+        super().__init__(error.message)
+        self.passed = passed
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -59,6 +68,21 @@ def _usage_in(event: bytes, at: int) -> tuple[int, int]:
     return begin, end
 
 
+def told(events: list[bytes], translate: Callable[[bytes], bytes]) -> bytes:
+    """Events that came together, translated.
+
+    Raises:
+        BrokenOff: one of them tells of an error.
+    """
+    passed: list[bytes] = []
+    try:
+        for event in events:
+            passed.append(translate(event))
+    except ReplicaFailed as error:
+        raise BrokenOff(error, b"".join(passed)) from error
+    return b"".join(passed)
+
+
 class StreamTranslation(Translation):
     """The same for a stream of server-sent events.
 
@@ -76,13 +100,14 @@ class StreamTranslation(Translation):
         """Translate the whole events that are there now; a half one waits for the next call.
 
         Raises:
-            ReplicaFailed: the engine reported an error inside the stream, or an event grew past all bounds.
+            ReplicaFailed: the engine reported an error inside the stream, or an event grew past all bounds. BrokenOff:
+                so it did, after events that go to the client all the same.
         """
         if self._rest or data[-2:] != b"\n\n":
             data = self._whole_events(data)
         if data.find(b"\n\n") == len(data) - 2:  # one event: what an engine step gives
             return self._event(data)
-        return b"".join([self._event(event + b"\n\n") for event in data.split(b"\n\n")[:-1]])
+        return told([event + b"\n\n" for event in data.split(b"\n\n")[:-1]], self._event)
 
     def _whole_events(self, data: bytes) -> bytes:
         data = self._rest + data

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import ContextLengthExceeded, ReplicaFailed, RequestInvalid
-from gateway.relay import StreamTranslation, Translation, refusal
+from gateway.relay import BrokenOff, StreamTranslation, Translation, refusal
 
 NAME = "a-0123456789abcdef"
 HOSTILE = f'","model":"{NAME}","usage":{{"prompt_tokens":9}} data: {{"error":1}}\n\ndata: [DONE]\n\n'
@@ -60,6 +60,14 @@ def test_an_error_of_the_engine_stays_inside() -> None:
     """Its text is replaced by ours."""
     with pytest.raises(ReplicaFailed) as error:
         relayed([event("one"), b'data: {"error":{"message":"/opt/secret"}}\n\n'])
+    assert "secret" not in str(error.value)
+
+
+def test_what_came_with_an_error_and_before_it_is_passed_on() -> None:
+    """Though both stood in one piece."""
+    with pytest.raises(BrokenOff) as error:
+        relayed([event("one") + event("two") + b'data: {"error":{"message":"/opt/secret"}}\n\n' + event("three")])
+    assert error.value.passed == relayed([event("one") + event("two")])[0]
     assert "secret" not in str(error.value)
 
 
