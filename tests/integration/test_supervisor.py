@@ -74,6 +74,30 @@ async def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     assert not psutil.pid_exists(pid)
 
 
+async def test_a_restart_is_no_death(family: Child) -> None:
+    """Asked for, it happens at once, takes the whole family, and counts for nothing."""
+    await until(lambda: len(pids(family)) == 1)
+    before = family.pid
+    await family.restart()
+    await until(lambda: len(pids(family)) == 2)
+    assert family.pid != before
+    assert family.restarts == 0
+    await until(lambda: not psutil.pid_exists(pids(family)[0]))
+
+
+@pytest.mark.parametrize(
+    ("program", "ready"), [("import os, time; os.write(1, b'ready\\n'); time.sleep(600)", True), ("", False)]
+)
+async def test_a_child_is_ready_when_it_says_so(tmp_path: Path, program: str, ready: bool) -> None:
+    """And never, where it ends before."""
+    command = Command("it", [sys.executable, "-c", program], os.environ, tmp_path / "log", tells_when_ready=True)
+    child = Child(command, stop_s=5)
+    running = asyncio.create_task(child.run())
+    assert await child.becomes_ready(tries=1) is ready
+    await child.stop()
+    await running
+
+
 def test_a_process_dies_with_its_parent(tmp_path: Path) -> None:
     """Not even kill -9 of the parent leaves it behind: the kernel sees to it."""
     child = (
