@@ -42,6 +42,7 @@ async def until(holds: Callable[[], bool], deadline_s: float = 20) -> None:
 def pids(child: Child) -> list[int]:
     """Every process that the log names, oldest first."""
     log = child.command.log
+    assert log is not None
     return [int(line) for line in log.read_text().split()] if log.exists() else []
 
 
