@@ -7,12 +7,13 @@ import hmac
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
@@ -52,7 +53,7 @@ from gateway.replicas.replica import ReplicaOptions
 from gateway.replicas.roster import Roster
 from gateway.replicas.upstream import Upstream
 from gateway.settings import Settings
-from gateway.telemetry.asgi import Counted
+from gateway.telemetry.asgi import Counted, template_of
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import open_tracing
 from gateway.tenants import Tenants
@@ -263,11 +264,39 @@ def _install_error_handlers(app: FastAPI) -> None:
     async def respond(request: Request, error: Exception) -> Response:
         told = answer(_as_ours(error))
         if told.status == 500:
-            log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+            log.error("%s %s failed", request.method, template_of(request.scope), exc_info=error)
         return Response(told.body, told.status, {name.decode(): value.decode() for name, value in told.headers})
 
-    for kind in (GatewayError, AdapterStoreError, RequestValidationError, HTTPException, Exception):
+    for kind in (GatewayError, AdapterStoreError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, respond)
+    app.add_middleware(_Unforeseen, respond=respond)
+
+
+class _Unforeseen:
+    """Answers what nothing else has caught; Starlette would answer it too, then raise it again, which costs the client
+    its connection and the log a second traceback."""
+
+    def __init__(self, app: ASGIApp, respond: Callable[[Request, Exception], Awaitable[Response]]) -> None:
+        self._app = app
+        self._respond = respond
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            if begun:
+                raise
+            response = await self._respond(Request(scope), error)
+            await response(scope, receive, send)
 
 
 def _as_ours(error: Exception) -> Exception:

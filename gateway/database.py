@@ -116,12 +116,15 @@ def open_engine(url: str, *, busy_timeout_s: float = 5.0) -> AsyncEngine:
     """An engine for `sqlite+aiosqlite:///path` or `postgresql+asyncpg://…`; connects on first use.
 
     `busy_timeout_s`: how long a SQLite writer waits for its turn, whoever finds all connections taken for one, and a
-    connection to PostgreSQL for its server.
+    connection to PostgreSQL for its server. Errors quote statements without their parameters: those are tenants' names
+    and keys' hashes, and errors are logged.
     """
     parts = make_url(url)
     if parts.get_backend_name() != "sqlite":
         timeouts = {"timeout": busy_timeout_s, "command_timeout": ANSWER_S}
-        return create_async_engine(parts, pool_pre_ping=True, pool_timeout=busy_timeout_s, connect_args=timeouts)
+        return create_async_engine(
+            parts, pool_pre_ping=True, pool_timeout=busy_timeout_s, connect_args=timeouts, hide_parameters=True
+        )
     path = Path(parts.database).absolute() if parts.database else None
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -132,6 +135,7 @@ def open_engine(url: str, *, busy_timeout_s: float = 5.0) -> AsyncEngine:
         max_overflow=0,
         pool_timeout=busy_timeout_s,
         connect_args={"timeout": busy_timeout_s},
+        hide_parameters=True,
     )
     event.listen(engine.sync_engine, "connect", _set_up_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)

@@ -11,6 +11,8 @@ MESSAGE_LIMIT: Final = 4_096
 TRACEBACK_LIMIT: Final = 16_384
 _SAFE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/\[\]-]{0,255}")
 UNSAFE: Final = "unsafe"
+OWN: Final = "tailor"
+"""What this project's loggers begin with."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -41,7 +43,13 @@ def ids(
 
 
 def set_up_logging(level: str) -> None:
-    """Send every logger's lines to standard error as JSON."""
+    """Send every logger's lines to standard error as JSON; what others' loggers say for debugging is not written.
+
+    A driver logs each statement with its parameters at DEBUG, an HTTP client each URL.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    root = logging.getLogger()
+    logging.getLogger(OWN).setLevel(root.level)
+    root.setLevel(max(root.level, logging.INFO))

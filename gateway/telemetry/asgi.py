@@ -34,10 +34,10 @@ class Counted:
             await self._app(scope, receive, seen)
         finally:
             method: str = scope["method"] if scope["method"] in METHODS else "other"
-            self._metrics.control(_template(scope), method, status, time.monotonic() - began)
+            self._metrics.control(template_of(scope), method, status, time.monotonic() - began)
 
 
-def _template(scope: Scope) -> str:
+def template_of(scope: Scope) -> str:
     """The route's path with its parameters unnamed values: what was asked for is the client's text, and no label."""
     path = getattr(scope.get("route"), "path", None)
     return path if isinstance(path, str) else UNMATCHED

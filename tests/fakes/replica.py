@@ -273,7 +273,7 @@ class FakeReplica:
         if self.keep_requests:
             self.requests.append({"path": path, "headers": headers, "body": body})
         if path in COUNTING:
-            return self._count(path, body, writer)
+            return await self._count(path, body, reader, writer)
         name = headers.get("x-tailor-adapter")
         if name is not None and name != self.null_adapter and name not in self.adapters:
             return self._json(writer, 404, {"error": {"code": "adapter_unknown"}})
@@ -289,7 +289,12 @@ class FakeReplica:
             if known:
                 known["in_flight"] -= 1
 
-    def _count(self, path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+    async def _count(
+        self, path: str, body: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        if self.faults.hang_before_answer:
+            await reader.read()
+            raise ConnectionError
         if self.faults.status is not None:
             return self._bytes(writer, self.faults.status, self.faults.status_body)
         return self._json(writer, 200, counted(path, self.prompt_tokens(body), self.max_model_len))

@@ -1,4 +1,4 @@
-"""The OpenAPI document against the live gateway: it names what there is, and nothing that is built from it ends in a 5xx.
+"""The OpenAPI document against the live gateway: it names what there is, and nothing built from it ends in a 5xx.
 
 The ordinary run makes some hundred requests; `-m full` makes 200 for each operation and key.
 """
@@ -107,15 +107,25 @@ def test_the_command_writes_the_document(tmp_path: Path) -> None:
 class Seen:
     """What schemathesis was answered."""
 
-    statuses: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=Counter)
     succeeded: set[str] = field(default_factory=set)
 
 
-def fuzz(url: str, key: str, *, examples: int, seen: Seen) -> None:
-    """Every operation of the document with generated requests, valid and not; blocks."""
-    schema = schemathesis.openapi.from_dict(document())
-    for found in schema.get_all_operations():
-        _fuzz_one(found.ok(), url, key, examples, seen)
+TENANT = {"generation", "counting", "models", "adapters", "usage", "health"}
+ADMIN = {"keys", "usage"}
+OPERATOR = {"admin", "replicas", "usage"}
+
+
+def fuzz(url: str, key: str, tags: set[str], *, examples: int, seen: Seen) -> None:
+    """Every operation that the key is for with generated requests, valid and not; one of each that it is not for."""
+    told = document()
+    for item in told["paths"].values():
+        for operation in item.values():
+            operation.pop("security", None)  # the key is ours: schemathesis would leave it out at times
+    for found in schemathesis.openapi.from_dict(told).get_all_operations():
+        operation = found.ok()
+        meant = tags & set(operation.tags)
+        _fuzz_one(operation, url, key, examples if meant else 1, seen)
 
 
 def _fuzz_one(operation: Any, url: str, key: str, examples: int, seen: Seen) -> None:
@@ -141,7 +151,7 @@ def _fuzz_one(operation: Any, url: str, key: str, examples: int, seen: Seen) -> 
         answer = case.call(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=30)
         case.validate_response(answer, checks=CHECKS)
         _check_envelope(operation.path, answer)
-        seen.statuses[f"{answer.status_code}"] += 1
+        seen.statuses[answer.status_code] += 1
         if answer.status_code < 300:
             seen.succeeded.add(operation.label)
 
@@ -160,6 +170,9 @@ def _check_envelope(path: str, answer: Any) -> None:
         assert set(told["error"]) - {"faults"} == {"message", "type", "param", "code"}
 
 
+REACHED = {"POST /v1/chat/completions", "GET /v1/adapters", "GET /v1/keys", "GET /admin/v1/usage"}
+
+
 async def run_fuzz(gateway: Gateway, acme: Tenant, good: Path, examples: int) -> Seen:
     await acme.publish(good)
     operator = gateway.home.operator_key()
@@ -167,9 +180,10 @@ async def run_fuzz(gateway: Gateway, acme: Tenant, good: Path, examples: int) ->
     spare = await gateway.operator.post("/admin/v1/keys", json={})
     admin = await gateway.operator.post("/admin/v1/tenants/acme/keys", json={"scopes": ["admin"]})
     seen = Seen()
-    for key in (acme.key, admin.json()["secret"], spare.json()["secret"]):
-        await asyncio.to_thread(fuzz, gateway.url, key, examples=examples, seen=seen)
-    assert (await acme.ask(BASE)).status_code in (200, 401, 429)  # it still stands, whatever the operator's key has done
+    for key, tags in ((acme.key, TENANT), (admin.json()["secret"], ADMIN), (spare.json()["secret"], OPERATOR)):
+        await asyncio.to_thread(fuzz, gateway.url, key, tags, examples=examples, seen=seen)
+    assert seen.statuses[401] == 0
+    assert (await gateway.operator.get("/ready")).status_code == 200
     return seen
 
 
@@ -177,8 +191,9 @@ async def test_no_generated_request_ends_in_a_server_error(
     gateway: Gateway, acme: Tenant, good: Path, replica: FakeReplica
 ) -> None:
     """With a tenant's, its admin's and an operator's key, each answer is as the document says."""
-    seen = await run_fuzz(gateway, acme, good, examples=4)
-    assert seen.statuses.total() > 400
+    seen = await run_fuzz(gateway, acme, good, examples=5)
+    assert seen.statuses.total() > 250
+    assert seen.succeeded >= REACHED, seen
 
 
 @pytest.mark.full
@@ -188,4 +203,4 @@ async def test_no_generated_request_ends_in_a_server_error_at_full_size(
 ) -> None:
     """200 for each operation and key."""
     seen = await run_fuzz(gateway, acme, good, examples=200)
-    assert seen.statuses.total() > 20_000
+    assert seen.statuses.total() > 8_000

@@ -39,7 +39,7 @@ ALLOWED: Final = {
     "/v1/messages/count_tokens": {
         "model", "messages", "system", "tools", "tool_choice", "output_config", "thinking",
     },
-    "/tokenize": {"model", "messages", "prompt", "tools"},
+    "/tokenize": {"model", "messages", "prompt", "tools", "add_special_tokens"},
 }  # fmt: skip
 """What may reach the engine, written here a second time on purpose."""
 INSIDE: Final = {
@@ -251,6 +251,7 @@ def hold_upstream(replica: FakeReplica) -> None:
         assert body.get("max_tokens", 0) <= replica.max_model_len
         assert body.get("max_output_tokens", 0) <= replica.max_model_len
         assert body.get("n", 1) <= 4
+        assert body.get("add_special_tokens", True) is True  # the gateway's own word
         if "tokenize" not in path and "count" not in path:
             salts.add(body["cache_salt"])
         _hold_inside({name: value for name, value in body.items() if name != "model"}, top=True)
