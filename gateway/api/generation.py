@@ -88,7 +88,7 @@ class _Request:
 
     __slots__ = (
         "admission", "asked", "at_work", "connection", "cost", "deadline", "exchange", "fallback", "id", "pipe",
-        "place", "plan", "seen", "tenant_id", "trace", "trace_lines", "usage", "version",
+        "place", "plan", "seen", "tenant_id", "trace", "trace_lines", "tried", "usage", "version",
     )  # fmt: skip
 
     def __init__(self, exchange: Exchange, route: str) -> None:
@@ -106,6 +106,7 @@ class _Request:
         self.version: Version | None = None
         self.fallback = b""
         self.admission: Admission | None = None
+        self.tried: list[Replica] = []
         self.place: Place | None = None
         self.connection: Connection | None = None
         self.at_work = False
@@ -237,7 +238,7 @@ class Generation:
 
     async def _place_and_send(self, request: _Request) -> Connection:
         """A second replica is asked, once and within the retry budget, if the first is gone before its first byte."""
-        tried: list[Replica] = []
+        tried = request.tried
         forgotten = False
         while True:
             request.seen.placing_at = time.monotonic()
@@ -313,20 +314,40 @@ class Generation:
     # relay
 
     async def _relay_stream(self, request: _Request, connection: Connection) -> None:
+        """To its end; one that breaks off before its client has heard anything is asked for once more, elsewhere."""
+        if not await self._pipe(request, connection):
+            connection = await self._place_and_send(request)
+            if connection.status != 200:
+                raise await self._refused(request, connection)
+            await self._pipe(request, connection)
+        request.seen.status = 200
+        request.exchange.end()
+
+    async def _pipe(self, request: _Request, connection: Connection) -> bool:
+        """False where another replica may be asked."""
         asked, place = request.asked, request.place
         assert place is not None
         stream = self._dialect.stream(place.name, asked)
         pipe = request.pipe = _Pipe(request, connection, stream, self._head(request, EVENTS))
         try:
             await pipe.run()
-        except (ReplicaFailed, ReplicaUnavailable):
+        except ReplicaFailed:
+            place.replica.failed()
+            if request.exchange.begun or request.tried or not self._pool.has_other(place.replica):
+                raise
+            if not self._pool.retry_allowed():
+                raise
+            request.tried.append(place.replica)
+            request.pipe = None
+            self._give_back(request, 0)
+            return False
+        except ReplicaUnavailable:
             place.replica.failed()
             raise
         finally:
             request.usage = stream.usage
         place.replica.succeeded()
-        request.seen.status = 200
-        request.exchange.end()
+        return True
 
     async def _relay_whole(self, request: _Request, connection: Connection) -> None:
         place = request.place

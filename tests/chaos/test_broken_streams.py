@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from gateway.replicas.replica import ReplicaState
 from gateway.replicas.upstream import Connection
 from tests.chaos.client import DIALECTS, Answer, request
 from tests.chaos.conftest import Figure, NewClient
@@ -64,6 +65,30 @@ async def test_a_stream_that_breaks_says_so_once(
             setattr(replica.faults, fault, None)
             await until_ready(gateway)
             assert (await client.ask(key, BASE, dialect=dialect, stream=True)).ending == "whole"
+
+
+@pytest.mark.parametrize("fault", BREAKS)
+async def test_a_stream_that_breaks_before_its_first_event_is_answered_by_another_replica(
+    run_gateway: RunGateway, run_replica: RunReplica, new_client: NewClient, fault: str
+) -> None:
+    """Its head had come; of that the client knows nothing. Where that one breaks too, it is told so: once is enough."""
+    replicas = [await run_replica(events=EVENTS) for _ in range(3)]
+    gateway = await run_gateway(*replicas)
+    await until(lambda: set(gateway.parts.pool.states().values()) == {ReplicaState.READY})
+    key = (await gateway.tenant("acme")).key
+    client = new_client(gateway.url)
+    for _ in range(80):  # second tries are a tenth of the first
+        assert (await client.ask(key, BASE)).ending == "whole"
+    for dialect in DIALECTS:
+        for broken in replicas:
+            setattr(broken.faults, fault, 0)
+            assert (await client.ask(key, BASE, dialect=dialect, stream=True)).ending == "whole"
+            setattr(broken.faults, fault, None)
+    for broken in replicas:
+        setattr(broken.faults, fault, 0)
+    asked = sum(replica.request_count for replica in replicas)
+    assert (await client.ask(key, BASE, stream=True)).ending == "refused"
+    assert sum(replica.request_count for replica in replicas) == asked + 2
 
 
 @pytest.mark.parametrize("fault", SILENCES)
