@@ -2,7 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -49,7 +49,7 @@ class Parts:
     freshness: Freshness
     changes: ChangeFeed
     draining: asyncio.Event = field(default_factory=asyncio.Event)
-    connections: set[object] = field(default_factory=set)
+    connections: set[Any] = field(default_factory=set)
     """Clients' connections that are open."""
 
 

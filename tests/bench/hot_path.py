@@ -31,8 +31,8 @@ from gateway.settings import Settings
 from tests.bad_adapters import write_base
 from tests.fakes.replica import TOKEN, FakeReplica
 
-BATCH = 300
-BATCHES = 10
+BATCH = 500
+BATCHES = 24
 CHUNKS = 64
 PLAN = {
     "name": "all",

@@ -254,8 +254,8 @@ async def test_a_slow_reader_holds_the_engine_not_a_pile_of_bytes(
     await reader.readuntil(b"\r\n\r\n")
 
     def held() -> int:
-        connections = list(gateway.parts.connections)
-        return max(connection.transport.get_write_buffer_size() for connection in connections)  # type: ignore[attr-defined]
+        sizes: list[int] = [each.transport.get_write_buffer_size() for each in gateway.parts.connections]
+        return max(sizes)
 
     await until(lambda: held() > 0)
     most = 0
