@@ -11,7 +11,7 @@ from gateway.api.body import receive_in_time
 from gateway.api.generation import Generation
 from gateway.auth import Auth
 from gateway.dependencies import Parts
-from gateway.errors import GatewayError, MethodNotAllowed, authorization_of, send_error
+from gateway.errors import GatewayError, MethodNotAllowed, RequestInvalid, authorization_of, send_error
 
 OPEN_PATHS: Final = ("/health", "/ready")
 UPLOAD_PATH: Final = "/v1/adapters"
@@ -46,6 +46,8 @@ class Front:
                 await self._auth.live_key(authorization_of(scope))
                 if path in self._hot_paths:
                     raise MethodNotAllowed("This path takes POST only.")
+                if "\0" in path or b"%00" in scope["query_string"]:
+                    raise RequestInvalid("Paths and queries have no NUL characters.")  # PostgreSQL cannot hold one
             except (GatewayError, AdapterStoreError) as error:
                 return await send_error(send, error)
             if path != UPLOAD_PATH:

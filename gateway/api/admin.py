@@ -11,6 +11,7 @@ from gateway.api.keys import (
     After,
     KeyList,
     KeyWithSecret,
+    Label,
     Limit,
     NewKey,
     NewRotation,
@@ -29,17 +30,18 @@ router = APIRouter(prefix="/admin/v1", tags=["admin"])
 
 Weight = Annotated[float, Field(ge=0.01, le=1_000, allow_inf_nan=False)]
 Bound = Annotated[int, Field(ge=1, le=10**15)]
+PlanName = Annotated[str, Field(max_length=64, pattern="^[^\\x00]*$")]  # PostgreSQL's texts hold no NUL
 
 
 class NewTenant(BaseModel, extra="forbid"):
     name: str
-    plan: str = DEFAULT
+    plan: PlanName = DEFAULT
 
 
 class TenantChange(BaseModel, extra="forbid"):
     """What is left out stays as it is."""
 
-    plan: str | None = None
+    plan: PlanName | None = None
     suspended: bool | None = None
 
 
@@ -101,7 +103,7 @@ class PlanList(BaseModel):
 class NewOperatorKey(BaseModel, extra="forbid"):
     """`expires_at` in Unix seconds, by default the maker's own."""
 
-    label: Annotated[str, Field(max_length=128)] = ""
+    label: Label = ""
     expires_at: Annotated[int, Field(gt=0, le=KEPT_FOR_EVER)] | None = None
 
 

@@ -17,11 +17,13 @@ router = APIRouter(prefix="/v1/keys", tags=["keys"])
 OVERLAP_LIMIT_S = 2_592_000
 KEPT_FOR_EVER = 253_402_300_799  # the last second of the year 9999
 
+Label = Annotated[str, Field(max_length=128, pattern="^[^\\x00]*$")]  # PostgreSQL's texts hold no NUL
+
 
 class NewKey(BaseModel, extra="forbid"):
     """`scopes` default to what serving and training need; `expires_at` in Unix seconds, by default the maker's own."""
 
-    label: Annotated[str, Field(max_length=128)] = ""
+    label: Label = ""
     scopes: Annotated[list[Scope], Field(min_length=1)] | None = None
     expires_at: Annotated[int, Field(gt=0, le=KEPT_FOR_EVER)] | None = None
 
