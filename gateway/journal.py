@@ -2,11 +2,13 @@
 
 A segment is one file and one batch: its name is the id under which the database knows that it was counted. Whoever
 writes a segment holds its lock, so a file without a holder was left by a process that died, and another may count it.
-A line is in the page cache when `append` returns: it survives the process (kill -9), not a power cut.
+A line is in the page cache when `append` returns: it survives the process (kill -9), not a power cut. The file is
+mapped into memory, since a write to it cost 9 µs a request, more than all other counting together.
 """
 
 import fcntl
 import logging
+import mmap
 import os
 import re
 import secrets
@@ -19,6 +21,7 @@ log = logging.getLogger("tailor.usage")
 SUFFIX: Final = ".journal"
 LINE: Final = re.compile(rb"([0-9]+)\t([^\t]+)\t([^\t]*)\t([0-9]+)\t([01])\t([0-9]+)\t([0-9]+)\t([0-9]+)")
 STALE_S: Final = 7 * 86_400  # for so long the database remembers what was counted
+FIRST_BYTES: Final = 65_536
 
 Key = tuple[int, str, str, int]
 """Hour (its first second), tenant, adapter, version."""
@@ -50,6 +53,8 @@ class Segment:
         self._limit_bytes = limit_bytes
         self._fsync = fsync
         self._size = 0
+        self._room = 0
+        self._map: mmap.mmap | None = None
         self._is_broken = False
         self._file = self._create(folder)
 
@@ -57,7 +62,7 @@ class Segment:
         """The file appears under its name only once it is locked."""
         beside = folder / f".{self.id}.{os.getpid()}"
         try:
-            file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             fcntl.flock(file, fcntl.LOCK_EX)
             beside.rename(self._path)
         except OSError as error:
@@ -70,20 +75,30 @@ class Segment:
         if self._is_broken:
             self.lost_by_kill += 1
             return
+        end = self._size + len(line)
         try:
-            if self._size + len(line) > self._limit_bytes:
-                raise OSError(0, "the journal has reached its limit")
-            written = os.write(self._file, line)
-            if written != len(line):
-                os.ftruncate(self._file, self._size)
-                raise OSError(0, "the disk is full")
+            if end > self._room:
+                self._grow(end)
+            assert self._map is not None
+            self._map[self._size : end] = line
             if self._fsync:
                 os.fdatasync(self._file)
         except OSError as error:
             self._refused(error)
             self.lost_by_kill += 1
             return
-        self._size += written
+        self._size = end
+
+    def _grow(self, least: int) -> None:
+        """Have room, on the disk too: a page that the disk cannot take would end the process when it is written."""
+        if least > self._limit_bytes:
+            raise OSError(0, "the journal has reached its limit")
+        room = min(max(FIRST_BYTES, 2 * self._room), self._limit_bytes)
+        os.posix_fallocate(self._file, 0, room)
+        if self._map is not None:
+            self._map.close()
+        self._map = mmap.mmap(self._file, room)
+        self._room = room
 
     def _refused(self, error: OSError) -> None:
         """Nothing more is written here; the lock is kept, for the file alone is no longer the whole batch."""
@@ -97,7 +112,12 @@ class Segment:
 
     def close(self) -> None:
         """Leave the file to whoever comes next."""
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+            self._room = 0
         if self._file >= 0:
+            os.ftruncate(self._file, self._size)
             os.close(self._file)
             self._file = -1
 
@@ -113,7 +133,9 @@ class LeftSegment:
     def read(self) -> Rows:
         """What it counted; a torn last line was never acknowledged, and a damaged one is told."""
         rows: Rows = {}
-        *lines, torn = self._path.read_bytes().split(b"\n")
+        *lines, torn = (
+            self._path.read_bytes().rstrip(b"\0").split(b"\n")
+        )  # a dead process left room behind its last line
         damaged = 0
         for line in lines:
             found = LINE.fullmatch(line)
