@@ -108,6 +108,7 @@ async def serving(settings: Settings) -> AsyncIterator[Gateway]:
     """The gateway as it runs in production: uvicorn on a socket of its own."""
     app = create_app(settings)
     listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as uvloop has it; without, 40 ms a request
     server = uvicorn.Server(
         uvicorn.Config(
             app, http=FrontProtocol, log_config=None, lifespan="on", timeout_graceful_shutdown=1, proxy_headers=False

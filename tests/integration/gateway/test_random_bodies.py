@@ -291,6 +291,16 @@ async def test_random_bodies_end_in_no_server_error(
     assert statuses[400] > 100
 
 
+async def test_no_refused_field_reaches_the_engine(acme: Tenant, replica: FakeReplica) -> None:
+    """Each field that is the gateway's, the operator's to allow or nobody's, with a value of each kind, is a 400."""
+    for path, seed in SEEDS.items():
+        for name in sorted({*GATEWAY_SET, *OPT_IN, *REFUSED} - {"model"}):
+            for value in (True, 1, "x", [1], ["x"], {"enable_thinking": True}):
+                answer = await acme.client.post(path, json={"model": BASE, **seed, name: value})
+                assert answer.status_code == 400, f"{path} {name} {value}"
+    assert replica.requests == []
+
+
 @pytest.mark.full
 @pytest.mark.timeout(3_600)
 async def test_random_bodies_end_in_no_server_error_at_full_size(
