@@ -19,7 +19,7 @@ from gateway.errors import (
     ReplicaUnavailable,
     RequestInvalid,
 )
-from gateway.relay import Usage
+from gateway.relay import PromptDetails, Usage
 from tests.fakes.speech import named, speech_of
 
 NAME = "a-0123456789abcdef"
@@ -115,6 +115,25 @@ def test_a_fault_of_the_engine_stays_inside(path: str, broken: bytes) -> None:
     assert "secret" not in told
     assert "event" not in told
     assert not stream.finished
+
+
+def test_a_long_last_event_is_whole() -> None:
+    """A response's last event repeats its answer with every alternative, and comes in pieces."""
+    dialect = all_dialects(Bounds())["/v1/responses"]
+    body = b'{"model": "bot", "input": "hi", "stream": true, "max_output_tokens": 4096}'
+    stream = dialect.stream("a-0", dialect.check(body))
+    response = {
+        "object": "response",
+        "model": "a-0",
+        "output": "x" * (8 << 20),
+        "usage": {"input_tokens": 1, "output_tokens": 4_096},
+    }
+    data = json.dumps({"type": "response.completed", "sequence_number": 1, "response": response})
+    event = f"event: response.completed\ndata: {data}\n\n".encode()
+    told = b"".join(stream.feed(event[begin : begin + 65_536]) for begin in range(0, len(event), 65_536))
+    assert stream.finished
+    assert len(told) > 8 << 20
+    assert stream.usage == Usage(1, 4_096, PromptDetails(None))
 
 
 @pytest.mark.parametrize("path", STREAMED)
