@@ -144,6 +144,7 @@ class Keys:
 
         Raises:
             ObjectUnknown: no such key here. KeyIsOver: it is revoked or expired. GrantTooWide: the maker has less.
+            TooManyKeys: the old one would go on beside as many as there may be.
         """
         now = self._now()
         secret = new_secret()
@@ -152,6 +153,8 @@ class Keys:
             old = _details_of(await _find(connection, whose, key_id))
             if old.revoked_at is not None or (old.expires_at is not None and old.expires_at <= now):
                 raise KeyIsOver("This key is revoked or expired: make a new one.", param="key")
+            if overlap_s:  # else the two change places: one key may be rotated again and again
+                await self._check_room(connection, old.tenant_id, now)
             asked = _new_details(old.tenant_id, old.scopes, secret, old.label, now, old.expires_at)
             made = replace(await self._bounded(connection, asked, maker), replaces=old.id)
             if made.expires_at != old.expires_at:

@@ -326,6 +326,16 @@ async def test_a_tenant_has_an_end_of_keys(bench: Bench) -> None:
     await keys.create(maker.tenant_id, SERVING, maker=maker)
 
 
+async def test_rotation_is_no_way_around_the_end_of_keys(bench: Bench) -> None:
+    """While the old key goes on it counts beside its successor; without an overlap the two change places."""
+    keys = Keys(bench.engine, live_limit=2)
+    maker = await bench.live(await bench.key(scopes=frozenset({Scope.ADMIN, Scope.INFERENCE})))
+    old, _ = await keys.create(maker.tenant_id, SERVING, maker=maker)
+    with pytest.raises(TooManyKeys):
+        await keys.rotate(maker.tenant_id, old.id, maker=maker, overlap_s=60)
+    await keys.rotate(maker.tenant_id, old.id, maker=maker, overlap_s=0)
+
+
 async def test_a_long_absence_is_made_up_for_at_once(bench: Bench) -> None:
     """Page after page, in order, without waiting between them."""
     heard: list[str | None] = []
