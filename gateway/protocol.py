@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from gateway.eager import begin_now, into_task
 from gateway.errors import BodyTooLarge, BodyTooSlow, GatewayError, ReplicaUnavailable
 
 HEAD_LIMIT_BYTES: Final = 65_536
@@ -91,6 +92,7 @@ class Exchange:
             BodyTooLarge: it passes the limit. BodyTooSlow: it stalls. ClientGone: it never came.
         """
         if self.more_body:
+            await into_task()
             await self._receive()
         if isinstance(self.body, _Overflow) or len(self.body) > self._hot.max_body_bytes:
             raise BodyTooLarge(f"The body is larger than {self._hot.max_body_bytes} bytes.")
@@ -213,8 +215,11 @@ class Exchange:
     # being run
 
     def start(self) -> None:
-        self.task = self._protocol.loop.create_task(self._run())
-        self._protocol.tasks.add(self.task)
+        """Run at once, as far as nothing must be waited for; what is left becomes a task."""
+        rest = begin_now(self._run())
+        if rest is not None:
+            self.task = self._protocol.loop.create_task(rest)
+            self._protocol.tasks.add(self.task)
 
     async def _run(self) -> None:
         try:

@@ -18,6 +18,7 @@ from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
 from gateway.auth import Auth
 from gateway.dialects import Checked, Dialect, Stream
+from gateway.eager import into_task
 from gateway.errors import (
     AdapterNotLoadable,
     BodyTooLarge,
@@ -165,6 +166,8 @@ class Generation:
         asked = request.asked = self._dialect.check(await exchange.read_body())
         self._hold_to_plan(request, asked, request.plan)
         request.version = await self._version_of(request, asked.model)
+        if self._limits.suspends:
+            await into_task()
         request.admission = await self._limits.admit(request.tenant_id, request.plan, request.cost)
         request.deadline = time.monotonic() + self._first_byte_timeout_s
         connection = await self._route(request)
@@ -184,7 +187,10 @@ class Generation:
         if authorization is None:  # as Anthropic's clients send it
             key_alone = header(b"x-api-key")
             authorization = None if key_alone is None else b"Bearer " + key_alone
-        key = self._auth.known(authorization) or await self._auth.live_key(authorization)
+        key = self._auth.known(authorization)
+        if key is None:
+            await into_task()
+            key = await self._auth.live_key(authorization)
         if KeyScope.INFERENCE not in key.scopes:
             raise ScopeMissing(f"This key may not be used here: it lacks the scope '{KeyScope.INFERENCE}'.")
         if key.tenant_id is None:
@@ -209,7 +215,11 @@ class Generation:
         models = self._models
         if model == models.base_name:
             return None
-        return models.known(request.tenant_id, model) or await models.resolve(request.tenant_id, model)
+        version = models.known(request.tenant_id, model)
+        if version is None:
+            await into_task()
+            version = await models.resolve(request.tenant_id, model)
+        return version
 
     # where
 
@@ -461,7 +471,7 @@ class Generation:
             seen.adapter_id, seen.version = version.adapter_id, version.number
         if request.pipe is not None:
             seen.streamed, seen.first_at = True, request.pipe.first_at
-        self._services.metrics.request(seen)
+        self._services.metrics.later(seen)
         if request.trace is not None:
             seen.request_id = request.id.decode()
             request.trace.finish(seen)

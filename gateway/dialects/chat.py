@@ -270,9 +270,10 @@ class OpenAIGeneration(Dialect):
     def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
         translation = Translation(engine_name, checked.model)
         told = translation.whole(body)
-        if translation.usage is None:
+        usage = translation.usage
+        if usage is None:
             raise ReplicaFailed("The engine's answer cannot be read; try again.")
-        return told, translation.usage
+        return told, usage
 
 
 class Chat(OpenAIGeneration):

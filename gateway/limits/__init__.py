@@ -32,6 +32,9 @@ class Admission(Protocol):
 class Limits(Protocol):
     """Counts what tenants use."""
 
+    suspends: bool
+    """Whether `admit` may wait for another server."""
+
     @property
     def degraded(self) -> bool:
         """Whether this gateway counts alone although it should count together with others."""

@@ -27,6 +27,7 @@ class MemoryLimits:
     """
 
     degraded: Final = False
+    suspends = False
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Pure: when a replica that fails is left alone, and how often a request may be sent a second time."""
 
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Final
@@ -105,20 +106,23 @@ class RetryBudget:
 class Window:
     """How often something happened in the last 10 seconds, by whole seconds."""
 
-    __slots__ = ("_clock", "_counts", "_total")
+    __slots__ = ("_clock", "_counts", "_second_end", "_total")
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._counts: deque[list[int]] = deque()  # [second, count]
+        self._second_end = -math.inf
         self._total = 0
 
     def add(self) -> None:
-        second = int(self._clock())
-        if self._counts and self._counts[-1][0] == second:
+        now = self._clock()
+        if now < self._second_end:
             self._counts[-1][1] += 1
         else:
+            second = int(now)
             self._drop(second)
             self._counts.append([second, 1])
+            self._second_end = second + 1
         self._total += 1
 
     def count(self) -> int:
@@ -127,6 +131,7 @@ class Window:
 
     def clear(self) -> None:
         self._counts.clear()
+        self._second_end = -math.inf
         self._total = 0
 
     def _drop(self, second: int) -> None:

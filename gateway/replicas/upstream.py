@@ -10,6 +10,8 @@ from typing import Final, Protocol, cast
 
 import httptools
 
+from gateway.eager import into_task
+
 PAUSE_BYTES: Final = 65_536  # stop reading from the replica while this much waits for the client
 IDLE_LIMIT_S: Final = 60.0  # below the replica's own keep-alive (120 s), so that it never closes first
 
@@ -196,6 +198,8 @@ class Connection(asyncio.Protocol):
         Raises:
             UpstreamError: it broke off, or is longer than `limit_bytes`.
         """
+        if self._complete and self._buffered <= limit_bytes:
+            return self._take()
         parts: list[bytes] = []
         size = 0
         while data := await self.read():
@@ -279,6 +283,7 @@ class Upstream:
         self._idle.clear()
 
     async def _connect(self) -> Connection:
+        await into_task()
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout_s):

@@ -32,7 +32,7 @@ from tests.bad_adapters import write_base
 from tests.fakes.replica import TOKEN, FakeReplica
 
 BATCH = 500
-BATCHES = 24
+BATCHES = 12
 CHUNKS = 64
 PLAN = {
     "name": "all",
