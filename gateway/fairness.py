@@ -7,14 +7,14 @@ for ever, so each gateway opens no more than that and rotates them. Clocks are i
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from adapter_store.ids import TenantId
 
 Key = tuple[TenantId, str]
-"""(tenant, digest) of an adapter."""
+"""(tenant, digest) of an adapter: tenants never share one in an engine, equal bytes or not."""
 Clock = Callable[[], float]
 
 PRIORITY_EPOCH_S: Final = 1_767_225_600.0  # 2026-01-01: keeps priorities short
@@ -520,11 +520,6 @@ class FairGate:
     def due(self) -> float | None:
         """When `rotate` must be called though no request comes or ends, by the clock."""
         return self.open_set.due() if self.open_set is not None else None
-
-    def turns_waiting(self) -> Iterator[Turn]:
-        for queues in (self._ready, self._parked):
-            for queue in queues.values():
-                yield from queue
 
     def _is_open(self, key: Key | None) -> bool:
         return key is None or self.open_set is None or self.open_set.admits(key)

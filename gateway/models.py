@@ -1,7 +1,6 @@
 """What a tenant's `model` means: the base model, or one of its own adapters' versions."""
 
 from collections.abc import Awaitable, Callable
-from typing import Final
 
 from adapter_store.catalog import Version
 from adapter_store.changes import Change
@@ -11,8 +10,6 @@ from adapter_store.store import NOUN, AdapterStore
 from gateway.errors import ModelUnknown
 from gateway.fresh_cache import SharedReads
 from gateway.freshness import Freshness
-
-BASE: Final = "base"
 
 
 class Models:

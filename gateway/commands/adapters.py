@@ -10,6 +10,7 @@ from gateway.commands.common import Json, Key, Url, pages, segment, show, show_t
 from gateway.home import ConfigurationError
 
 app = typer.Typer()
+adapter_app = typer.Typer(help="A tenant's adapters (with the tenant's key).", no_args_is_help=True)
 
 
 class FallbackChoice(StrEnum):
@@ -18,9 +19,6 @@ class FallbackChoice(StrEnum):
     FAIL = "fail"
     BASE = "base"
     PREVIOUS = "previous"
-
-
-adapter_app = typer.Typer(help="A tenant's adapters (with the tenant's key).", no_args_is_help=True)
 
 
 @adapter_app.command("push")

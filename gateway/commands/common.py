@@ -5,13 +5,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from contextvars import ContextVar
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
 
 from gateway.home import ConfigurationError, Home
 from gateway.settings import Settings, explain
+
+if TYPE_CHECKING:
+    from gateway.api_client import ApiClient
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Url = Annotated[str | None, typer.Option(envvar="TAILOR_URL", help="Where the gateway is.", show_default=False)]
@@ -56,7 +59,7 @@ def _is_ours(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in ("adapter_store", "training")
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     print(f"tailor: {message}", file=sys.stderr)
     raise typer.Exit(1)
 
@@ -65,7 +68,7 @@ def settings_of(**given: object) -> Settings:
     return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
-def operator_client(url: str | None, key: str | None) -> Any:
+def operator_client(url: str | None, key: str | None) -> "ApiClient":
     """A client with an operator's key, open until `told` ends."""
     from gateway.api_client import ApiClient
 
@@ -78,7 +81,7 @@ def operator_client(url: str | None, key: str | None) -> Any:
     return _opened.get().enter_context(closing(ApiClient(url or settings.url, key)))
 
 
-def tenant_client(url: str | None, key: str | None) -> Any:
+def tenant_client(url: str | None, key: str | None) -> "ApiClient":
     """A client with a tenant's key, open until `told` ends."""
     from gateway.api_client import ApiClient
 
@@ -87,7 +90,7 @@ def tenant_client(url: str | None, key: str | None) -> Any:
     return _opened.get().enter_context(closing(ApiClient(url or settings_of().url, key)))
 
 
-def pages(client: Any, path: str, last: str) -> list[dict[str, Any]]:
+def pages(client: "ApiClient", path: str, last: str) -> list[dict[str, Any]]:
     """All pages of a list; `last` is the member by which the next page is asked for."""
     found: list[dict[str, Any]] = []
     while True:

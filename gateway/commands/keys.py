@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,9 @@ from gateway.commands.common import (
     told,
 )
 from gateway.home import ConfigurationError, Home
+
+if TYPE_CHECKING:
+    from gateway.api_client import ApiClient
 
 app = typer.Typer(
     help="API keys, with an operator's key; or of one's own tenant: --self, with a key that has the scope `admin`.",
@@ -128,7 +131,7 @@ def key_operator(as_json: Json = False) -> None:
 
 def _where(
     tenant: str | None, own: bool, operators: bool, api_key: str | None, url: str | None, key: str | None
-) -> tuple[Any, str]:
+) -> tuple["ApiClient", str]:
     """Whose keys are meant: who to ask as, and the path of their list."""
     if (tenant is not None) + own + operators != 1:
         raise ConfigurationError("Name a tenant, or say --self (your own tenant's) or --operator (operators').")
@@ -139,7 +142,7 @@ def _where(
     return operator_client(url, key), f"/admin/v1/tenants/{segment(tenant or '')}/keys"
 
 
-def _one(key_id: str, own: bool, api_key: str | None, url: str | None, key: str | None) -> tuple[Any, str]:
+def _one(key_id: str, own: bool, api_key: str | None, url: str | None, key: str | None) -> tuple["ApiClient", str]:
     if own:
         return tenant_client(url, api_key), f"/v1/keys/{segment(key_id)}"
     return operator_client(url, key), f"/admin/v1/keys/{segment(key_id)}"

@@ -1,11 +1,14 @@
 """`tailor usage`: what a tenant has used, or for operators every tenant."""
 
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from gateway.commands.common import Json, Key, Url, operator_client, show_table, tenant_client, told
+
+if TYPE_CHECKING:
+    from gateway.api_client import ApiClient
 
 app = typer.Typer()
 COUNTS = ("requests", "failed", "prompt_tokens", "cached_tokens", "completion_tokens")
@@ -50,7 +53,7 @@ def _seconds(day: datetime | None) -> int | None:
     return None if day is None else int(day.replace(tzinfo=UTC).timestamp())
 
 
-def _rows(client: Any, path: str, asked: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(client: "ApiClient", path: str, asked: dict[str, Any]) -> list[dict[str, Any]]:
     """Every page."""
     parameters = {name: value for name, value in asked.items() if value is not None}
     answer = client.call("GET", path, params=parameters)

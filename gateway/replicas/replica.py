@@ -159,10 +159,6 @@ class Replica:
         self._become(ReplicaState.UNREACHABLE)
         self._look_now.set()
 
-    def look_soon(self) -> None:
-        """Something is odd about the replica: do not wait for the next look."""
-        self._look_now.set()
-
     # what operators tell
 
     def drain(self) -> None:

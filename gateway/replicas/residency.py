@@ -15,12 +15,11 @@ from typing import Final
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
 from gateway.errors import AdapterNotLoadable
+from gateway.fairness import Key
 from gateway.replicas.client import CONTROL_ERRORS, AgentRefusedError, LoadReport, ReplicaClient, ResidentAdapter
 
 log = logging.getLogger("tailor.residency")
 PATIENCE_S: Final = 3.0
-Key = tuple[TenantId, str]
-"""(tenant, digest): tenants never share an engine name, equal bytes or not."""
 
 
 @dataclass(slots=True)
@@ -89,9 +88,6 @@ class Residency:
 
     def residents(self) -> Collection[Resident]:
         return self._residents.values()
-
-    def is_loading(self, key: Key) -> bool:
-        return key in self._loading
 
     async def hold(
         self, version: Version, *, patient: bool = True, allow: Callable[[], None] | None = None
