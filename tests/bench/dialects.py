@@ -1,4 +1,4 @@
-"""Event-loop time that a body of 1 MB costs: checked, and made the engine's. `python -m tests.bench.request_policy`
+"""Event-loop time that a body of 1 MB costs: checked, and made the engine's. `python -m tests.bench.dialects`
 
 The least of many runs is the figure, in CPU time: it moves little on a shared machine. One JSON object a line; exits 1
 where a body of ordinary shape takes more than 3 ms.
