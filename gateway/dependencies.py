@@ -84,11 +84,12 @@ async def _reader(request: Request, parts: AppParts) -> TenantId:
     return await parts.auth.tenant(authorization_of(request.scope), Scope.INFERENCE)
 
 
-async def _publisher(request: Request, parts: AppParts) -> TenantId:
+async def publisher(request: Request, parts: AppParts) -> TenantId:
+    """The tenant whose key may publish adapters, as of now."""
     return await parts.auth.tenant(authorization_of(request.scope), Scope.ADAPTERS)
 
 
 Operator = Annotated[ApiKey, Depends(_operator)]
 KeyAdmin = Annotated[TenantAdmin, Depends(_tenant_admin)]
 InferenceTenant = Annotated[TenantId, Depends(_reader)]
-AdapterTenant = Annotated[TenantId, Depends(_publisher)]
+AdapterTenant = Annotated[TenantId, Depends(publisher)]

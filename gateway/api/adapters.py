@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from adapter_store.catalog import Adapter, Fallback, Version
 from gateway.api.multipart import UploadForm
-from gateway.dependencies import AdapterTenant, AppParts
+from gateway.dependencies import AdapterTenant, AppParts, publisher
 from gateway.errors import RequestInvalid
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
@@ -64,6 +64,7 @@ async def publish(request: Request, response: Response, tenant_id: AdapterTenant
         await form.receive()
         if "name" not in form.fields:
             raise RequestInvalid("The field name is missing: it is what requests will call the adapter.", param="name")
+        await publisher(request, parts)  # an upload may take long: the key may be revoked by now
         version = await parts.store.publish(tenant_id, form.fields["name"], bundle)
     parts.models.forget_tenant(tenant_id)
     response.headers["location"] = f"/v1/adapters/{version.adapter_name}"

@@ -1,5 +1,6 @@
 """Uploads over HTTP: refused with a reason, cut off at a limit, and nothing left behind."""
 
+import asyncio
 import json
 import os
 import resource
@@ -131,6 +132,34 @@ async def test_a_client_that_breaks_off_leaves_nothing(acme: Tenant, gateway: Ga
     with pytest.raises(ConnectionError):
         await post(acme, half())
     assert (await acme.client.get("/v1/adapters")).json()["data"] == []
+    assert left_over(gateway) == []
+
+
+async def test_a_key_that_is_revoked_during_its_upload_publishes_nothing(
+    acme: Tenant, gateway: Gateway, good: Path
+) -> None:
+    """However slowly it comes: who may publish is asked again when all is there."""
+    files = {file.name: (file.name, file.read_bytes()) for file in good.iterdir()}
+    form = acme.client.build_request("POST", "/v1/adapters", data={"name": "bot"}, files=files)
+    body = await form.aread()
+    begun = asyncio.Event()
+    revoked = asyncio.Event()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield body[:100]
+        begun.set()
+        await revoked.wait()
+        yield body[100:]
+
+    headers = {"content-type": form.headers["content-type"]}
+    upload = asyncio.create_task(acme.client.post("/v1/adapters", content=pieces(), headers=headers))
+    await begun.wait()
+    while not list((gateway.home.path / "staging").glob("*")):  # past the first look at the key
+        await asyncio.sleep(0.01)
+    (key,) = (await gateway.operator.get("/admin/v1/tenants/acme/keys")).json()["data"]
+    assert (await gateway.operator.delete(f"/admin/v1/keys/{key['id']}")).status_code == 204
+    revoked.set()
+    assert (await upload).status_code == 401
     assert left_over(gateway) == []
 
 
