@@ -44,19 +44,21 @@ test: $(INSTALLED) promtool  ## all tests but the full-scale ones; starts one re
 test-full: $(INSTALLED) promtool  ## the full-scale counts too: hours
 	$(PYTEST) -m 'full or not full'
 
-# nginx is the yardstick; ARGS=--quick for a look in under a minute, ARGS="--report FILE --markdown FILE" to keep the figures
+# nginx is the yardstick; ARGS=--quick for a look in about a minute, ARGS="--report FILE --markdown FILE" to keep the figures
 bench-gateway: $(INSTALLED)  ## what the gateway costs beside nginx: a line a figure, fails where a must is missed
 	@PATH=$$PATH:/usr/sbin:/usr/local/sbin; command -v nginx >/dev/null \
 	  || { command -v apt-get >/dev/null && [ $$(id -u) = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends nginx-light; } \
 	  || { echo "nginx is needed as the yardstick and could not be installed: install it with your system's packages, or put a build of it on PATH"; exit 1; }
 	$(BIN)/python -m loadtests.overhead $(ARGS)
 
-# Unpacked from the distribution's package, not installed: that would start a Prometheus server.
+# Unpacked from the distribution's package, not installed: that would start a Prometheus server. Where the system's lists of
+# packages are absent or old, lists of our own are fetched: the system's are root's.
+OWN_LISTS = -o Dir::State::lists=$$PWD/lists -o Dir::Cache=$$PWD -o Debug::NoLocking=1
 promtool: $(INSTALLED)  ## Prometheus' checker of alert rules, for the tests
 	@if command -v promtool >/dev/null || test -x $(BIN)/promtool; then exit 0; fi; \
 	command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || { echo "promtool is needed: install Prometheus (brew install prometheus, or https://prometheus.io/download) so that promtool is on PATH"; exit 1; }; \
 	rm -rf $(VENV)/promtool && mkdir -p $(VENV)/promtool && cd $(VENV)/promtool && echo "fetching promtool (20 MB, once)" && \
-	{ apt-get -qq download prometheus 2>/dev/null || { if [ $$(id -u) = 0 ]; then apt-get -qq update; else sudo apt-get -qq update; fi && apt-get -qq download prometheus; }; } && \
+	{ apt-get -qq download prometheus 2>/dev/null || { mkdir -p lists/partial && apt-get -qq $(OWN_LISTS) update && apt-get -qq $(OWN_LISTS) download prometheus; }; } && \
 	dpkg-deb -x prometheus_*.deb . && mv usr/bin/promtool ../bin/promtool && cd .. && rm -rf promtool
 
 lint: $(INSTALLED)  ## format, lint, types, import rules
