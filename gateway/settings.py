@@ -15,7 +15,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 Port = Annotated[int, Field(ge=1, le=65_535)]
 Seconds = Annotated[float, Field(gt=0, le=3_600)]
-ADDRESS = re.compile(r"unix:/.+|http://([^/:\[\]]+|\[[0-9a-fA-F:]+\]):[0-9]{1,5}/?")
+_HOST = r"(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|\[[0-9a-fA-F:.]+\]"
+_PORT = r"[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+ADDRESS = re.compile(rf"unix:/[^\x00\r\n]+|http://(?:{_HOST}):(?:{_PORT})/?")
 LISTEN = re.compile(r"unix:/.+|[^/:]+:[0-9]{1,5}")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -90,7 +92,7 @@ class Settings(BaseSettings):
     max_messages: int = Field(1_024, ge=1, le=65_536, description="most messages in one chat request")
     max_output_tokens: int = Field(4_096, ge=1, le=1 << 20, description="ceiling and default of max_tokens")
     max_choices: int = Field(4, ge=1, le=128, description="ceiling of n")
-    max_schema_bytes: int = Field(16_384, ge=256, le=1 << 20, description="largest JSON schema in response_format")
+    max_schema_bytes: int = Field(16_384, ge=256, le=1 << 20, description="largest JSON schema that an answer is held to")
     first_byte_timeout_s: Seconds = Field(300, description="longest wait for a replica's first byte")
     tool_call_parser: str | None = Field(
         None,
