@@ -747,7 +747,29 @@ async def test_the_command_lists_drains_and_resumes(gateway: Gateway, replica: F
     assert (await tailor("remove", added["id"]))["removed"]
 
 
-@pytest.mark.parametrize("url", ["", "ftp://x:1", "http://x", "unix:relative", "http://x:1/path", "http://[::1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "",
+            "ftp://x:1",
+            "http://x",
+            "unix:relative",
+            "http://x:1/path",
+            "http://[::1",
+            "http://x:0",
+            "http://x:65536",
+        ),
+        *(
+            "http://a b:80",
+            "http://a\r\nb:80",
+            "http://a\0b:80",
+            "unix:/a\0b",
+            f"http://{'a' * 64}:80",
+            "http://me@x:80",
+        ),
+    ],
+)
 async def test_what_is_no_address_is_refused(gateway: Gateway, url: str) -> None:
     """As in the settings."""
     refused = await gateway.operator.post("/admin/v1/replicas", json={"url": url})
