@@ -62,7 +62,7 @@ class Models:
         Raises:
             StorageUnavailable: as in `resolve`.
         """
-        name = f"{version.adapter_name}@<{version.number}"  # no model can be called that
+        name = f"{version.adapter_name}@\udc00{version.number}"  # what clients send is UTF-8, which has no half pairs
         return await self._asked(version.tenant_id, name, lambda: self._store.previous(version))
 
     async def _asked(

@@ -348,6 +348,9 @@ async def test_an_adapter_declares_its_fallback(
     assert await models.previous(before) is None
     await gateway.parts.engine.dispose()
     assert await models.previous(current) is before
+    for spelled in ("bot@<2", "bot@\\udc002"):  # what is kept for fallbacks answers to no name
+        body = b'{"model": "%b", "messages": [{"role": "user", "content": "x"}]}' % spelled.encode()
+        assert (await acme.client.post(CHAT, content=body)).status_code in (400, 404)
     await acme.client.patch("/v1/adapters/bot", json={"fallback": "base"})
     assert models.known(tenant_id, "bot") is None
 
