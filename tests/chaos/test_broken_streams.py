@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 
 import pytest
 
@@ -12,6 +11,7 @@ from tests.chaos.client import DIALECTS, Answer, request
 from tests.chaos.conftest import Figure, NewClient
 from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, until_ready
+from tests.waiting import until
 
 BREAKS = (
     "die_after_events",
@@ -230,12 +230,6 @@ def buffered(gateway: Gateway) -> int:
 def upstreams(gateway: Gateway) -> list[Connection]:
     """The connections on which engines answer just now."""
     return [one for member in gateway.parts.pool.members() for one in member.replica.client.upstream._busy]
-
-
-async def until(happened: Callable[[], bool], deadline_s: float = 10) -> None:
-    async with asyncio.timeout(deadline_s):
-        while not happened():
-            await asyncio.sleep(0.01)
 
 
 def test_the_judge_knows_a_wrong_ending() -> None:

@@ -7,7 +7,7 @@ import asyncio
 import random
 import resource
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from tests.fakes.engine import EngineModel
 from tests.fakes.replica import FakeReplica
 from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key, until_ready
 from tests.integration.gateway.conftest import BASE, RunGateway, RunReplica
+from tests.waiting import until
 
 AT_ONCE = 16
 TENANTS = 8
@@ -213,9 +214,3 @@ def with_descriptors(count: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < count:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard), hard))
-
-
-async def until(happened: Callable[[], bool], deadline_s: float = 60) -> None:
-    async with asyncio.timeout(deadline_s):
-        while not happened():
-            await asyncio.sleep(0.02)

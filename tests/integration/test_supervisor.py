@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from gateway.replicas.supervisor import Child, Command
+from tests.waiting import until
 
 # a child with a child of its own, as an engine's API server has
 FAMILY = """
@@ -31,12 +32,6 @@ async def family(tmp_path: Path) -> AsyncIterator[Child]:
     yield child
     await child.stop()
     await running
-
-
-async def until(holds: Callable[[], bool], deadline_s: float = 20) -> None:
-    async with asyncio.timeout(deadline_s):
-        while not holds():
-            await asyncio.sleep(0.02)
 
 
 def pids(child: Child) -> list[int]:

@@ -29,6 +29,7 @@ from tests.gateways import (
     until_ready,
 )
 from tests.servers import redis_server
+from tests.waiting import until
 
 MODEL = "base"
 
@@ -251,12 +252,6 @@ async def begun_stream(url: str, key: str) -> "asyncio.Task[list[str]]":
     async with asyncio.timeout(20):
         await begun.wait()
     return task
-
-
-async def until(holds: Callable[[], bool], deadline_s: float = 60) -> None:
-    async with asyncio.timeout(deadline_s):
-        while not holds():
-            await asyncio.sleep(0.02)
 
 
 def refuses(port: int) -> bool:

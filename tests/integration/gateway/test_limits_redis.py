@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from gateway.limits.redis import RedisLimits
 from gateway.limits.terms import month_of
 from gateway.plans import Plan
 from tests.servers import RedisServer, redis_server
+from tests.waiting import until
 
 TENANT = TenantId("tnt_a")
 COUNTERS, LEASES = f"tailor:{{{TENANT}}}", f"tailor:{{{TENANT}}}:leases"
@@ -92,12 +93,6 @@ async def stored(client: Redis, name: str) -> float:
     value = await client.hget(COUNTERS, name)
     assert value is not None
     return float(value)
-
-
-async def until(condition: Callable[[], bool], deadline_s: float = 10) -> None:
-    async with asyncio.timeout(deadline_s):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def admitted(limits: RedisLimits, plan: Plan, tokens: int = 0, tenant: str = TENANT) -> Admission | None:

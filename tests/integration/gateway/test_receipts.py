@@ -3,7 +3,6 @@
 import asyncio
 import re
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, Tenant, error_of
+from tests.waiting import until
 
 TIMING = re.compile(r'queue;dur=(\d+\.\d{3}), load;dur=(\d+\.\d{3}), adapter;desc="(\w+)"')
 
@@ -30,12 +30,6 @@ async def usage(gateway: Gateway) -> dict[str, int]:
     return {
         name: sum(row[name] for row in rows) for name in ("requests", "failed", "prompt_tokens", "completion_tokens")
     }
-
-
-async def until(holds: Callable[[], bool], deadline_s: float = 20) -> None:
-    async with asyncio.timeout(deadline_s):
-        while not holds():
-            await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize("stream", [False, True])

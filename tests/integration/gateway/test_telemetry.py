@@ -26,6 +26,7 @@ from gateway.telemetry.asgi import Counted
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.observation import Observation
 from gateway.telemetry.tracing import Tracing, open_tracing
+from tests.gateways import free_port
 from tests.integration.gateway.conftest import RunGateway, RunReplica
 
 CHAT = "/v1/chat/completions"
@@ -447,9 +448,3 @@ async def test_a_gateway_tells_of_a_request_from_client_to_engine(
     for told in (page, str(collector.spans), caplog.text):
         assert "canary" not in told
         assert tenant.key not in told
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        port: int = found.getsockname()[1]
-        return port
