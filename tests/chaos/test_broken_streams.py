@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 
@@ -170,6 +171,44 @@ async def test_events_that_are_broken_end_in_an_error(
         answer = await new_client(gateway.url).ask(key, BASE, dialect=dialect, stream=True)
         assert answer.ending == "error event", dialect
         assert answer.said == "I am the base."
+
+
+class Stammering(FakeReplica):
+    """Writes bytes of a test's own where a whole answer is asked for, and closes."""
+
+    said: bytes = b""
+
+    async def _whole(self, *given: Any) -> None:
+        writer: asyncio.StreamWriter = given[-1]
+        writer.write(self.said)
+        await writer.drain()
+        raise ConnectionError
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b'HTTP/1.1 200 X\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"id":',
+        b'HTTP/1.1 200 X\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{"id"\r\n',
+        b"HTTP/1.1 200 X\r\ncontent-type: application/json\r\ncontent-length: 4\r\n\r\noops",
+        b"HTTP/1.1 200 X\r\ncontent-len",
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+    ],
+    ids=["half a body", "half its chunks", "no JSON", "half a head", "no HTTP"],
+)
+async def test_a_whole_answer_that_breaks_is_a_status(
+    gateway: Gateway, replica: FakeReplica, key: str, new_client: NewClient, said: bytes
+) -> None:
+    """502 or 503 in every dialect, and nothing of the half answer."""
+    replica.__class__ = Stammering
+    assert isinstance(replica, Stammering)
+    replica.said = said
+    for dialect in DIALECTS:
+        await until_ready(gateway)
+        answer = await new_client(gateway.url).ask(key, BASE, dialect=dialect)
+        assert answer.ending == "refused"
+        assert answer.status in (502, 503)
+        assert b"oops" not in answer.body
 
 
 LONG = "x" * 16_000

@@ -146,7 +146,7 @@ def is_error(line: str) -> bool:
     if "never retrieved" in line or "Traceback" in line:
         return True
     try:
-        return bool(json.loads(line).get("level") in ("ERROR", "CRITICAL"))
+        return json.loads(line).get("level") in ("error", "critical")
     except ValueError:
         return False
 
@@ -175,3 +175,10 @@ async def started(held: AsyncExitStack, base_folder: Path, fingerprint: str, fol
         keys.append(str(made.json()["secret"]))
         bundles.append([write_good(folder / f"{number}-{seed}", seed=10 * number + seed, rank=1) for seed in range(4)])
     return Soak(gateway, replicas, operator, keys, bundles)
+
+
+def test_the_judge_knows_an_error() -> None:
+    """As the gateway logs it, and as Python does."""
+    assert is_error('{"level":"error","message":"request x failed"}')
+    assert is_error("Task exception was never retrieved")
+    assert not is_error('{"level":"warning","message":"replica r-1 gets no requests"}')
