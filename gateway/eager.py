@@ -20,7 +20,7 @@ def begin_now(work: Coroutine[Any, Any, None]) -> Coroutine[Any, Any, None] | No
 
 
 async def into_task() -> None:
-    """Suspend once where the caller does not run in a task yet."""
+    """Suspend once where the caller does not run in a task of its own yet."""
     if asyncio.current_task() is None:
         await asyncio.sleep(0)
 

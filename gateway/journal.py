@@ -133,9 +133,8 @@ class LeftSegment:
     def read(self) -> Rows:
         """What it counted; a torn last line was never acknowledged, and a damaged one is told."""
         rows: Rows = {}
-        *lines, torn = (
-            self._path.read_bytes().rstrip(b"\0").split(b"\n")
-        )  # a dead process left room behind its last line
+        written = self._path.read_bytes().rstrip(b"\0")  # a dead process left room behind its last line
+        *lines, torn = written.split(b"\n")
         damaged = 0
         for line in lines:
             found = LINE.fullmatch(line)

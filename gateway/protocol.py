@@ -18,7 +18,9 @@ from gateway.errors import BodyTooLarge, BodyTooSlow, GatewayError, ReplicaUnava
 
 HEAD_LIMIT_BYTES: Final = 65_536
 HEAD_PATIENCE_S: Final = 10.0
+MOST_PIPELINED: Final = 16
 BODY_STALL_S: Final = 30.0
+BODY_S: Final = 300.0
 PIECE_BYTES: Final = 65_536
 LOOK_S: Final = 5.0
 LAST_CALL_S: Final = 5.0
@@ -32,8 +34,6 @@ class ClientGone(Exception):
 
 class HotPath(Protocol):
     """What serves one path without ASGI."""
-
-    max_body_bytes: int
 
     async def serve(self, exchange: "Exchange") -> None:
         """Answer; raises nothing."""
@@ -76,6 +76,7 @@ class Exchange:
         # ours
         self.task: asyncio.Task[None] | None = None
         self.begun = False
+        self.streams = False
         self.flow: Flow | None = None
         self.expired: GatewayError | None = None
         self._protocol = protocol
@@ -85,7 +86,7 @@ class Exchange:
 
     # the request
 
-    async def read_body(self) -> bytes:
+    async def read_body(self, limit_bytes: int) -> bytes:
         """The whole body. Call it once the sender is known: before, only what came with the head is read.
 
         Raises:
@@ -93,19 +94,20 @@ class Exchange:
         """
         if self.more_body:
             await into_task()
-            await self._receive()
-        if isinstance(self.body, _Overflow) or len(self.body) > self._hot.max_body_bytes:
-            raise BodyTooLarge(f"The body is larger than {self._hot.max_body_bytes} bytes.")
+            await self._receive(limit_bytes)
+        if isinstance(self.body, _Overflow) or len(self.body) > limit_bytes:
+            raise BodyTooLarge(f"The body is larger than {limit_bytes} bytes.")
         return bytes(self.body)
 
-    async def _receive(self) -> None:
+    async def _receive(self, limit_bytes: int) -> None:
         self._protocol.continue_if_expected()
+        until = time.monotonic() + BODY_S
         while self.more_body:
             self._protocol.flow.resume_reading()
-            if len(self.body) > self._hot.max_body_bytes:
+            if len(self.body) > limit_bytes:
                 await self._discard()
                 return
-            await self._bytes_come(BODY_STALL_S)
+            await self._bytes_come(min(BODY_STALL_S, until - time.monotonic()))
 
     async def _bytes_come(self, patience_s: float) -> None:
         self._waiter = self._protocol.loop.create_future()
@@ -176,7 +178,7 @@ class Exchange:
 
     def begin(self, headers: bytes) -> None:
         """The head of a stream of server-sent events."""
-        self.begun = True
+        self.begun = self.streams = True
         if self._gone:
             return
         close = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
@@ -199,10 +201,6 @@ class Exchange:
         if self.task is not None:
             self.task.cancel()
 
-    @property
-    def writable(self) -> bool:
-        return not self._protocol.flow.write_paused
-
     def _head(self, status: int) -> bytes:
         return STATUS_LINE[status] + self._protocol.default_head()
 
@@ -220,6 +218,11 @@ class Exchange:
         if rest is not None:
             self.task = self._protocol.loop.create_task(rest)
             self._protocol.tasks.add(self.task)
+
+    def start_later(self) -> None:
+        """Run as a task from the beginning: one answer's end starts the next request, and must not hold it within."""
+        self.task = self._protocol.loop.create_task(self._run())
+        self._protocol.tasks.add(self.task)
 
     async def _run(self) -> None:
         try:
@@ -269,6 +272,8 @@ class FrontProtocol(HttpToolsProtocol):
         self._arriving: Exchange | None = None
         self._running: Exchange | None = None
         self._drains = False
+        self._in_trailers = False
+        self._trailer_bytes = 0
 
     # connection
 
@@ -346,7 +351,29 @@ class FrontProtocol(HttpToolsProtocol):
             exchange, self._arriving = self._arriving, None
             if exchange.more_body:
                 self.flow.pause_reading()  # not before it is known who sends
-            self._start(exchange)
+            self._running = exchange
+            exchange.start()
+        if self._in_trailers:
+            self._trailer_bytes += len(data)
+            if self._trailer_bytes > HEAD_LIMIT_BYTES:
+                self.transport.abort()
+        if len(self.pipeline) > MOST_PIPELINED:
+            self.transport.abort()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # a trailer, behind a chunked body, says nothing here
+            super().on_header(name, value)
+
+    def on_chunk_header(self) -> None:
+        self._in_trailers, self._trailer_bytes = True, 0  # until a body says that it was not the last one
+
+    def on_body(self, body: bytes) -> None:
+        self._in_trailers = False
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_trailers = False
+        super().on_message_complete()
 
     def on_message_begin(self) -> None:
         self.url = b""
@@ -383,13 +410,10 @@ class FrontProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, Exchange):
-            self._start(cycle)
+            self._running = cycle
+            cycle.start_later()
         else:
             super()._start_asgi_task(cycle, app)
-
-    def _start(self, exchange: Exchange) -> None:
-        self._running = exchange
-        exchange.start()
 
     # answering
 

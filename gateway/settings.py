@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     workers: int = Field(
         1, ge=1, le=256, description="gateway processes that share the port; more than 1 asks for redis_url"
     )
-    reuse_port: bool = Field(False, description="other gateways of this user may listen on the same port beside this one")
+    reuse_port: bool = Field(False, description="other gateways of this user may listen on the same port too")
     drain_notice_s: float = Field(
         0, ge=0, le=3_600, description="how long /ready says so, and all goes on, before a drain begins; seconds"
     )
@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     max_messages: int = Field(1_024, ge=1, le=65_536, description="most messages in one chat request")
     max_output_tokens: int = Field(4_096, ge=1, le=1 << 20, description="ceiling and default of max_tokens")
     max_choices: int = Field(4, ge=1, le=128, description="ceiling of n")
-    max_schema_bytes: int = Field(16_384, ge=256, le=1 << 20, description="largest JSON schema that an answer is held to")
+    max_schema_bytes: int = Field(16_384, ge=256, le=1 << 20, description="largest JSON schema that answers are held to")
     first_byte_timeout_s: Seconds = Field(300, description="longest wait for a replica's first byte")
     tool_call_parser: str | None = Field(
         None,
@@ -209,8 +209,8 @@ class Settings(BaseSettings):
     def _workers_share_limits(self) -> Self:
         if self.workers > 1 and self.redis_url is None:
             raise ValueError(
-                f"workers is {self.workers}: set TAILOR_REDIS_URL, for limits that each worker keeps for itself would be "
-                f"{self.workers} times as high"
+                f"workers is {self.workers}: set TAILOR_REDIS_URL, for limits that each worker keeps for itself "
+                f"would be {self.workers} times as high"
             )
         return self
 

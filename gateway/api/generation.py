@@ -1,4 +1,4 @@
-"""Generation requests: the hot path, one task per request in front of FastAPI, whatever dialect they come in.
+"""Generation requests: the hot path in front of FastAPI, whatever dialect they come in.
 
 `Generation._answer` reads top to bottom: who, what, which version, may they, where, relay. `_settle` gives back what a
 request holds and counts it, once, however it ends. No database, no framework and no span stands on that path, and no
@@ -28,6 +28,7 @@ from gateway.errors import (
     ScopeMissing,
 )
 from gateway.limits import Admission, Limits
+from gateway.logs import ids
 from gateway.models import Models
 from gateway.plans import Plan
 from gateway.protocol import ClientGone, Exchange
@@ -44,6 +45,8 @@ from gateway.usage import Ledger
 log = logging.getLogger("tailor.generation")
 LOOK_S: Final = 0.25
 HEAR_OUT_S: Final = 2.0
+SLOW_READER_S: Final = 60.0
+"""How long a client may keep an answer waiting, all its pauses together: it holds a place in an engine meanwhile."""
 CLIENT_GONE: Final = 499
 FULL: Final = 503
 BYTES_PER_TOKEN: Final = 4
@@ -143,6 +146,8 @@ class Generation:
         """Answer one request; whatever happens, the client gets one envelope and what was held is given back."""
         request = _Request(exchange, self._dialect.path)
         self._running.add(request)
+        header = exchange.header
+        request.trace, request.trace_lines = self._services.tracing.begin(header(b"traceparent"), header(b"tracestate"))
         try:
             await self._answer(request)
         except ClientGone:
@@ -161,14 +166,13 @@ class Generation:
             self._settle(request)
 
     async def _answer(self, request: _Request) -> None:
-        exchange = request.exchange
         await self._know_sender(request)
-        asked = request.asked = self._dialect.check(await exchange.read_body())
+        asked = request.asked = self._dialect.check(await self._body_of(request))
         self._hold_to_plan(request, asked, request.plan)
-        request.version = await self._version_of(request, asked.model)
         if self._limits.suspends:
             await into_task()
         request.admission = await self._limits.admit(request.tenant_id, request.plan, request.cost)
+        request.version = await self._version_of(request, asked.model)
         request.deadline = time.monotonic() + self._first_byte_timeout_s
         connection = await self._route(request)
         if connection.status != 200:
@@ -182,7 +186,6 @@ class Generation:
 
     async def _know_sender(self, request: _Request) -> None:
         header = request.exchange.header
-        request.trace, request.trace_lines = self._services.tracing.begin(header(b"traceparent"), header(b"tracestate"))
         authorization = header(b"authorization")
         if authorization is None:  # as Anthropic's clients send it
             key_alone = header(b"x-api-key")
@@ -197,6 +200,15 @@ class Generation:
             raise ScopeMissing("An operator's key stands for no tenant: use a key of the tenant.")
         request.tenant_id = key.tenant_id
         request.plan = key.plan
+
+    async def _body_of(self, request: _Request) -> bytes:
+        """The body; where it came slowly, the sender is asked for again: the key may be over by now."""
+        exchange, most = request.exchange, request.plan.max_prompt_bytes
+        waits = exchange.more_body
+        body = await exchange.read_body(self.max_body_bytes if most is None else min(most, self.max_body_bytes))
+        if waits:
+            await self._know_sender(request)
+        return body
 
     def _hold_to_plan(self, request: _Request, asked: Checked, plan: Plan) -> None:
         """What one request may be on the plan, and what it is counted as until the engine says what it used."""
@@ -269,7 +281,7 @@ class Generation:
                 forgotten = True
             elif connection.status >= 500 and not tried and self._pool.has_other(place.replica):
                 if connection.status != FULL:
-                    place.replica.failed()
+                    place.replica.failed(request.tenant_id)
                 if not self._pool.retry_allowed():
                     return connection
                 tried.append(place.replica)
@@ -294,10 +306,12 @@ class Generation:
         )
 
     async def _ask_tokenizer(self, request: _Request) -> Connection:
-        """Counting takes no place: any replica's tokenizer does, under the base model's name."""
-        replica = self._pool.choose("")
-        client = replica.client
-        body = request.asked.upstream_body(model=replica.base_name, cache_salt="", context_length=1)
+        """Counting waits its turn like the base model's requests do; any replica's tokenizer does, under its name."""
+        place = request.place = await self._pool.place(
+            None, request.tenant_id, request.plan, cost=request.asked.prompt_bytes // BYTES_PER_TOKEN
+        )
+        client = place.replica.client
+        body = request.asked.upstream_body(model=place.replica.base_name, cache_salt="", context_length=1)
         try:
             connection = await client.upstream.send(
                 client.generation_request(self._dialect.upstream_path, None, request.trace_lines, body)
@@ -342,7 +356,7 @@ class Generation:
         try:
             await pipe.run()
         except ReplicaFailed:
-            place.replica.failed()
+            place.replica.failed(request.tenant_id)
             if request.exchange.begun or request.tried or not self._pool.has_other(place.replica):
                 raise
             if not self._pool.retry_allowed():
@@ -352,26 +366,29 @@ class Generation:
             self._give_back(request, 0)
             return False
         except ReplicaUnavailable:
-            place.replica.failed()
+            place.replica.failed(request.tenant_id)
             raise
         finally:
             request.usage = stream.usage
-        place.replica.succeeded()
+        place.replica.succeeded(request.tenant_id)
         return True
 
     async def _relay_whole(self, request: _Request, connection: Connection) -> None:
         place = request.place
+        assert place is not None
         try:
             body = await connection.read_all(WHOLE_LIMIT_BYTES)
         except UpstreamError as error:
-            if place is not None:
-                place.replica.failed()
+            place.replica.failed(request.tenant_id)
             raise ReplicaFailed("The engine broke the answer off; try again.") from error
-        body, request.usage = self._dialect.whole(place.name if place else "", request.asked, body)
-        if place is not None:
-            place.replica.succeeded()
+        body, usage = self._dialect.whole(place.name, request.asked, body)
+        place.replica.succeeded(request.tenant_id)
+        request.usage = usage
+        head = self._head(request, JSON)
+        self._give_back(request, usage.prompt_tokens + (usage.completion_tokens or 0))  # the engine is done
+        request.deadline = time.monotonic() + SLOW_READER_S
+        await request.exchange.answer(200, head, body)
         request.seen.status = 200
-        await request.exchange.answer(200, self._head(request, JSON), body)
 
     async def _refused(self, request: _Request, connection: Connection) -> GatewayError:
         status = connection.status
@@ -381,7 +398,7 @@ class Generation:
             return ReplicaUnavailable("The engine is full just now; try again shortly.", retry_after_s=1)
         if status >= 500:  # this request's fault or the engine's end: the next look at the replica tells
             if replica is not None:
-                replica.failed()
+                replica.failed(request.tenant_id)
             return ReplicaUnavailable("The engine failed on this request; try again shortly.", retry_after_s=5)
         try:
             body = await connection.read_all()
@@ -395,7 +412,7 @@ class Generation:
         """The answer's header lines, receipts among them."""
         place = request.place
         limits = request.admission.headers if request.admission is not None else b""
-        if place is None:
+        if place is None or not self._dialect.generates:
             return b"%bx-request-id: %b\r\n%b" % (kind, request.id, limits)
         seen = request.seen
         seen.queue_s, seen.load_s, seen.tier, seen.replica = place.queue_s, place.load_s, place.tier, place.replica.id
@@ -422,9 +439,10 @@ class Generation:
         if told.status == 500:
             log.error("request %s failed", request.id.decode(), exc_info=error, extra=_ids(request))
         try:
-            if exchange.begun:
+            if exchange.streams:
                 exchange.write(self._dialect.error_event(error, request.id.decode()))
                 exchange.end()
+            if exchange.begun:  # half of a whole answer is cut off with its connection
                 return
             lines = b"".join([b"%b: %b\r\n" % line for line in told.headers if line[0] != b"content-length"])
             await exchange.answer(told.status, self._head(request, lines), told.body)
@@ -456,7 +474,7 @@ class Generation:
         self._give_back(request, tokens)
         if request.admission is not None:
             request.admission.settle(tokens)
-            if self._dialect.generates:
+            if self._dialect.generates and seen.placing_at:  # what no engine was asked for is no use of it
                 self._services.ledger.record(
                     request.tenant_id,
                     version.adapter_name if version is not None else "",
@@ -482,8 +500,14 @@ def _late() -> ReplicaUnavailable:
 
 
 def _ids(request: _Request) -> dict[str, str]:
-    ids = {"request_id": request.id.decode(), "tenant_id": str(request.tenant_id)}
-    return {**ids, "trace_id": request.trace.id} if request.trace is not None else ids
+    version, place = request.version, request.place
+    return ids(
+        request_id=request.id.decode(),
+        trace_id=request.trace.id if request.trace is not None else "",
+        tenant_id=request.tenant_id,
+        adapter_id=version.adapter_id if version is not None else "",
+        replica=place.replica.id if place is not None else "",
+    )
 
 
 class _Pipe:
@@ -492,7 +516,10 @@ class _Pipe:
     A client that reads slower than the engine writes holds the engine's connection, not a pile of bytes here.
     """
 
-    __slots__ = ("_connection", "_done", "_exchange", "_head", "_left", "_request", "_stream", "first_at")
+    __slots__ = (
+        "_connection", "_done", "_exchange", "_head", "_left", "_patience_s", "_paused_at", "_request", "_stream",
+        "first_at",
+    )  # fmt: skip
 
     def __init__(self, request: _Request, connection: Connection, stream: Stream, head: bytes) -> None:
         self._request = request
@@ -501,6 +528,8 @@ class _Pipe:
         self._stream = stream
         self._head = head
         self._left = False
+        self._paused_at = 0.0
+        self._patience_s = SLOW_READER_S
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.first_at = 0.0
 
@@ -549,17 +578,25 @@ class _Pipe:
 
     def pause(self) -> None:
         if not self._left:
+            self._paused_at = time.monotonic()
+            self._request.deadline = self._paused_at + self._patience_s
             self._connection.pause()
 
     def resume(self) -> None:
+        if self._paused_at:
+            self._patience_s -= time.monotonic() - self._paused_at
+            self._paused_at = 0.0
+            self._request.deadline = 0.0
         self._connection.resume()
 
     def leave(self) -> None:
         """The client has gone: the engine stops, and is heard out for what it had counted."""
         self._left = True
+        self._paused_at = 0.0
         self._request.deadline = time.monotonic() + HEAR_OUT_S
         self._connection.hang_up()
 
     def expire(self) -> None:
         if not self._done.done():
-            self._done.set_exception(ClientGone() if self._left else _late())
+            gone = self._left or self._paused_at  # who reads no further is as good as gone
+            self._done.set_exception(ClientGone() if gone else _late())

@@ -33,7 +33,7 @@ class Limits(Protocol):
     """Counts what tenants use."""
 
     suspends: bool
-    """Whether `admit` may wait for another server."""
+    """Whether `admit` asks for a task of its own (memory's rare wait for the database does not)."""
 
     @property
     def degraded(self) -> bool:

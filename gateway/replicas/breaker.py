@@ -40,8 +40,13 @@ class Breaker:
         self._good_trials = 0
         self._successes = Window(clock)
         self._failures = Window(clock)
+        # the last tenant that was answered or failed, and the last other one; with the moment
+        self._last_good = self._other_good = self._last_bad = self._other_bad = ("", -math.inf)
 
-    def succeeded(self) -> None:
+    def succeeded(self, tenant: str = "") -> None:
+        if tenant != self._last_good[0]:
+            self._other_good = self._last_good
+        self._last_good = (tenant, self._clock())
         self._failed_in_a_row = 0
         self._successes.add()
         if self.on_trial:
@@ -50,11 +55,25 @@ class Breaker:
                 self.on_trial = False
                 self._rest_s = self._first_rest_s
 
-    def failed(self) -> bool:
-        """Note a failure; True: the replica must rest now."""
+    def failed(self, tenant: str = "") -> bool:
+        """Note a failure; True: the replica must rest now.
+
+        While one tenant alone fails and others are answered, it is that tenant's requests that fail, not the replica.
+        """
+        now = self._clock()
+        if tenant != self._last_bad[0]:
+            self._other_bad = self._last_bad
+        self._last_bad = (tenant, now)
+        if self._is_fault_of(tenant, now):
+            return False
         self._failed_in_a_row += 1
         self._failures.add()
         return self.on_trial or self._failed_in_a_row >= self._in_a_row or self._half_fails()
+
+    def _is_fault_of(self, tenant: str, now: float) -> bool:
+        others_failed = now - self._other_bad[1] < WINDOW_S
+        good = self._other_good if self._last_good[0] == tenant else self._last_good
+        return bool(tenant) and not others_failed and now - good[1] < WINDOW_S
 
     def trip(self) -> None:
         """The replica rests from now on."""

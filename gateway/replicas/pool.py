@@ -169,14 +169,6 @@ class ReplicaPool:
                 return self._placed(replica, turn, resident)
         return await self._place_in_turn(replica, version, tenant_id, plan, cost, tried)
 
-    def choose(self, adapter: str, *, tried: Sequence[Replica] = ()) -> Replica:
-        """A replica for a request that takes no place: it asks the API server, not the engine.
-
-        Raises:
-            ReplicaUnavailable: none takes requests.
-        """
-        return self._choose(None, tried)
-
     def has_other(self, replica: Replica) -> bool:
         """Whether another replica takes requests."""
         return any(other is not replica and other.takes_requests for other in self._replicas.values())

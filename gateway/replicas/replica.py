@@ -142,13 +142,13 @@ class Replica:
 
     # what requests tell
 
-    def succeeded(self) -> None:
-        """A request was answered."""
-        self.breaker.succeeded()
+    def succeeded(self, tenant: str = "") -> None:
+        """A tenant's request was answered."""
+        self.breaker.succeeded(tenant)
 
-    def failed(self) -> None:
-        """The replica failed on a request (5xx, a broken answer); too many, and it rests."""
-        if self.breaker.failed() and self.state is ReplicaState.READY:
+    def failed(self, tenant: str = "") -> None:
+        """The replica failed on a tenant's request (5xx, a broken answer); too many, and it rests."""
+        if self.breaker.failed(tenant) and self.state is ReplicaState.READY:
             self.breaker.trip()
             self._tell("too many of its answers failed")
             self._become(ReplicaState.TRIPPED)

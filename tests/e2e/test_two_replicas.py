@@ -85,8 +85,9 @@ class Caller:
             self.tokens += told["usage"]["completion_tokens"]
             said = told["choices"][0]["message"]["content"]
             expected = self.right[model]
-            # a cut answer is the beginning of the whole one; half a character at the cut is the tokenizer's own
-            if not expected.startswith(said.rstrip("\ufffd")) or (max_tokens >= ANSWER_TOKENS and said != expected):
+            # of two lengths one is the beginning of the other; half a character at a cut is the tokenizer's own
+            shorter, longer = sorted((said.rstrip("\ufffd"), expected.rstrip("\ufffd")), key=len)
+            if not longer.startswith(shorter) or (max_tokens == ANSWER_TOKENS and said != expected):
                 self.wrong.append(model)
         return answer
 

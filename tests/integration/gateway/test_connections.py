@@ -1,0 +1,151 @@
+"""What one connection can do to a gateway: pipelines, trailers, slow bodies and slow readers."""
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.fakes.replica import FakeReplica
+from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, Tenant
+from tests.waiting import until
+
+BODY = b'{"model": "base", "messages": [{"role": "user", "content": "x"}]}'
+
+
+async def connect(
+    gateway: Gateway, receive_bytes: int | None = None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    client = socket.socket()
+    if receive_bytes is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, (host, int(port)))
+    return await asyncio.open_connection(sock=client, limit=1_024)
+
+
+def chat(key: str, body: bytes = BODY, *lines: bytes) -> bytes:
+    more = b"".join(line + b"\r\n" for line in lines)
+    return (
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %b\r\n%bcontent-length: %d\r\n\r\n%b"
+    ) % (key.encode(), more, len(body), body)
+
+
+async def test_many_pipelined_requests_are_all_answered(acme: Tenant, gateway: Gateway) -> None:
+    """Refused at once, one after the other, none within another: the last is answered like the first."""
+    reader, writer = await connect(gateway)
+    for _ in range(20):
+        writer.write(chat(acme.key, b"{}") * 10)
+        for _ in range(10):
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 400")
+            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+            await reader.readexactly(length)
+    writer.close()
+
+
+async def test_a_pipeline_without_end_is_cut_off(acme: Tenant, gateway: Gateway) -> None:
+    """Thousands of requests in one packet are nobody's need."""
+    reader, writer = await connect(gateway)
+    writer.write(chat(acme.key) * 2_000)
+    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+        for _ in range(2_000):
+            await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+
+
+async def test_trailers_without_end_are_cut_off(gateway: Gateway) -> None:
+    """A stranger's chunked body may end in fields; they are bounded like a head and kept nowhere."""
+    reader, writer = await connect(gateway)
+    writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n")
+
+    async def send_on() -> None:
+        for _ in range(2_000):
+            writer.write(b"x-a: " + b"b" * 1_000 + b"\r\n")
+            await writer.drain()
+            await asyncio.sleep(0)
+
+    with pytest.raises(ConnectionError):
+        await send_on()
+    writer.close()
+
+
+async def test_a_key_revoked_while_its_body_comes_is_refused(acme: Tenant, gateway: Gateway) -> None:
+    """Whoever sends slowly does not outlive the key."""
+    reader, writer = await connect(gateway)
+    whole = chat(acme.key)
+    writer.write(whole[:-10])
+    await writer.drain()
+    await asyncio.sleep(0.1)
+    (key,) = (await gateway.operator.get("/admin/v1/tenants/acme/keys")).json()["data"]
+    assert (await gateway.operator.delete(f"/admin/v1/keys/{key['id']}")).status_code == 204
+    writer.write(whole[-10:])
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 401")
+    writer.close()
+
+
+async def test_a_body_larger_than_the_plan_allows_is_not_read(acme: Tenant, gateway: Gateway) -> None:
+    """The plan's bound holds while it comes, not once it is here."""
+    await gateway.operator.post("/admin/v1/plans", json={"name": "small", "max_prompt_bytes": 1_000})
+    await gateway.operator.patch("/admin/v1/tenants/acme", json={"plan": "small"})
+    answer = await acme.ask(BASE, messages=[{"role": "user", "content": "x" * 500_000}])
+    assert answer.status_code == 413
+    assert "1000 bytes" in answer.text
+
+
+async def test_a_slow_reader_of_a_whole_answer_holds_no_place(run_replica: RunReplica, run_gateway: RunGateway) -> None:
+    """The engine is done: others are let in while one client takes its time."""
+    replica = await run_replica(max_num_seqs=1, max_model_len=4_096)
+    gateway = await run_gateway(replica)
+    acme, globex = await gateway.tenant("acme"), await gateway.tenant("globex")
+    replica.faults.status = 200
+    replica.faults.status_body = (
+        b'{"id":"x","object":"chat.completion","model":"base","choices":[{"index":0,"message":{"role":"assistant",'
+        b'"content":"' + b"x" * (8 << 20) + b'"},"finish_reason":"stop"}],'
+        b'"usage":{"prompt_tokens":1,"total_tokens":2,"completion_tokens":1}}'
+    )
+    reader, writer = await connect(gateway, 4_096)
+    writer.write(chat(acme.key))
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    await until(lambda: all(member.replica.load == 0 for member in gateway.parts.pool.members()))
+    replica.faults.status = None
+    assert (await globex.ask(BASE)).status_code == 200
+    writer.close()
+
+
+async def test_counting_waits_its_turn(run_replica: RunReplica, run_gateway: RunGateway) -> None:
+    """Counts are no way round the gate that keeps an engine from a flood."""
+    replica: FakeReplica = await run_replica(max_num_seqs=2)
+    gateway = await run_gateway(replica)
+    acme = await gateway.tenant("acme")
+    (member,) = gateway.parts.pool.members()
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        while True:
+            most = max(most, member.replica.gate.in_flight)
+            await asyncio.sleep(0)
+
+    watching = asyncio.create_task(watch())
+    counts = await asyncio.gather(
+        *(acme.client.post("/v1/tokenize", json={"model": BASE, "prompt": "x"}) for _ in range(40))
+    )
+    watching.cancel()
+    assert {count.status_code for count in counts} == {200}
+    assert 1 <= most <= 2
+
+
+async def test_a_tenant_whose_requests_fail_trips_no_replica_for_others(
+    gateway: Gateway, acme: Tenant, globex: Tenant, good: Path, replica: FakeReplica
+) -> None:
+    """While others are answered, it is that tenant's requests that fail, not the replica."""
+    for _ in range(10):
+        assert (await globex.ask(BASE)).status_code == 200
+        replica.faults.status = 500
+        assert (await acme.ask(BASE)).status_code == 503
+        assert (await acme.ask(BASE)).status_code == 503
+        replica.faults.status = None
+    assert (await globex.ask(BASE)).status_code == 200
+    assert [state.value for state in gateway.parts.pool.states().values()] == ["ready"]
