@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     max_messages: int = Field(1_024, ge=1, le=65_536, description="most messages in one chat request")
     max_output_tokens: int = Field(4_096, ge=1, le=1 << 20, description="ceiling and default of max_tokens")
     max_choices: int = Field(4, ge=1, le=128, description="ceiling of n")
-    max_schema_bytes: int = Field(16_384, ge=256, le=1 << 20, description="largest JSON schema that answers are held to")
+    max_schema_bytes: int = Field(16_384, ge=256, le=1 << 20, description="largest JSON schema an answer is held to")
     first_byte_timeout_s: Seconds = Field(300, description="longest wait for a replica's first byte")
     tool_call_parser: str | None = Field(
         None,
