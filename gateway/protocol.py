@@ -422,6 +422,14 @@ class FrontProtocol(HttpToolsProtocol):
             self.expect_100_continue = False
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is told so, unless an answer is on its way: nothing may be written into that."""
+        running = self._running
+        if running is not None and running.begun and not running.response_complete:
+            self.transport.abort()
+        else:
+            super().send_400_response(msg)
+
     def default_head(self) -> bytes:
         """uvicorn's own headers (the date, renewed each second) as lines."""
         lines = self.server_state.default_headers

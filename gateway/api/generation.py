@@ -568,7 +568,7 @@ class _Pipe:
                 self._exchange.begin(self._head)
             self._exchange.write(events)
         if failure is not None and not self._done.done():
-            self._done.set_exception(failure)
+            self._done.set_exception(ClientGone() if self._left else failure)
 
     def end(self, error: UpstreamError | None) -> None:
         if not self._done.done():

@@ -179,7 +179,7 @@ class ReplicaPool:
         return self._retries.taken
 
     def retry_allowed(self) -> bool:
-        """Whether a request that no byte of an answer came for may be sent a second time; it is counted.
+        """Whether a request of whose answer its client has heard nothing may be sent a second time; it is counted.
 
         At most a tenth of the requests of the last 10 s: where all replicas fail, they get 1.1 times the requests.
         """

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,25 @@ async def test_a_pipeline_without_end_is_cut_off(acme: Tenant, gateway: Gateway)
 
     with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
         await read_all()
+    writer.close()
+
+
+async def test_garbage_in_the_middle_of_a_stream_is_not_answered_into_it(
+    acme: Tenant, gateway: Gateway, replica: FakeReplica
+) -> None:
+    """The stream ends with its connection; no second head stands in it."""
+    replica.events, replica.faults.event_delay_s = 200, 0.02
+    reader, writer = await connect(gateway)
+    body = b'{"model": "base", "stream": true, "messages": [{"role": "user", "content": "x"}]}'
+    writer.write(chat(acme.key, body))
+    await reader.readuntil(b"data: ")
+    writer.write(b"\x00\x01 no HTTP\r\n\r\n")
+    rest = b""
+    with suppress(ConnectionError):
+        while more := await reader.read(4_096):
+            rest += more
+    assert b"HTTP/1.1" not in rest
+    assert b"[DONE]" not in rest
     writer.close()
 
 
