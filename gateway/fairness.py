@@ -382,11 +382,14 @@ class Party:
 
 
 class Turn:
-    """One request at a gate; `key` is None for the base model."""
+    """One request at a gate; `key` is None for the base model, `places` the sequences that it is in the engine (n)."""
 
-    __slots__ = ("_number", "account", "charged", "cost", "go", "key", "party", "started", "tenant", "weight")
+    __slots__ = (
+        "_number", "account", "charged", "cost", "go", "key", "party", "places", "started", "tenant", "weight",
+    )  # fmt: skip
 
-    def __init__(self, tenant: TenantId, weight: float, key: Key | None, cost: int) -> None:
+    def __init__(self, tenant: TenantId, weight: float, key: Key | None, cost: int, places: int = 1) -> None:
+        self.places = places
         self.tenant = tenant
         self.weight = weight
         self.key = key
@@ -499,8 +502,8 @@ class FairGate:
         assert party is not None
         self._counters.settle(account, turn.charged, tokens)
         self._counters.depart(account)
-        party.in_flight -= 1
-        self.in_flight -= 1
+        party.in_flight -= turn.places
+        self.in_flight -= turn.places
         self._note_silent(turn)
         if turn.key is not None and self.open_set is not None and self.open_set.finish(turn.key, turn.cost):
             self.rotate()
@@ -643,8 +646,8 @@ class FairGate:
         assert account is not None
         turn.charged = self._counters.charge(account, turn.cost)
         turn.started = True
-        party.in_flight += 1
-        self.in_flight += 1
+        party.in_flight += turn.places
+        self.in_flight += turn.places
         if turn.key is not None and self.open_set is not None:
             self.open_set.start(turn.key, turn.cost)
 

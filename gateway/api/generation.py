@@ -265,7 +265,12 @@ class Generation:
         while True:
             request.seen.placing_at = time.monotonic()
             place = request.place = await self._pool.place(
-                request.version, request.tenant_id, request.plan, cost=request.cost, tried=tried
+                request.version,
+                request.tenant_id,
+                request.plan,
+                cost=request.cost,
+                choices=request.asked.choices,
+                tried=tried,
             )
             try:
                 connection = request.connection = await self._send(request, place)

@@ -145,12 +145,19 @@ class ReplicaPool:
     # the hot path
 
     async def place(
-        self, version: Version | None, tenant_id: TenantId, plan: Plan, *, cost: int, tried: Sequence[Replica] = ()
+        self,
+        version: Version | None,
+        tenant_id: TenantId,
+        plan: Plan,
+        *,
+        cost: int,
+        choices: int = 1,
+        tried: Sequence[Replica] = (),
     ) -> Place:
         """A place for one request: picks the replica, waits for its turn, loads the adapter if it is cold.
 
-        `version` None: the base model. `cost`: tokens that the request may use. `tried`: replicas that have failed on
-        it. Does not suspend where there is nothing to wait for.
+        `version` None: the base model. `cost`: tokens that the request may use, in `choices` answers. `tried`: replicas
+        that have failed on it. Does not suspend where there is nothing to wait for.
 
         Raises:
             ReplicaUnavailable: none takes requests. TooBusy, TooManyWaiting: the queue is full, or the wait too long.
@@ -164,10 +171,10 @@ class ReplicaPool:
             replica = self._choose(key, tried)
         resident = None if version is None else replica.residency.held(version)
         if resident is not None or version is None:
-            turn = Turn(tenant_id, plan.weight, key, cost)
+            turn = Turn(tenant_id, plan.weight, key, cost, choices)
             if replica.gate.enter(turn):
                 return self._placed(replica, turn, resident)
-        return await self._place_in_turn(replica, version, tenant_id, plan, cost, tried)
+        return await self._place_in_turn(replica, version, tenant_id, plan, cost, choices, tried)
 
     def has_other(self, replica: Replica) -> bool:
         """Whether another replica takes requests."""
@@ -203,6 +210,7 @@ class ReplicaPool:
         tenant_id: TenantId,
         plan: Plan,
         cost: int,
+        choices: int,
         tried: Sequence[Replica],
     ) -> Place:
         """`place` where something is to be waited for."""
@@ -212,7 +220,7 @@ class ReplicaPool:
         tries = 0
         key = None if version is None else (version.tenant_id, version.digest)
         while True:
-            turn = Turn(tenant_id, plan.weight, key, cost)
+            turn = Turn(tenant_id, plan.weight, key, cost, choices)
             left_s = self._options.queue_timeout_s - (time.monotonic() - begin - load_s)
             try:
                 await replica.turns.take(turn, max(left_s, 0.001))

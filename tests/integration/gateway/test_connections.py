@@ -161,6 +161,22 @@ async def test_counting_waits_its_turn(run_replica: RunReplica, run_gateway: Run
     assert 1 <= most <= 2
 
 
+async def test_a_request_for_several_answers_takes_as_many_places(
+    run_replica: RunReplica, run_gateway: RunGateway
+) -> None:
+    """`n` runs as so many sequences in the engine: the gate counts them so."""
+    replica = await run_replica(max_num_seqs=4)
+    gateway = await run_gateway(replica)
+    acme = await gateway.tenant("acme")
+    (member,) = gateway.parts.pool.members()
+    replica.faults.latency_s = 0.3
+    asking = [asyncio.create_task(acme.ask(BASE, n=4)) for _ in range(2)]
+    await until(lambda: member.replica.gate.in_flight == 4)
+    assert member.replica.gate.waiting == 1
+    assert {(await task).status_code for task in asking} == {200}
+    assert member.replica.gate.in_flight == 0
+
+
 async def test_a_tenant_whose_requests_fail_trips_no_replica_for_others(
     gateway: Gateway, acme: Tenant, globex: Tenant, good: Path, replica: FakeReplica
 ) -> None:
