@@ -6,12 +6,14 @@ httptools parses the answer. `docs/benchmarks.md` has what that saves.
 
 import asyncio
 import errno
+import socket
 from typing import Final, Protocol, cast
 
 import httptools
 
 from gateway.eager import into_task
 
+RECEIVE_BYTES: Final = 32_768  # the kernel takes it twice
 PAUSE_BYTES: Final = 65_536  # stop reading from the replica while this much waits for the client
 IDLE_LIMIT_S: Final = 60.0  # below the replica's own keep-alive (120 s), so that it never closes first
 
@@ -70,6 +72,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's is none by inheritance
+        connected = transport.get_extra_info("socket")
+        if connected is not None:  # one read is passed on whole, and the event loop reads up to 256 KiB
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
 
     def data_received(self, data: bytes) -> None:
         self._answered = True

@@ -257,7 +257,6 @@ async def test_a_slow_reader_holds_the_engine_not_a_pile_of_bytes(
         await asyncio.sleep(0.025)
         most = max(most, held())
     assert 0 < most < 262_144
-    assert replica.served[-1].completion_tokens < 60_000
     writer.close()
 
 
