@@ -3,6 +3,7 @@
 The engine takes most of a minute to start, so it starts once and is shared; whoever kills it comes last.
 """
 
+import http.client
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,19 +61,23 @@ class RealStack:
     def replica_state(self) -> dict[str, Any]:
         """What the agent in the engine says, asked past the gateway."""
         token = (self.home / "replica-token").read_text().strip()
-        transport = httpx.HTTPTransport(uds=self.replica_socket())
-        with httpx.Client(transport=transport, base_url="http://replica") as client:
-            answer = client.get("/tailor/state", headers={"authorization": f"Bearer {token}"}, timeout=30)
-        state: dict[str, Any] = answer.raise_for_status().json()
+        with socket.socket(socket.AF_UNIX) as link:  # httpcore leaks its own where nobody listens (any more)
+            link.settimeout(30)
+            link.connect(self.replica_socket())
+            connection = http.client.HTTPConnection("replica")
+            connection.sock = link
+            with closing(connection):
+                connection.request("GET", "/tailor/state", headers={"authorization": f"Bearer {token}"})
+                with connection.getresponse() as answer:
+                    assert answer.status == 200
+                    state: dict[str, Any] = json.loads(answer.read())
         return state
 
     def generation(self) -> str | None:
         """The engine's generation; None while there is no engine to ask."""
         try:
-            with socket.socket(socket.AF_UNIX) as knock:  # httpcore leaks its own socket where nobody listens
-                knock.connect(self.replica_socket())
             found: str = self.replica_state()["generation"]
-        except (OSError, httpx.HTTPError, AssertionError, psutil.NoSuchProcess):
+        except (OSError, http.client.HTTPException, AssertionError, psutil.NoSuchProcess):
             return None
         return found
 

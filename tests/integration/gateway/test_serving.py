@@ -319,6 +319,7 @@ async def test_resolving_a_known_model_costs_no_query(gateway: Gateway, acme: Te
     await acme.publish(good)
     await acme.ask()
     tenant_id = TenantId((await gateway.operator.get("/admin/v1/tenants")).json()["data"][0]["id"])
+    await gateway.parts.changes.catch_up()  # what the upload has changed is taken in, and asked for no more
     assert await gateway.parts.models.resolve(tenant_id, "bot")
     await gateway.parts.engine.dispose()
     (gateway.home.path / "tailor.db").rename(gateway.home.path / "away.db")
