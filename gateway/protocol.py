@@ -13,7 +13,6 @@ from typing import Any, Final, Protocol, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from gateway.eager import begin_now, into_task
 from gateway.errors import BodyTooLarge, BodyTooSlow, GatewayError, ReplicaUnavailable
 
 HEAD_LIMIT_BYTES: Final = 65_536
@@ -93,7 +92,6 @@ class Exchange:
             BodyTooLarge: it passes the limit. BodyTooSlow: it stalls. ClientGone: it never came.
         """
         if self.more_body:
-            await into_task()
             await self._receive(limit_bytes)
         if isinstance(self.body, _Overflow) or len(self.body) > limit_bytes:
             raise BodyTooLarge(f"The body is larger than {limit_bytes} bytes.")
@@ -213,14 +211,11 @@ class Exchange:
     # being run
 
     def start(self) -> None:
-        """Run at once, as far as nothing must be waited for; what is left becomes a task."""
-        rest = begin_now(self._run())
-        if rest is not None:
-            self.task = self._protocol.loop.create_task(rest)
-            self._protocol.tasks.add(self.task)
+        """Run as a task of its own, from the loop's next turn on.
 
-    def start_later(self) -> None:
-        """Run as a task from the beginning: one answer's end starts the next request, and must not hold it within."""
+        Beginning it at once saves a turn, and costs half as much again under load: requests that arrive together are
+        then parsed together, and each step's code is still in the processor's caches for the next one.
+        """
         self.task = self._protocol.loop.create_task(self._run())
         self._protocol.tasks.add(self.task)
 
@@ -411,7 +406,7 @@ class FrontProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, Exchange):
             self._running = cycle
-            cycle.start_later()
+            cycle.start()
         else:
             super()._start_asgi_task(cycle, app)
 

@@ -1,4 +1,4 @@
-"""Generation requests: the hot path in front of FastAPI, whatever dialect they come in.
+"""Generation requests: the hot path, one task per request in front of FastAPI, whatever dialect they come in.
 
 `Generation._answer` reads top to bottom: who, what, which version, may they, where, relay. `_settle` gives back what a
 request holds and counts it, once, however it ends. No database, no framework and no span stands on that path, and no
@@ -18,7 +18,6 @@ from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
 from gateway.auth import Auth
 from gateway.dialects import Checked, Dialect, Stream
-from gateway.eager import into_task
 from gateway.errors import (
     AdapterNotLoadable,
     BodyTooLarge,
@@ -169,8 +168,6 @@ class Generation:
         await self._know_sender(request)
         asked = request.asked = self._dialect.check(await self._body_of(request))
         self._hold_to_plan(request, asked, request.plan)
-        if self._limits.suspends:
-            await into_task()
         request.admission = await self._limits.admit(request.tenant_id, request.plan, request.cost)
         request.version = await self._version_of(request, asked.model)
         request.deadline = time.monotonic() + self._first_byte_timeout_s
@@ -190,10 +187,7 @@ class Generation:
         if authorization is None:  # as Anthropic's clients send it
             key_alone = header(b"x-api-key")
             authorization = None if key_alone is None else b"Bearer " + key_alone
-        key = self._auth.known(authorization)
-        if key is None:
-            await into_task()
-            key = await self._auth.live_key(authorization)
+        key = self._auth.known(authorization) or await self._auth.live_key(authorization)
         if KeyScope.INFERENCE not in key.scopes:
             raise ScopeMissing(f"This key may not be used here: it lacks the scope '{KeyScope.INFERENCE}'.")
         if key.tenant_id is None:
@@ -227,11 +221,7 @@ class Generation:
         models = self._models
         if model == models.base_name:
             return None
-        version = models.known(request.tenant_id, model)
-        if version is None:
-            await into_task()
-            version = await models.resolve(request.tenant_id, model)
-        return version
+        return models.known(request.tenant_id, model) or await models.resolve(request.tenant_id, model)
 
     # where
 

@@ -32,9 +32,6 @@ class Admission(Protocol):
 class Limits(Protocol):
     """Counts what tenants use."""
 
-    suspends: bool
-    """Whether `admit` asks for a task of its own (memory's rare wait for the database does not)."""
-
     @property
     def degraded(self) -> bool:
         """Whether this gateway counts alone although it should count together with others."""

@@ -27,7 +27,6 @@ class MemoryLimits:
     """
 
     degraded: Final = False
-    suspends = False
 
     def __init__(
         self,

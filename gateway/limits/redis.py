@@ -43,8 +43,6 @@ FAILURES: Final = (RedisError, OSError, TimeoutError)
 class RedisLimits:
     """`degraded` while counting in memory; `outages` and `dropped` settlements are counted."""
 
-    suspends = True
-
     def __init__(
         self,
         url: str,

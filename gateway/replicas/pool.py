@@ -12,7 +12,6 @@ from adapter_store.catalog import Version
 from adapter_store.changes import Change
 from adapter_store.errors import StorageError
 from adapter_store.ids import TenantId
-from gateway.eager import into_task
 from gateway.errors import ObjectUnknown, ReplicaInSettings, ReplicaUnavailable, TooBusy, TooManyLoads
 from gateway.fairness import Key, LoadAllowance, Turn, VirtualTokenCounters
 from gateway.plans import Plan
@@ -214,7 +213,6 @@ class ReplicaPool:
         tried: Sequence[Replica],
     ) -> Place:
         """`place` where something is to be waited for."""
-        await into_task()
         begin = time.monotonic()
         load_s = 0.0
         tries = 0

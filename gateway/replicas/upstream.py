@@ -11,8 +11,6 @@ from typing import Final, Protocol, cast
 
 import httptools
 
-from gateway.eager import into_task
-
 RECEIVE_BYTES: Final = 32_768  # the kernel takes it twice
 PAUSE_BYTES: Final = 65_536  # stop reading from the replica while this much waits for the client
 IDLE_LIMIT_S: Final = 60.0  # below the replica's own keep-alive (120 s), so that it never closes first
@@ -288,7 +286,6 @@ class Upstream:
         self._idle.clear()
 
     async def _connect(self) -> Connection:
-        await into_task()
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._connect_timeout_s):
