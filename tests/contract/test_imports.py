@@ -14,7 +14,7 @@ import pytest
 from tests.bad_adapters import write_base
 
 HEAVY = ("torch", "peft", "vllm", "transformers", "numpy", "safetensors", "training", "typer", "httpx")
-MEMORY_LIMIT_MIB = 80
+MEMORY_LIMIT_MIB = 81  # 90 for a worker, less 9 for the OpenTelemetry SDK where traces are exported
 
 
 def test_the_gateway_imports_nothing_heavy() -> None:
