@@ -37,7 +37,7 @@ FAULTY: Final = {"config"}
 """What a refused adapter's own 422 may quote."""
 LONGEST_ERROR: Final = 2_000
 INNER: Final = re.compile(
-    r"/work/|/tmp/|/opt/|/secret|\.tailor|site-packages|Traceback|\.py\b|CUDA|vllm|sqlalchemy|sqlite|\ba-[0-9a-f]{8,}",
+    r"/(?:home|root|tmp|opt|usr|work)/|/secret|\.tailor|site-packages|Traceback|\.py\b|CUDA|vllm|sqlalchemy|sqlite|\ba-[0-9a-f]{8,}",
     re.IGNORECASE,
 )
 """Of the server's insides, in no answer that a tenant gets."""

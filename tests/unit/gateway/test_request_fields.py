@@ -31,11 +31,11 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "d", "param
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":"x"}'}}
 
 
-def body(path: str, **fields: Any) -> bytes:
+def body(path: str, /, **fields: Any) -> bytes:
     return json.dumps({"model": "bot", **LEAST[path], **fields}).encode()
 
 
-def ask(path: str, bounds: Bounds = BOUNDS, **fields: Any) -> Checked:
+def ask(path: str, bounds: Bounds = BOUNDS, /, **fields: Any) -> Checked:
     return all_dialects(bounds)[path].check(body(path, **fields))
 
 
