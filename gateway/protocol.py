@@ -13,18 +13,16 @@ from typing import Any, Final, Protocol, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from gateway.api.body import LIMIT_BYTES, PATIENCE_S, STALL_S
 from gateway.errors import BodyTooLarge, BodyTooSlow, GatewayError, ReplicaUnavailable
 
 HEAD_LIMIT_BYTES: Final = 65_536
 HEAD_PATIENCE_S: Final = 10.0
 MOST_PIPELINED: Final = 16
-BODY_STALL_S: Final = 30.0
 BODY_S: Final = 300.0
 PIECE_BYTES: Final = 65_536
 LOOK_S: Final = 5.0
 LAST_CALL_S: Final = 5.0
-REFUSED_BODY_BYTES: Final = 64 << 20
-REFUSED_BODY_S: Final = 10.0
 
 
 class ClientGone(Exception):
@@ -105,7 +103,7 @@ class Exchange:
             if len(self.body) > limit_bytes:
                 await self._discard()
                 return
-            await self._bytes_come(min(BODY_STALL_S, until - time.monotonic()))
+            await self._bytes_come(min(STALL_S, until - time.monotonic()))
 
     async def _bytes_come(self, patience_s: float) -> None:
         self._waiter = self._protocol.loop.create_future()
@@ -124,10 +122,10 @@ class Exchange:
         """Read the rest of a refused body off, within limits, so that the client gets to read why."""
         overflow = self.body = _Overflow(len(self.body))
         try:
-            async with asyncio.timeout(REFUSED_BODY_S):
-                while self.more_body and overflow.size < REFUSED_BODY_BYTES:
+            async with asyncio.timeout(PATIENCE_S):
+                while self.more_body and overflow.size < LIMIT_BYTES:
                     self._protocol.flow.resume_reading()
-                    await self._bytes_come(REFUSED_BODY_S)
+                    await self._bytes_come(PATIENCE_S)
         except (TimeoutError, BodyTooSlow):
             pass
         self.keep_alive = self.keep_alive and not self.more_body

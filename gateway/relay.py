@@ -37,6 +37,11 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int | None = None
     prompt_tokens_details: PromptDetails | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Prompt and answer together."""
+        return self.prompt_tokens + (self.completion_tokens or 0)
+
 
 class Translation:
     """One answer's way from the engine's words to the tenant's."""

@@ -380,7 +380,7 @@ class Generation:
         place.replica.succeeded(request.tenant_id)
         request.usage = usage
         head = self._head(request, JSON)
-        self._give_back(request, usage.prompt_tokens + (usage.completion_tokens or 0))  # the engine is done
+        self._give_back(request, usage.tokens)  # the engine is done
         request.deadline = time.monotonic() + SLOW_READER_S
         await request.exchange.answer(200, head, body)
         request.seen.status = 200
@@ -463,7 +463,7 @@ class Generation:
             seen.completion_tokens = usage.completion_tokens or 0
             details = usage.prompt_tokens_details
             seen.cached_tokens = (details.cached_tokens or 0) if details is not None else 0
-            tokens = seen.prompt_tokens + seen.completion_tokens
+            tokens = usage.tokens
         elif request.at_work:
             tokens = None  # the engine never said how much it has done
         self._give_back(request, tokens)
