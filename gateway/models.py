@@ -1,6 +1,7 @@
 """What a tenant's `model` means: the base model, or one of its own adapters' versions."""
 
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 from adapter_store.catalog import Version
 from adapter_store.changes import Change
@@ -10,6 +11,9 @@ from adapter_store.store import NOUN, AdapterStore
 from gateway.errors import ModelUnknown
 from gateway.fresh_cache import SharedReads
 from gateway.freshness import Freshness
+
+_NO_TEXT: Final = chr(0xDC00)
+"""Half of a pair: what clients send is UTF-8, which has none."""
 
 
 class Models:
@@ -62,7 +66,7 @@ class Models:
         Raises:
             StorageUnavailable: as in `resolve`.
         """
-        name = f"{version.adapter_name}@\udc00{version.number}"  # what clients send is UTF-8, which has no half pairs
+        name = f"{version.adapter_name}@{_NO_TEXT}{version.number}"
         return await self._asked(version.tenant_id, name, lambda: self._store.previous(version))
 
     async def _asked(

@@ -16,7 +16,7 @@ from msgspec import Struct
 from starlette.routing import BaseRoute
 
 from adapter_store.bundle import BUNDLE_FILES
-from gateway.dialects import DIALECTS, Dialect, chat, counts, messages, responses
+from gateway.dialects import DIALECTS, Dialect, chat_shapes, counts, messages, responses
 from gateway.dialects.fields import Text, TokenId
 from gateway.errors import Envelope, RejectedEnvelope
 from gateway.front import OPEN_PATHS, UPLOAD_PATH
@@ -30,16 +30,16 @@ _MODULES: Final = "gateway.dialects."  # before the names of types that several 
 _Object = dict[str, Any]
 
 SHOWN: Final[tuple[tuple[type[Struct], str, Any], ...]] = (
-    (chat.System, "content", Text | chat.Parts),
-    (chat.Developer, "content", Text | chat.Parts),
-    (chat.User, "content", Text | chat.Parts),
-    (chat.ToolResult, "content", Text | chat.Parts),
-    (chat.Assistant, "content", Text | chat.AnswerParts | None),
-    (chat.TextPart, "text", Text),
-    (chat.RefusalPart, "refusal", Text),
-    (chat.Function, "parameters", _Object | None),
-    (chat.JsonSchema, "schema", _Object),
-    (chat.CompletionRequest, "prompt", Text | list[TokenId]),
+    (chat_shapes.System, "content", Text | chat_shapes.Parts),
+    (chat_shapes.Developer, "content", Text | chat_shapes.Parts),
+    (chat_shapes.User, "content", Text | chat_shapes.Parts),
+    (chat_shapes.ToolResult, "content", Text | chat_shapes.Parts),
+    (chat_shapes.Assistant, "content", Text | chat_shapes.AnswerParts | None),
+    (chat_shapes.TextPart, "text", Text),
+    (chat_shapes.RefusalPart, "refusal", Text),
+    (chat_shapes.Function, "parameters", _Object | None),
+    (chat_shapes.JsonSchema, "schema", _Object),
+    (chat_shapes.CompletionRequest, "prompt", Text | list[TokenId]),
     (counts.TokenizeRequest, "prompt", Text),
     (messages.User, "content", Text | messages.Told),
     (messages.Assistant, "content", Text | messages.Answered),

@@ -9,7 +9,7 @@ with uvicorn 0.54: `response_complete`, `disconnected`, `keep_alive`, `body`, `m
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import Any, Final, Protocol, cast
+from typing import Any, ClassVar, Final, Protocol, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -253,7 +253,7 @@ class _Overflow:
 class FrontProtocol(HttpToolsProtocol):
     """Generation requests take the short way. Connections with no whole head in time, or one without end, are cut."""
 
-    _default: tuple[list[tuple[bytes, bytes]] | None, bytes] = (None, b"")
+    _default: ClassVar[tuple[list[tuple[bytes, bytes]] | None, bytes]] = (None, b"")
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -398,7 +398,7 @@ class FrontProtocol(HttpToolsProtocol):
         url, headers, expects = self.url, self.headers, self.expect_100_continue
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expects
-        self.headers += headers  # the list is the scope's
+        self.headers.extend(headers)  # the list is the scope's
         super().on_headers_complete()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:

@@ -9,7 +9,8 @@ from typing import Final
 
 import msgspec
 
-from gateway.errors import ContextLengthExceeded, GatewayError, ReplicaFailed, RequestInvalid, envelope
+from gateway.errors import ReplicaFailed
+from gateway.tokens import Usage
 
 DONE: Final = b"data: [DONE]\n\n"
 _ERROR_MARK: Final = b'data: {"error"'
@@ -24,23 +25,6 @@ class BrokenOff(ReplicaFailed):
     def __init__(self, error: ReplicaFailed, passed: bytes) -> None:
         super().__init__(error.message)
         self.passed = passed
-
-
-class PromptDetails(msgspec.Struct, frozen=True):
-    cached_tokens: int | None = None
-
-
-class Usage(msgspec.Struct, frozen=True):
-    """Tokens of one request, as the engine counted them."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int | None = None
-    prompt_tokens_details: PromptDetails | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Prompt and answer together."""
-        return self.prompt_tokens + (self.completion_tokens or 0)
 
 
 class Translation:
@@ -139,35 +123,3 @@ class StreamTranslation(Translation):
         elif not self._wants_usage:
             return b""
         return event.replace(self._engine_name, self._shown_name, 1)
-
-
-def error_event(error: GatewayError) -> bytes:
-    """The last event of a stream that failed; no `[DONE]` follows, so that no client takes it for whole."""
-    return b"data: " + envelope(error) + b"\n\n"
-
-
-class _UpstreamError(msgspec.Struct):
-    message: str = ""
-    param: str | None = None
-
-
-class _UpstreamErrorBody(msgspec.Struct):
-    error: _UpstreamError
-
-
-def refusal(status: int, body: bytes, param: str) -> GatewayError:
-    """The engine's refusal in our words: its own text may name paths and inner names, so none of it is passed on."""
-    try:
-        text = msgspec.json.decode(body, type=_UpstreamErrorBody).error.message
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        text = ""
-    if status == 400 and "context length" in text:
-        return ContextLengthExceeded(
-            "The prompt is longer than the model's context (or leaves no room for max_tokens): shorten it.",
-            param=param,
-        )
-    if status in (400, 422):
-        return RequestInvalid(
-            "The engine cannot do what was asked: check prompt, response_format and sampling parameters."
-        )
-    return ReplicaFailed("The engine failed on this request; try again.")

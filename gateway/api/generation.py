@@ -31,7 +31,7 @@ from gateway.logs import ids
 from gateway.models import Models
 from gateway.plans import Plan
 from gateway.protocol import ClientGone, Exchange
-from gateway.relay import BrokenOff, Usage
+from gateway.relay import BrokenOff
 from gateway.replicas.pool import Place, ReplicaPool
 from gateway.replicas.replica import Replica
 from gateway.replicas.upstream import Connection, OutOfDescriptorsError, UpstreamError
@@ -39,6 +39,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.observation import Observation
 from gateway.telemetry.tracing import Trace, Tracing
 from gateway.tenants import Scope as KeyScope
+from gateway.tokens import Usage
 from gateway.usage import Ledger
 
 log = logging.getLogger("tailor.generation")

@@ -8,14 +8,15 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from gateway.dialects.chat import CalledFunction, Function, Message, Tool, ToolCall, check_messages, check_tools
+from gateway.dialects.chat import check_messages, check_tools
+from gateway.dialects.chat_shapes import CalledFunction, Function, Message, Tool, ToolCall
 from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect
 from gateway.dialects.fields import ModelName
 from gateway.dialects.messages import Conversation, Spoken
 from gateway.dialects.responses import Asked, Conversing, Item
 from gateway.dialects.words import Pieces, hold_text
 from gateway.errors import ReplicaFailed, RequestInvalid
-from gateway.relay import Usage
+from gateway.tokens import Usage
 
 
 class TokenizeRequest(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):

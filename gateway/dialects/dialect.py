@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, Protocol
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import Raw, Struct
 
-from gateway.dialects.fields import GATEWAY_SET, OPT_IN, REFUSED
+from gateway.dialects.fields import GATEWAY_SET, OPT_IN, REFUSED, EngineRefusal, LargeFields
 from gateway.dialects.schemas import SchemaBudget
 from gateway.errors import ContextLengthExceeded, ErrorAnswer, GatewayError, ReplicaFailed, RequestInvalid, answer
-from gateway.relay import Usage
+from gateway.tokens import Usage
 
 ENCODER: Final = msgspec.json.Encoder()
 MOST_ENTRIES: Final = 131_072
@@ -253,17 +253,9 @@ class Dialect:
 def refusal_text(body: bytes) -> str:
     """What the engine says; to be looked at, never passed on."""
     try:
-        return msgspec.json.decode(body, type=_UpstreamErrorBody).error.message
+        return msgspec.json.decode(body, type=EngineRefusal).error.message
     except (msgspec.DecodeError, UnicodeDecodeError):
         return ""
-
-
-class _UpstreamError(Struct):
-    message: str = ""
-
-
-class _UpstreamErrorBody(Struct):
-    error: _UpstreamError
 
 
 _UNKNOWN_FIELD: Final = re.compile(r"unknown field `([^`]{1,64})`(?: - at `([^`]+)`)?")
@@ -277,18 +269,7 @@ def _param(within: str, place: str) -> str | None:
     return (within + place.removeprefix("$")).removeprefix(".") or None
 
 
-class _Large(Struct):
-    """The fields that may be large."""
-
-    messages: Raw | UnsetType = UNSET
-    prompt: Raw | UnsetType = UNSET
-    input: Raw | UnsetType = UNSET
-    system: Raw | UnsetType = UNSET
-    instructions: Raw | UnsetType = UNSET
-    tools: Raw | UnsetType = UNSET
-
-
-_LARGE: Final = msgspec.json.Decoder(_Large)
+_LARGE: Final = msgspec.json.Decoder(LargeFields)
 
 
 def _hold_rest(body: bytes) -> None:

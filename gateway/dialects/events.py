@@ -5,7 +5,8 @@ from typing import ClassVar, Final
 import msgspec
 
 from gateway.errors import ReplicaFailed
-from gateway.relay import PromptDetails, Usage, told
+from gateway.relay import told
+from gateway.tokens import PromptDetails, Usage
 
 NAME: Final = b"event: "
 LONGEST_BYTES: Final = 32 << 20

@@ -27,7 +27,7 @@ from gateway.dialects.fields import (
 from gateway.dialects.schemas import SchemaBudget
 from gateway.dialects.words import Pieces, hold_text, is_null, is_text
 from gateway.errors import ErrorAnswer, GatewayError, ReplicaFailed, RequestInvalid
-from gateway.relay import Usage
+from gateway.tokens import Usage
 
 MOST_BLOCKS: Final = 256
 

@@ -5,7 +5,8 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from gateway.dialects.chat import NO_PARSER, StreamOptions
+from gateway.dialects.chat import NO_PARSER
+from gateway.dialects.chat_shapes import StreamOptions
 from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream, check_bias, check_entries
 from gateway.dialects.events import NamedEvents, usage
 from gateway.dialects.fields import (
@@ -33,7 +34,7 @@ from gateway.dialects.fields import (
 from gateway.dialects.schemas import SchemaBudget
 from gateway.dialects.words import Pieces, decoded, hold_text, is_null, is_text, not_text
 from gateway.errors import ReplicaFailed, RequestInvalid
-from gateway.relay import Usage
+from gateway.tokens import Usage
 
 Status = Literal["in_progress", "completed", "incomplete"]
 

@@ -141,7 +141,7 @@ class Window:
             second = int(now)
             self._drop(second)
             self._counts.append([second, 1])
-            self._second_end = second + 1
+            self._second_end = second + 1.0
         self._total += 1
 
     def count(self) -> int:

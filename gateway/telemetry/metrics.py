@@ -7,7 +7,7 @@ before. Everything that another part knows anyway (states, gauges, its own count
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from importlib.metadata import version
 from typing import Final
@@ -21,17 +21,24 @@ from gateway.telemetry.series import OTHER, OUTCOMES, Capped, Histogram, Tokens,
 log = logging.getLogger("tailor.metrics")
 
 # seconds; fine where a good answer lies, coarse where only "too long" matters
-DURATION_BOUNDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0)
-TTFT_BOUNDS: Final = (
+Bounds = Sequence[float]
+DURATION_BOUNDS: Final[Bounds] = (
+    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0),
+)
+TTFT_BOUNDS: Final[Bounds] = (
     *(0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0),
     *(1.5, 2.5, 4.0, 6.0, 10.0, 20.0, 40.0, 60.0),
 )
-INTER_TOKEN_BOUNDS: Final = (
+INTER_TOKEN_BOUNDS: Final[Bounds] = (
     *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05),
     *(0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5),
 )
-WAIT_BOUNDS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0)
-LAG_BOUNDS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+WAIT_BOUNDS: Final[Bounds] = (
+    *(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0),
+)
+LAG_BOUNDS: Final[Bounds] = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 REPLICA_LIMIT: Final = 256
 SLICE_S: Final = 0.001

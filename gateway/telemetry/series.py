@@ -5,7 +5,6 @@ A counter of `prometheus_client` takes a lock, and a family a lookup of labels, 
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from copy import copy
 from typing import Final
 
 from gateway.telemetry.exposition import sample
@@ -85,6 +84,12 @@ class Usage(Tokens):
             self.first_tokens += 1
             self.first_tokens_s += ttft_s
 
+    def copy(self) -> "Usage":
+        """Its numbers as of now."""
+        taken = Usage(self.owner)
+        taken.take_over(self)
+        return taken
+
     def take_over(self, gone: "Usage") -> None:
         """Add what another has had, so that sums over all labels stay what they were."""
         self.outcomes = [mine + its for mine, its in zip(self.outcomes, gone.outcomes, strict=True)]
@@ -117,7 +122,7 @@ class Capped:
 
     def items(self) -> list[tuple[str, Usage]]:
         """All of it as of now: an id that is given up later is not seen a second time among the retired."""
-        return [*self._kept.items(), (OTHER, self._other), (RETIRED, copy(self._retired))]
+        return [*self._kept.items(), (OTHER, self._other), (RETIRED, self._retired.copy())]
 
     def _admit(self, key: str, owner: str, now: float) -> Usage:
         if len(self._kept) >= self._limit and now - self._looked_at >= self._look_every_s:

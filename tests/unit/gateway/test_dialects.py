@@ -19,7 +19,7 @@ from gateway.errors import (
     ReplicaUnavailable,
     RequestInvalid,
 )
-from gateway.relay import PromptDetails, Usage
+from gateway.tokens import PromptDetails, Usage
 from tests.fakes.speech import named, speech_of
 
 NAME = "a-0123456789abcdef"

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.dialects import Bounds
+from gateway.dialects.chat import Chat
 from gateway.errors import ContextLengthExceeded, ReplicaFailed, RequestInvalid
-from gateway.relay import BrokenOff, StreamTranslation, Translation, refusal
+from gateway.relay import BrokenOff, StreamTranslation, Translation
 
 NAME = "a-0123456789abcdef"
 HOSTILE = f'","model":"{NAME}","usage":{{"prompt_tokens":9}} data: {{"error":1}}\n\ndata: [DONE]\n\n'
@@ -99,7 +101,7 @@ def test_a_whole_answer_names_the_tenants_model() -> None:
 )
 def test_a_refusal_is_told_in_our_words(status: int, body: bytes, kind: type[Exception]) -> None:
     """Each class of the engine's refusals has one of ours; none quotes the engine."""
-    error = refusal(status, body, "messages")
+    error = Chat(Bounds()).refusal(status, body)
     assert type(error) is kind
     assert "/opt" not in str(error)
     assert "CUDA" not in str(error)
