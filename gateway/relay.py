@@ -39,7 +39,8 @@ class Translation:
         """A complete JSON answer."""
         at = body.rfind(_USAGE_MARK)
         if at >= 0:
-            self._counted = body[slice(*_usage_in(body, at))]
+            begin, end = _usage_in(body, at)
+            self._counted = body[begin:end]
         return body.replace(self._engine_name, self._shown_name, 1)
 
     @property

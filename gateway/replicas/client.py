@@ -115,6 +115,15 @@ class ReplicaClient:
         """
         await self._call("POST", "probe", msgspec.json.encode({"deadline_s": deadline_s}), deadline_s + ANSWER_S)
 
+    async def look(self, deadline_s: float) -> ReplicaReport:
+        """`state` and `probe` at the same time.
+
+        Raises:
+            UpstreamError, TimeoutError, AgentRefusedError: one of them failed.
+        """
+        report, _ = await asyncio.gather(self.state(deadline_s), self.probe(deadline_s))
+        return report
+
     async def load(self, name: str, version: Version, timeout_s: float) -> LoadReport:
         """Bring a version into the engine under `name`.
 

@@ -202,9 +202,8 @@ class Replica:
         """Judge the replica anew; True where it must be looked at again at once."""
         asked_at = time.monotonic()
         opened = self._open_keys()
-        deadline_s = self._options.probe_deadline_s
         try:
-            report, _ = await asyncio.gather(self.client.state(deadline_s), self.client.probe(deadline_s))
+            report = await self.client.look(self._options.probe_deadline_s)
         except OutOfDescriptorsError:
             log.error("replica %s cannot be looked at: this gateway has no descriptor left", self.id)
             return False

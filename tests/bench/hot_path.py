@@ -97,7 +97,8 @@ class Engine:
         self.streams = False
         self.open: Connection | None = None
 
-    async def connect(self, upstream: Upstream) -> Connection:
+    def connect(self, upstream: Upstream) -> None:
+        """Give the upstream a connection that it takes for an idle one."""
         connection = Connection()
         connection.upstream = upstream
         loop = asyncio.get_running_loop()
@@ -110,7 +111,8 @@ class Engine:
                 loop.call_soon(connection.data_received, ANSWER)
 
         connection.connection_made(Transport(write))  # type: ignore[arg-type]
-        return connection
+        connection.idle_since = loop.time()
+        upstream._idle.append(connection)
 
 
 class Client:
@@ -199,7 +201,7 @@ async def measure(profile: bool) -> None:
         for member in front.parts.pool.members():
             upstream = member.replica.client.upstream
             upstream.close()
-            upstream._connect = lambda upstream=upstream: engine.connect(upstream)  # type: ignore[method-assign,misc]
+            engine.connect(upstream)
         client = Client(front, key)
         profiler = cProfile.Profile() if profile else None
         if profiler is not None:
