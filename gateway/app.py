@@ -23,7 +23,7 @@ from adapter_store.faults import Bounds as AdapterBounds
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
 from gateway.api import adapters, admin, health, keys, models, replicas, usage
-from gateway.api.generation import Generation, Patience, Services
+from gateway.api.generation import Generation, Patience, Services, new_batches
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
 from gateway.database import migrate, open_engine
@@ -93,7 +93,7 @@ def create_app(settings: Settings, *, operators: socket.socket | None = None) ->
     for part in ROUTERS:
         app.include_router(part.router)
     _install_error_handlers(app)
-    return Front(Counted(app, parts.metrics), parts, hot)
+    return Front(Counted(app, parts.metrics), parts, hot, services.batches)
 
 
 def _build(settings: Settings, home: Home) -> Parts:
@@ -184,6 +184,7 @@ def _services(parts: Parts, salt_of: Callable[[str], str]) -> Services:
         metrics=parts.metrics,
         tracing=parts.tracing,
         patience=Patience(),
+        batches=new_batches(),
         salt_of=salt_of,
         base_fingerprint=parts.base.fingerprint,
     )

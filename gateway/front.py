@@ -12,6 +12,7 @@ from gateway.api.generation import Generation
 from gateway.auth import Auth
 from gateway.dependencies import Parts
 from gateway.errors import GatewayError, MethodNotAllowed, RequestInvalid, authorization_of, send_error
+from gateway.protocol import Out
 
 OPEN_PATHS: Final = ("/health", "/ready")
 UPLOAD_PATH: Final = "/v1/adapters"
@@ -26,9 +27,10 @@ class Front:
     `protocol.FrontProtocol` gives them to their endpoint.
     """
 
-    def __init__(self, app: ASGIApp, parts: Parts, hot: Mapping[str, Generation]) -> None:
+    def __init__(self, app: ASGIApp, parts: Parts, hot: Mapping[str, Generation], out: Out) -> None:
         self.hot = {path.encode(): endpoint for path, endpoint in hot.items()}
         self.parts = parts
+        self.out = out
         self._app = app
         self._auth: Auth = parts.auth
         self._hot_paths = frozenset(hot)

@@ -8,12 +8,13 @@ with uvicorn 0.54: `response_complete`, `disconnected`, `keep_alive`, `body`, `m
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final, Protocol, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.api.body import LIMIT_BYTES, PATIENCE_S, STALL_S
+from gateway.batches import Wait
 from gateway.errors import BodyTooLarge, BodyTooSlow, GatewayError, ReplicaUnavailable
 
 HEAD_LIMIT_BYTES: Final = 65_536
@@ -29,20 +30,39 @@ class ClientGone(Exception):
     """The client closed the connection before its request was whole, or before its answer was."""
 
 
+class Served(Protocol):
+    """Who works on an exchange, and is told what becomes of its client."""
+
+    def leave(self) -> None:
+        """The client has gone."""
+
+    def stop(self, reason: GatewayError) -> None:
+        """It has taken too long: answer with this, or end the stream with it."""
+
+    def cancel(self, msg: object = None) -> None:
+        """The process ends now; called as a task's would be."""
+
+
 class HotPath(Protocol):
     """What serves one path without ASGI."""
 
-    async def serve(self, exchange: "Exchange") -> None:
-        """Answer; raises nothing."""
+    def begin(self, exchange: "Exchange") -> Served:
+        """Work on it from the loop's next turn on, until `Exchange.over`; raises nothing."""
         ...
 
 
+class Out(Protocol):
+    """Writes to transports, in order, once this turn's work is done."""
+
+    def write(self, transport: asyncio.WriteTransport, data: bytes) -> None: ...
+    def after(self, then: Callable[[], None]) -> None: ...
+
+
 class Flow(Protocol):
-    """What is told how fast the client reads, and that it left."""
+    """What is told how fast the client reads."""
 
     def pause(self) -> None: ...
     def resume(self) -> None: ...
-    def leave(self) -> None: ...
 
 
 class _Signal:
@@ -71,26 +91,35 @@ class Exchange:
         self.keep_alive = True
         self.message_event = _Signal(self)
         # ours
-        self.task: asyncio.Task[None] | None = None
         self.begun = False
         self.streams = False
         self.flow: Flow | None = None
-        self.expired: GatewayError | None = None
+        self._served: Served | None = None
+        self._is_whole = False
         self._protocol = protocol
+        self._out: Out = protocol.app.out
         self._hot = hot
         self._gone = False
         self._waiter: asyncio.Future[None] | None = None
 
     # the request
 
-    async def read_body(self, limit_bytes: int) -> bytes:
-        """The whole body. Call it once the sender is known: before, only what came with the head is read.
+    async def receive(self, limit_bytes: int) -> None:
+        """Wait for the rest of the body. Call it once the sender is known: only what came with the head is read before.
 
         Raises:
             BodyTooLarge: it passes the limit. BodyTooSlow: it stalls. ClientGone: it never came.
         """
         if self.more_body:
             await self._receive(limit_bytes)
+        self.whole_body(limit_bytes)
+
+    def whole_body(self, limit_bytes: int) -> bytes:
+        """The body, of which nothing is missing.
+
+        Raises:
+            BodyTooLarge: it passes the limit.
+        """
         if isinstance(self.body, _Overflow) or len(self.body) > limit_bytes:
             raise BodyTooLarge(f"The body is larger than {limit_bytes} bytes.")
         return bytes(self.body)
@@ -143,62 +172,79 @@ class Exchange:
     def disconnected(self, gone: bool) -> None:
         """The client has left: whoever works on its answer learns it, wherever that waits."""
         self._gone = gone
-        if self.flow is not None:
-            self.flow.leave()
-        elif self._waiter is None and self.task is not None:
-            self.task.cancel()
+        if self._waiter is None and self._served is not None:  # who waits for bytes is woken next
+            self._served.leave()
 
     # the answer
 
-    async def answer(self, status: int, headers: bytes, body: bytes) -> None:
-        """A whole answer; `headers` are lines, each with its end. A slow reader holds this request, not many bytes."""
+    def answer(self, status: int, headers: bytes, body: bytes) -> Wait | None:
+        """A whole answer; `headers` are lines, each with its end.
+
+        What it returns is to be waited for: a slow reader of a long answer holds this request, not many bytes.
+        """
         head = b"%bcontent-length: %d\r\n%b" % (self._head(status), len(body), headers)
         self.begun = True
         if self._gone:
-            return
+            return None
         if self.more_body:
             self.keep_alive = False  # a refusal before the body was read: what follows is no request
         close = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
-        write = self._protocol.transport.write
-        if len(body) <= PIECE_BYTES:
-            write(b"%b%b%b" % (head, close, body))
-        else:
-            write(head + close)
-            for start in range(0, len(body), PIECE_BYTES):
-                write(body[start : start + PIECE_BYTES])
-                if self._protocol.flow.write_paused:
-                    await self._protocol.flow.drain()
-                if self._gone:
-                    raise ClientGone
-        self._complete()
+        if len(body) > PIECE_BYTES:
+            return self._answer_in_pieces(head + close, body)
+        self._out.write(self._protocol.transport, b"%b%b%b" % (head, close, body))
+        self._finish()
+        return None
 
-    def begin(self, headers: bytes) -> None:
-        """The head of a stream of server-sent events."""
+    def answer_shortly(self, status: int, headers: bytes, body: bytes) -> None:
+        """As `answer`, for what is short anyway: an error."""
+        wait = self.answer(status, headers, body[:PIECE_BYTES])
+        assert wait is None
+
+    async def _answer_in_pieces(self, head: bytes, body: bytes) -> None:
+        write = self._protocol.transport.write
+        write(head)
+        for start in range(0, len(body), PIECE_BYTES):
+            write(body[start : start + PIECE_BYTES])
+            if self._protocol.flow.write_paused:
+                await self._protocol.flow.drain()
+            if self._gone:
+                raise ClientGone
+        self._finish()
+
+    def begin(self, headers: bytes, events: bytes) -> None:
+        """The head of a stream of server-sent events, and the first of them."""
         self.begun = self.streams = True
         if self._gone:
             return
         close = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
-        self._protocol.transport.write(b"%btransfer-encoding: chunked\r\n%b%b" % (self._head(200), headers, close))
+        self._out.write(
+            self._protocol.transport,
+            b"%btransfer-encoding: chunked\r\n%b%b%x\r\n%b\r\n"
+            % (self._head(200), headers, close, len(events), events),
+        )
 
     def write(self, events: bytes) -> None:
         """Whole events of the stream; `flow` is told when the client cannot take more."""
         if not self._gone:
-            self._protocol.transport.write(b"%x\r\n%b\r\n" % (len(events), events))
+            self._out.write(self._protocol.transport, b"%x\r\n%b\r\n" % (len(events), events))
 
     def end(self) -> None:
         """The end of the stream."""
         if not self._gone:
-            self._protocol.transport.write(b"0\r\n\r\n")
-            self._complete()
+            self._out.write(self._protocol.transport, b"0\r\n\r\n")
+            self._finish()
 
-    def expire(self, reason: GatewayError) -> None:
-        """It has taken too long: whoever works on it is told by a cancellation that `expired` explains."""
-        self.expired = reason
-        if self.task is not None:
-            self.task.cancel()
+    def stop(self, reason: GatewayError) -> None:
+        """It has taken too long: whoever works on it says so."""
+        if self._served is not None:
+            self._served.stop(reason)
 
     def _head(self, status: int) -> bytes:
         return STATUS_LINE[status] + self._protocol.default_head()
+
+    def _finish(self) -> None:
+        self._is_whole = True
+        self._out.after(self._complete)
 
     def _complete(self) -> None:
         self.response_complete = True
@@ -206,26 +252,20 @@ class Exchange:
             self._protocol.transport.close()
         self._protocol.on_response_complete()
 
-    # being run
+    # being worked on
 
     def start(self) -> None:
-        """Run as a task of its own, from the loop's next turn on.
+        """Have it worked on from the loop's next turn on, together with what else comes in this one."""
+        self._served = self._hot.begin(self)
+        self._protocol.tasks.add(cast(Any, self._served))  # the server's end waits for these
 
-        Beginning it at once saves a turn, and costs half as much again under load: requests that arrive together are
-        then parsed together, and each step's code is still in the processor's caches for the next one.
-        """
-        self.task = self._protocol.loop.create_task(self._run())
-        self._protocol.tasks.add(self.task)
-
-    async def _run(self) -> None:
-        try:
-            await self._hot.serve(self)
-        finally:
-            if self.task is not None:
-                self._protocol.tasks.discard(self.task)
-            if not self.response_complete and not self._gone:
-                self._protocol.transport.abort()  # whatever went wrong, a half answer must not look whole
-            self.task = None
+    def over(self) -> None:
+        """Nobody works on it any more: an answer that is not whole is cut off, so that none takes it for whole."""
+        if self._served is not None:
+            self._protocol.tasks.discard(cast(Any, self._served))
+            self._served = None
+        if not self._is_whole and not self._gone:
+            self._protocol.transport.abort()
 
 
 def _restarting() -> GatewayError:
@@ -318,7 +358,7 @@ class FrontProtocol(HttpToolsProtocol):
         """The time for draining is over: a stream ends in an error event, an idle connection at once."""
         if self._running is not None and not self._running.response_complete:
             self._running.keep_alive = False
-            self._running.expire(_restarting())
+            self._running.stop(_restarting())
         elif self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 

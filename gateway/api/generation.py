@@ -1,8 +1,10 @@
-"""Generation requests: the hot path, one task per request in front of FastAPI, whatever dialect they come in.
+"""Generation requests: the hot path, in front of FastAPI, whatever dialect they come in.
 
-`Generation._answer` reads top to bottom: who, what, which version, may they, where, relay. `_settle` gives back what a
-request holds and counts it, once, however it ends. No database, no framework and no span stands on that path, and no
-chunk wakes a task: `_Pipe` moves them from the replica's connection to the client's.
+`STEPS` reads top to bottom: who, what, may they, which version, where, relay, settle. A request goes from step to step
+without a task; a step that must wait for something (a body, a turn, a load, a second try) gives what it waits for. The
+last step, `_settle`, gives back what the request holds and counts it, once, however it ends. No database, no framework
+and no span stands on that path, and no chunk wakes a task: `_Pipe` moves them from the replica's connection to the
+client's.
 """
 
 import asyncio
@@ -17,6 +19,7 @@ from typing import Final
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
 from gateway.auth import Auth
+from gateway.batches import PARKED, Batches, Parked, Wait
 from gateway.dialects import Checked, Dialect, Stream
 from gateway.errors import (
     AdapterNotLoadable,
@@ -38,6 +41,7 @@ from gateway.replicas.upstream import Connection, OutOfDescriptorsError, Upstrea
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.observation import Observation
 from gateway.telemetry.tracing import Trace, Tracing
+from gateway.tenants import ApiKey
 from gateway.tenants import Scope as KeyScope
 from gateway.tokens import Usage
 from gateway.usage import Ledger
@@ -83,6 +87,7 @@ class Services:
     metrics: Metrics
     tracing: Tracing
     patience: Patience
+    batches: "Batches[_Request]"
     salt_of: Callable[[str], str]
     base_fingerprint: str
 
@@ -91,37 +96,106 @@ class _Request:
     """What one request has found out and holds so far."""
 
     __slots__ = (
-        "admission", "asked", "at_work", "connection", "cost", "deadline", "exchange", "fallback", "id", "pipe",
-        "place", "plan", "seen", "tenant_id", "trace", "trace_lines", "tried", "usage", "version",
+        "_task", "admission", "asked", "at_work", "body", "connection", "cost", "deadline", "due", "ended", "exchange",
+        "expired", "fallback", "forgotten", "generation", "id", "pipe", "place", "plan", "position", "seen",
+        "tenant_id", "trace", "trace_lines", "tried", "usage", "version", "wire",
     )  # fmt: skip
 
-    def __init__(self, exchange: Exchange, route: str) -> None:
+    def __init__(self, generation: "Generation", exchange: Exchange, route: str) -> None:
+        self.generation = generation
         self.exchange = exchange
         given = exchange.header(b"x-request-id")
         self.id = given if given is not None and SAFE_ID.fullmatch(given) else b"%032x" % getrandbits(128)
         self.seen = Observation(route, exchange.began_at)
+        self.position = 0
+        self.due = False
+        self.ended = False
+        self.expired: GatewayError | None = None
         self.deadline = 0.0
         self.trace: Trace | None = None
         self.trace_lines = b""
         self.tenant_id = TenantId("")
         self.plan: Plan
+        self.body = b""
         self.asked: Checked
         self.cost = 0
         self.version: Version | None = None
         self.fallback = b""
         self.admission: Admission | None = None
         self.tried: list[Replica] = []
+        self.forgotten = False
         self.place: Place | None = None
+        self.wire = b""
         self.connection: Connection | None = None
         self.at_work = False
         self.pipe: _Pipe | None = None
         self.usage: Usage | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    # as a journey through the steps
+
+    def wait_for(self, wait: Wait) -> None:
+        """As in `Journey`."""
+        self._task = asyncio.get_running_loop().create_task(self._wait(wait))
+
+    async def _wait(self, wait: Wait) -> None:
+        try:
+            await wait
+        except asyncio.CancelledError:
+            self._task = None
+            if self.expired is not None:
+                self.fail(self.expired)
+            else:
+                self.fail(ClientGone())
+        except Exception as error:  # noqa: BLE001  the edge: whatever it is, the client gets one envelope
+            self._task = None
+            self.fail(error)
+        else:
+            self._task = None
+            self.generation.batches.go_on([self], self.position)
+
+    def fail(self, error: Exception) -> None:
+        """Tell the client, and settle."""
+        if not self.ended:
+            self.generation.fail(self, error)
+
+    def heard(self) -> None:
+        """The replica's connection has something new."""
+        self.generation.batches.add(self)
+
+    # as who is served
+
+    def leave(self) -> None:
+        """The client has gone: nothing more is done for it, but an engine's stream is heard out."""
+        if self.ended:
+            return
+        if self.pipe is not None:
+            self.pipe.leave()
+        elif self._task is not None:
+            self._task.cancel()
+        else:
+            self.fail(ClientGone())
+
+    def stop(self, reason: GatewayError) -> None:
+        """It has taken too long."""
+        if self._task is not None:
+            self.expired = reason
+            self._task.cancel()
+        else:
+            self.fail(reason)
+
+    def cancel(self, msg: object = None) -> None:
+        """The process ends now; called as a task's would be: what it leads to happens later."""
+        if self._task is not None:
+            self._task.cancel()
+        else:
+            asyncio.get_running_loop().call_soon(self.fail, ClientGone())
 
     def expire(self) -> None:
         """Its time is over: for the first byte of an answer, or for hearing an engine out whose client has left."""
         self.deadline = 0.0
         if self.pipe is None:
-            self.exchange.expire(_late())
+            self.stop(_late())
         else:
             self.pipe.expire()
 
@@ -141,54 +215,31 @@ class Generation:
         self._limits = services.limits
         self._pool = services.pool
         self._running = services.patience.running
+        self.batches = services.batches
 
-    async def serve(self, exchange: Exchange) -> None:
-        """Answer one request; whatever happens, the client gets one envelope and what was held is given back."""
-        request = _Request(exchange, self._dialect.path)
+    def begin(self, exchange: Exchange) -> _Request:
+        """Take a request up; whatever happens, the client gets one envelope and what was held is given back."""
+        request = _Request(self, exchange, self._dialect.path)
         self._running.add(request)
-        header = exchange.header
-        request.trace, request.trace_lines = self._services.tracing.begin(header(b"traceparent"), header(b"tracestate"))
-        try:
-            await self._answer(request)
-        except ClientGone:
-            request.seen.status = CLIENT_GONE
-        except asyncio.CancelledError:
-            if exchange.expired is not None:
-                await self._fail(request, exchange.expired)
-            elif exchange.disconnected:
-                request.seen.status = CLIENT_GONE
-            else:
-                raise
-        except Exception as error:  # noqa: BLE001  the edge: whatever it is, the client gets one envelope
-            await self._fail(request, error)
-        finally:
-            self._running.discard(request)
-            self._settle(request)
-
-    async def _answer(self, request: _Request) -> None:
-        await self._know_sender(request)
-        asked = request.asked = self._dialect.check(await self._body_of(request))
-        self._hold_to_plan(request, asked, request.plan)
-        request.admission = await self._limits.admit(request.tenant_id, request.plan, request.cost)
-        request.version = await self._version_of(request, asked.model)
-        request.deadline = time.monotonic() + self._first_byte_timeout_s
-        connection = await self._route(request)
-        if connection.status != 200:
-            raise await self._refused(request, connection)
-        if asked.stream:
-            await self._relay_stream(request, connection)
-        else:
-            await self._relay_whole(request, connection)
+        self.batches.add(request)
+        return request
 
     # who, what, may they
 
-    async def _know_sender(self, request: _Request) -> None:
+    def _know_sender(self, request: _Request) -> Wait | None:
         header = request.exchange.header
-        authorization = header(b"authorization")
-        if authorization is None:  # as Anthropic's clients send it
-            key_alone = header(b"x-api-key")
-            authorization = None if key_alone is None else b"Bearer " + key_alone
-        key = self._auth.known(authorization) or await self._auth.live_key(authorization)
+        request.trace, request.trace_lines = self._services.tracing.begin(header(b"traceparent"), header(b"tracestate"))
+        key = self._auth.known(_authorization(request))
+        if key is None:
+            return self._ask_for_sender(request)
+        self._take_in(request, key)
+        return None
+
+    async def _ask_for_sender(self, request: _Request) -> None:
+        self._take_in(request, await self._auth.live_key(_authorization(request)))
+
+    @staticmethod
+    def _take_in(request: _Request, key: ApiKey) -> None:
         if KeyScope.INFERENCE not in key.scopes:
             raise ScopeMissing(f"This key may not be used here: it lacks the scope '{KeyScope.INFERENCE}'.")
         if key.tenant_id is None:
@@ -196,14 +247,34 @@ class Generation:
         request.tenant_id = key.tenant_id
         request.plan = key.plan
 
-    async def _body_of(self, request: _Request) -> bytes:
-        """The body; where it came slowly, the sender is asked for again: the key may be over by now."""
-        exchange, most = request.exchange, request.plan.max_prompt_bytes
-        waits = exchange.more_body
-        body = await exchange.read_body(self.max_body_bytes if most is None else min(most, self.max_body_bytes))
-        if waits:
-            await self._know_sender(request)
-        return body
+    def _read_body(self, request: _Request) -> Wait | None:
+        if request.exchange.more_body:
+            return self._receive(request)
+        request.body = request.exchange.whole_body(self._most_bytes(request))
+        return None
+
+    async def _receive(self, request: _Request) -> None:
+        """A body that came slowly: the sender is asked for again, for the key may be over by now."""
+        most = self._most_bytes(request)
+        await request.exchange.receive(most)
+        request.body = request.exchange.whole_body(most)
+        await self._ask_for_sender(request)
+
+    def _most_bytes(self, request: _Request) -> int:
+        most = request.plan.max_prompt_bytes
+        return self.max_body_bytes if most is None else min(most, self.max_body_bytes)
+
+    def _check(self, request: _Request) -> None:
+        asked = request.asked = self._dialect.check(request.body)
+        request.body = b""
+        self._hold_to_plan(request, asked, request.plan)
+
+    def _admit(self, request: _Request) -> Wait | None:
+        request.admission = self._limits.admit_now(request.tenant_id, request.plan, request.cost)
+        return self._ask_for_admission(request) if request.admission is None else None
+
+    async def _ask_for_admission(self, request: _Request) -> None:
+        request.admission = await self._limits.admit(request.tenant_id, request.plan, request.cost)
 
     def _hold_to_plan(self, request: _Request, asked: Checked, plan: Plan) -> None:
         """What one request may be on the plan, and what it is counted as until the engine says what it used."""
@@ -217,27 +288,49 @@ class Generation:
             asked.limit_output(max(1, (plan.tokens_per_minute - prompt_tokens) // asked.choices))
         request.cost = prompt_tokens + asked.max_tokens
 
-    async def _version_of(self, request: _Request, model: str) -> Version | None:
+    def _find_version(self, request: _Request) -> Wait | None:
         """The version that is meant; None for the base model."""
-        models = self._models
+        models, model = self._models, request.asked.model
         if model == models.base_name:
             return None
-        return models.known(request.tenant_id, model) or await models.resolve(request.tenant_id, model)
+        request.version = models.known(request.tenant_id, model)
+        return self._ask_for_version(request, model) if request.version is None else None
+
+    async def _ask_for_version(self, request: _Request, model: str) -> None:
+        request.version = await self._models.resolve(request.tenant_id, model)
 
     # where
 
-    async def _route(self, request: _Request) -> Connection:
-        """Send the request to a replica that has the version, or to who stands in for it, until the answer's head."""
+    def _place(self, request: _Request) -> Wait | None:
+        """A place in a replica that has the version, or in one that has who stands in for it."""
+        request.deadline = time.monotonic() + self._first_byte_timeout_s
         if not self._dialect.generates:
-            return await self._ask_tokenizer(request)
+            return self._ask_tokenizer(request)
+        request.seen.placing_at = time.monotonic()
+        request.place = self._pool.place_now(
+            request.version, request.tenant_id, request.plan, cost=request.cost, choices=request.asked.choices
+        )
+        return self._wait_for_place_or_stand_in(request) if request.place is None else None
+
+    async def _wait_for_place(self, request: _Request) -> None:
+        request.place = await self._pool.place(
+            request.version,
+            request.tenant_id,
+            request.plan,
+            cost=request.cost,
+            choices=request.asked.choices,
+            tried=request.tried,
+        )
+
+    async def _wait_for_place_or_stand_in(self, request: _Request) -> None:
         version = request.version
         try:
-            return await self._place_and_send(request)
+            await self._wait_for_place(request)
         except AdapterNotLoadable:
             if version is None or version.fallback == "fail":
                 raise
             await self._stand_in(request, version)
-            return await self._place_and_send(request)
+            await self._wait_for_place(request)
 
     async def _stand_in(self, request: _Request, version: Version) -> None:
         """The alias's declared fallback takes the version's place, and the answer says so."""
@@ -249,44 +342,21 @@ class Generation:
         request.version = previous
         request.fallback = b"x-tailor-fallback: %b\r\n" % version.fallback.encode()
 
-    async def _place_and_send(self, request: _Request) -> Connection:
-        """A second replica is asked, once and within the retry budget, if the first is gone before its first byte."""
-        tried = request.tried
-        forgotten = False
-        while True:
-            request.seen.placing_at = time.monotonic()
-            place = request.place = await self._pool.place(
-                request.version,
-                request.tenant_id,
-                request.plan,
-                cost=request.cost,
-                choices=request.asked.choices,
-                tried=tried,
-            )
-            try:
-                connection = request.connection = await self._send(request, place)
-            except UpstreamError as error:
-                self._lost(request, place, error, may_retry=not tried)
-                tried.append(place.replica)
-                continue
-            if connection.status == 404:
-                place.forget_adapter()
-                self._give_back(request, 0)
-                if forgotten:
-                    raise ReplicaUnavailable("The adapter waits for a free place; try again shortly.", retry_after_s=1)
-                forgotten = True
-            elif connection.status >= 500 and not tried and self._pool.has_other(place.replica):
-                if connection.status != FULL:
-                    place.replica.failed(request.tenant_id)
-                if not self._pool.retry_allowed():
-                    return connection
-                tried.append(place.replica)
-                self._give_back(request, 0)
-            else:
-                return connection
+    def _send(self, request: _Request) -> Wait | Parked | None:
+        place = request.place
+        if request.connection is not None or place is None:
+            return None  # the tokenizer has answered
+        self._write_out(request, place)
+        connection = place.replica.client.upstream.take()
+        if connection is None:
+            return self._connect_and_send(request, place)
+        request.connection = connection
+        connection.begin(request)
+        self.batches.write(connection.transport, request.wire)
+        return PARKED
 
-    async def _send(self, request: _Request, place: Place) -> Connection:
-        client = place.replica.client
+    def _write_out(self, request: _Request, place: Place) -> None:
+        """What the engine is to read."""
         body = request.asked.upstream_body(
             model=place.name,
             cache_salt=self._services.salt_of(request.tenant_id),
@@ -295,13 +365,98 @@ class Generation:
         lines = b"x-request-id: %032x\r\nx-vllm-priority: %d\r\n%b" % (  # never the client's id: it may come twice
             getrandbits(128), place.priority, request.trace_lines,
         )  # fmt: skip
+        request.wire = place.replica.client.generation_request(self._dialect.upstream_path, place.adapter, lines, body)
         request.at_work = True
         request.seen.sent_at = time.monotonic()
-        return await client.upstream.send(
-            client.generation_request(self._dialect.upstream_path, place.adapter, lines, body)
-        )
 
-    async def _ask_tokenizer(self, request: _Request) -> Connection:
+    async def _connect_and_send(self, request: _Request, place: Place) -> None:
+        try:
+            request.connection = await place.replica.client.upstream.send(request.wire)
+        except UpstreamError as error:
+            await self._send_elsewhere(request, place, error)
+
+    def _hear(self, request: _Request) -> Wait | Parked | None:
+        """The answer's head."""
+        connection = request.connection
+        assert connection is not None
+        if connection.status == 200:
+            request.wire = b""
+            return None
+        if not request.at_work:
+            return None  # the tokenizer's
+        if not connection.status and not connection.closed:
+            request.position -= 1  # half a head
+            return PARKED
+        connection.stop_listening()
+        return self._judge(request, connection) if connection.status else self._send_again(request, connection)
+
+    async def _send_again(self, request: _Request, connection: Connection) -> None:
+        """The connection broke before the head."""
+        place = request.place
+        assert place is not None
+        request.connection = None
+        upstream = place.replica.client.upstream
+        try:
+            if connection.answered:
+                upstream.release(connection)
+                raise UpstreamError("the replica closed the connection", answered=True)
+            request.connection = await upstream.send_again(connection, request.wire)
+        except UpstreamError as error:
+            await self._send_elsewhere(request, place, error)
+        else:
+            await self._judge(request, request.connection)
+
+    async def _judge(self, request: _Request, connection: Connection) -> None:
+        """A status other than 200 may be another replica's chance."""
+        if not self._is_final(request, connection):
+            await self._place_and_send(request)
+
+    async def _send_elsewhere(self, request: _Request, place: Place, error: UpstreamError) -> None:
+        """A second replica is asked, once and within the retry budget, if the first is gone before its first byte."""
+        self._lost(request, place, error, may_retry=not request.tried)
+        request.tried.append(place.replica)
+        await self._place_and_send(request)
+
+    async def _place_and_send(self, request: _Request) -> None:
+        """Until an answer's head has come that is to be passed on."""
+        while True:
+            request.seen.placing_at = time.monotonic()
+            await self._wait_for_place_or_stand_in(request)
+            place = request.place
+            assert place is not None
+            self._write_out(request, place)
+            try:
+                request.connection = await place.replica.client.upstream.send(request.wire)
+            except UpstreamError as error:
+                self._lost(request, place, error, may_retry=not request.tried)
+                request.tried.append(place.replica)
+                continue
+            if self._is_final(request, request.connection):
+                request.position = RELAY
+                return
+
+    def _is_final(self, request: _Request, connection: Connection) -> bool:
+        """Whether this is the answer; False: connection and place are given back, and another is to be asked."""
+        place, tried = request.place, request.tried
+        assert place is not None
+        if connection.status == 404:
+            place.forget_adapter()
+            self._give_back(request, 0)
+            if request.forgotten:
+                raise ReplicaUnavailable("The adapter waits for a free place; try again shortly.", retry_after_s=1)
+            request.forgotten = True
+            return False
+        if connection.status >= 500 and not tried and self._pool.has_other(place.replica):
+            if connection.status != FULL:
+                place.replica.failed(request.tenant_id)
+            if not self._pool.retry_allowed():
+                return True
+            tried.append(place.replica)
+            self._give_back(request, 0)
+            return False
+        return True
+
+    async def _ask_tokenizer(self, request: _Request) -> None:
         """Counting waits its turn like the base model's requests do; any replica's tokenizer does, under its name."""
         place = request.place = await self._pool.place(
             None, request.tenant_id, request.plan, cost=request.asked.prompt_bytes // BYTES_PER_TOKEN
@@ -315,7 +470,6 @@ class Generation:
         except UpstreamError as error:
             raise ReplicaUnavailable("The engine did not answer; try again shortly.", retry_after_s=1) from error
         request.connection = connection
-        return connection
 
     def _lost(self, request: _Request, place: Place, error: UpstreamError, *, may_retry: bool) -> None:
         """The replica is gone, or this process is at its end.
@@ -333,58 +487,89 @@ class Generation:
 
     # relay
 
-    async def _relay_stream(self, request: _Request, connection: Connection) -> None:
-        """To its end; one that breaks off before its client has heard anything is asked for once more, elsewhere."""
-        if not await self._pipe(request, connection):
-            connection = await self._place_and_send(request)
-            if connection.status != 200:
-                raise await self._refused(request, connection)
-            await self._pipe(request, connection)
-        request.seen.status = 200
-        request.exchange.end()
+    def _relay(self, request: _Request) -> Wait | Parked | None:
+        connection = request.connection
+        assert connection is not None
+        if connection.status != 200:
+            connection.stop_listening()
+            return self._tell_refusal(request, connection)
+        if request.asked.stream:
+            self._pipe(request, connection)
+            return PARKED
+        body = connection.take_whole(WHOLE_LIMIT_BYTES)
+        if body is None:
+            if connection.closed or connection.holds_back:
+                connection.stop_listening()
+                return self._read_rest(request, connection)
+            connection.listen(request)
+            request.position = RELAY  # the rest comes soon
+            return PARKED
+        request.body = body
+        return None
 
-    async def _pipe(self, request: _Request, connection: Connection) -> bool:
-        """False where another replica may be asked."""
-        asked, place = request.asked, request.place
-        assert place is not None
-        stream = self._dialect.stream(place.name, asked)
-        pipe = request.pipe = _Pipe(request, connection, stream, self._head(request, EVENTS))
-        try:
-            await pipe.run()
-        except ReplicaFailed:
-            place.replica.failed(request.tenant_id)
-            if request.exchange.begun or request.tried or not self._pool.has_other(place.replica):
-                raise
-            if not self._pool.retry_allowed():
-                raise
-            request.tried.append(place.replica)
-            request.pipe = None
-            self._give_back(request, 0)
-            return False
-        except ReplicaUnavailable:
-            place.replica.failed(request.tenant_id)
-            raise
-        finally:
-            request.usage = stream.usage
-        place.replica.succeeded(request.tenant_id)
-        return True
-
-    async def _relay_whole(self, request: _Request, connection: Connection) -> None:
+    async def _read_rest(self, request: _Request, connection: Connection) -> None:
+        """A whole answer that came in several pieces."""
         place = request.place
         assert place is not None
         try:
-            body = await connection.read_all(WHOLE_LIMIT_BYTES)
+            request.body = await connection.read_all(WHOLE_LIMIT_BYTES)
         except UpstreamError as error:
             place.replica.failed(request.tenant_id)
             raise ReplicaFailed("The engine broke the answer off; try again.") from error
-        body, usage = self._dialect.whole(place.name, request.asked, body)
+
+    def _pipe(self, request: _Request, connection: Connection) -> None:
+        place = request.place
+        assert place is not None
+        stream = self._dialect.stream(place.name, request.asked)
+        request.pipe = _Pipe(request, connection, stream, self._head(request, EVENTS))
+        request.pipe.begin()
+
+    def _answer(self, request: _Request) -> Wait | None:
+        """Tell the client what the engine has answered, or the stream's end."""
+        if request.pipe is not None:
+            return self._end_stream(request, request.pipe)
+        place = request.place
+        assert place is not None
+        told, usage = self._dialect.whole(place.name, request.asked, request.body)
         place.replica.succeeded(request.tenant_id)
         request.usage = usage
         head = self._head(request, JSON)
         self._give_back(request, usage.tokens)  # the engine is done
-        request.deadline = time.monotonic() + SLOW_READER_S
-        await request.exchange.answer(200, head, body)
         request.seen.status = 200
+        wait = request.exchange.answer(200, head, told)
+        if wait is not None:
+            request.deadline = time.monotonic() + SLOW_READER_S
+        return wait
+
+    def _end_stream(self, request: _Request, pipe: "_Pipe") -> Wait | None:
+        """A stream that breaks off before its client has heard anything is asked for once more, elsewhere."""
+        place = request.place
+        assert place is not None
+        request.usage = pipe.usage
+        error = pipe.error
+        if error is None:
+            place.replica.succeeded(request.tenant_id)
+            request.seen.status = 200
+            request.exchange.end()
+            return None
+        if isinstance(error, ReplicaFailed | ReplicaUnavailable):
+            place.replica.failed(request.tenant_id)
+        if (
+            not isinstance(error, ReplicaFailed)
+            or request.exchange.begun
+            or request.tried
+            or not self._pool.has_other(place.replica)
+            or not self._pool.retry_allowed()
+        ):
+            raise error
+        request.tried.append(place.replica)
+        request.pipe = None
+        self._give_back(request, 0)
+        request.position = RELAY
+        return self._place_and_send(request)
+
+    async def _tell_refusal(self, request: _Request, connection: Connection) -> None:
+        raise await self._refused(request, connection)
 
     async def _refused(self, request: _Request, connection: Connection) -> GatewayError:
         status = connection.status
@@ -428,22 +613,29 @@ class Generation:
 
     # the end
 
-    async def _fail(self, request: _Request, error: Exception) -> None:
+    def fail(self, request: _Request, error: Exception) -> None:
+        """Tell the client what went wrong, and settle."""
+        if request.pipe is not None:
+            request.usage = request.pipe.abandon()
+        if isinstance(error, ClientGone):
+            request.seen.status = CLIENT_GONE
+        else:
+            self._tell(request, error)
+        self._settle(request)
+
+    def _tell(self, request: _Request, error: Exception) -> None:
         exchange = request.exchange
         told = self._dialect.error(error, request.id.decode())
         request.seen.status = told.status
         if told.status == 500:
             log.error("request %s failed", request.id.decode(), exc_info=error, extra=_ids(request))
-        try:
-            if exchange.streams:
-                exchange.write(self._dialect.error_event(error, request.id.decode()))
-                exchange.end()
-            if exchange.begun:  # half of a whole answer is cut off with its connection
-                return
-            lines = b"".join([b"%b: %b\r\n" % line for line in told.headers if line[0] != b"content-length"])
-            await exchange.answer(told.status, self._head(request, lines), told.body)
-        except ClientGone:
-            pass
+        if exchange.streams:
+            exchange.write(self._dialect.error_event(error, request.id.decode()))
+            exchange.end()
+        if exchange.begun:  # half of a whole answer is cut off with its connection
+            return
+        lines = b"".join([b"%b: %b\r\n" % line for line in told.headers if line[0] != b"content-length"])
+        exchange.answer_shortly(told.status, self._head(request, lines), told.body)
 
     def _give_back(self, request: _Request, tokens: int | None) -> None:
         """Connection and place; whoever goes on may take others."""
@@ -456,6 +648,9 @@ class Generation:
             request.place = None
 
     def _settle(self, request: _Request) -> None:
+        """The last step of every request, whatever it came to."""
+        request.ended = True
+        self._running.discard(request)
         seen, usage, version = request.seen, request.usage, request.version
         seen.ended = time.monotonic()
         tokens: int | None = 0
@@ -489,6 +684,42 @@ class Generation:
         if request.trace is not None:
             seen.request_id = request.id.decode()
             request.trace.finish(seen)
+        request.pipe = None
+        request.exchange.over()
+
+
+STEPS: Final[tuple[Callable[[Generation, _Request], Wait | Parked | None], ...]] = (
+    Generation._know_sender,
+    Generation._read_body,
+    Generation._check,
+    Generation._admit,
+    Generation._find_version,
+    Generation._place,
+    Generation._send,
+    Generation._hear,
+    Generation._relay,
+    Generation._answer,
+    Generation._settle,
+)
+RELAY: Final = STEPS.index(Generation._relay)
+
+
+def new_batches() -> Batches[_Request]:
+    """For all generation endpoints of one event loop."""
+    return Batches([_taken(step) for step in STEPS])
+
+
+def _taken(step: Callable[[Generation, _Request], Wait | Parked | None]) -> Callable[[_Request], Wait | Parked | None]:
+    return lambda request: step(request.generation, request)
+
+
+def _authorization(request: _Request) -> bytes | None:
+    header = request.exchange.header
+    authorization = header(b"authorization")
+    if authorization is not None:
+        return authorization
+    key_alone = header(b"x-api-key")  # as Anthropic's clients send it
+    return None if key_alone is None else b"Bearer " + key_alone
 
 
 def _late() -> ReplicaUnavailable:
@@ -509,12 +740,14 @@ def _ids(request: _Request) -> dict[str, str]:
 class _Pipe:
     """An engine's stream on its way to a client: no task wakes per chunk.
 
-    A client that reads slower than the engine writes holds the engine's connection, not a pile of bytes here.
+    A client that reads slower than the engine writes holds the engine's connection, not a pile of bytes here. When it
+    is over, `error` says how: ReplicaFailed: it broke off; ReplicaUnavailable: its first event did not come in time;
+    ClientGone: nobody read to its end.
     """
 
     __slots__ = (
-        "_connection", "_done", "_exchange", "_head", "_left", "_patience_s", "_paused_at", "_request", "_stream",
-        "first_at",
+        "_connection", "_exchange", "_head", "_is_over", "_left", "_patience_s", "_paused_at", "_request", "_stream",
+        "error", "first_at",
     )  # fmt: skip
 
     def __init__(self, request: _Request, connection: Connection, stream: Stream, head: bytes) -> None:
@@ -523,29 +756,40 @@ class _Pipe:
         self._connection = connection
         self._stream = stream
         self._head = head
+        self._is_over = False
         self._left = False
         self._paused_at = 0.0
         self._patience_s = SLOW_READER_S
-        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.first_at = 0.0
+        self.error: Exception | None = None
 
-    async def run(self) -> None:
-        """Until the stream has ended.
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens so far."""
+        return self._stream.usage
 
-        Raises:
-            ReplicaFailed: it broke off. ReplicaUnavailable: its first event did not come in time.
-            ClientGone: nobody read to its end.
-        """
+    def begin(self) -> None:
+        """Pass on what has come and what comes; the request goes on when it is over."""
         self._exchange.flow = self
-        try:
-            self._connection.pipe_to(self)
-            await self._done
-        finally:
-            self._exchange.flow = None
+        self._connection.pipe_to(self)
+
+    def abandon(self) -> Usage | None:
+        """Pass on nothing more; what it has used so far."""
+        self._is_over = True
+        self._exchange.flow = None
+        return self.usage
+
+    def _end(self, error: Exception | None) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        self._exchange.flow = None
         if self._left:
-            raise ClientGone
-        if not self._stream.finished:
-            raise ReplicaFailed("The engine broke the answer off; try again.")
+            error = ClientGone()
+        elif error is None and not self._stream.finished:
+            error = ReplicaFailed("The engine broke the answer off; try again.")
+        self.error = error
+        self._request.heard()
 
     # what comes from the replica
 
@@ -553,22 +797,22 @@ class _Pipe:
         failure: Exception | None = None
         try:
             events = self._stream.feed(data)
-        except Exception as error:  # noqa: BLE001  raised again in `run`, where every failure of a request is told
+        except Exception as error:  # noqa: BLE001  raised again in `_end_stream`, where every failure is told
             self._connection.unpipe()
             events = error.passed if isinstance(error, BrokenOff) else b""
             failure = error
         if events and not self._left:
-            if not self.first_at:
+            if self.first_at:
+                self._exchange.write(events)
+            else:
                 self.first_at = time.monotonic()
                 self._request.deadline = 0.0
-                self._exchange.begin(self._head)
-            self._exchange.write(events)
-        if failure is not None and not self._done.done():
-            self._done.set_exception(ClientGone() if self._left else failure)
+                self._exchange.begin(self._head, events)
+        if failure is not None:
+            self._end(failure)
 
     def end(self, error: UpstreamError | None) -> None:
-        if not self._done.done():
-            self._done.set_result(None)
+        self._end(None)
 
     # what comes from the client
 
@@ -587,12 +831,13 @@ class _Pipe:
 
     def leave(self) -> None:
         """The client has gone: the engine stops, and is heard out for what it had counted."""
+        if self._is_over:
+            return
         self._left = True
         self._paused_at = 0.0
         self._request.deadline = time.monotonic() + HEAR_OUT_S
         self._connection.hang_up()
 
     def expire(self) -> None:
-        if not self._done.done():
-            gone = self._left or self._paused_at  # who reads no further is as good as gone
-            self._done.set_exception(ClientGone() if gone else _late())
+        """Nothing has come in time; who reads no further is as good as gone."""
+        self._end(ClientGone() if self._paused_at else _late())

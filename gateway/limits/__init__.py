@@ -36,6 +36,9 @@ class Limits(Protocol):
     def degraded(self) -> bool:
         """Whether this gateway counts alone although it should count together with others."""
 
+    def admit_now(self, tenant_id: TenantId, plan: Plan, tokens: int) -> Admission | None:
+        """As `admit`, where nothing has to be waited for; None: call `admit`."""
+
     async def admit(self, tenant_id: TenantId, plan: Plan, tokens: int) -> Admission:
         """Reserve one request of at most `tokens` tokens, prompt and answer together: all limits of the plan or none.
 

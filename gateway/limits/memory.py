@@ -61,11 +61,28 @@ class MemoryLimits:
         terms = self._terms.of(plan)
         if terms is None:
             return UNLIMITED
+        account = self._account(tenant_id)
+        if terms.month is not None and self.wall_clock() >= account.month_end:
+            await self._turn_month(account)
+        return self._reserve(account, terms, tokens)
+
+    def admit_now(self, tenant_id: TenantId, plan: Plan, tokens: int) -> Admission | None:
+        """As in `Limits`."""
+        terms = self._terms.of(plan)
+        if terms is None:
+            return UNLIMITED
+        account = self._account(tenant_id)
+        if terms.month is not None and self.wall_clock() >= account.month_end:
+            return None
+        return self._reserve(account, terms, tokens)
+
+    def _account(self, tenant_id: TenantId) -> "Account":
         account = self._tenants.get(tenant_id)
         if account is None:
             account = self._tenants[tenant_id] = Account(tenant_id, self.clock())
-        if terms.month is not None and self.wall_clock() >= account.month_end:
-            await self._turn_month(account)
+        return account
+
+    def _reserve(self, account: "Account", terms: Terms, tokens: int) -> Admission:
         now = self.clock()
         gone = now - account.at
         requests = account.requests - gone * terms.request_rate

@@ -110,6 +110,10 @@ class RedisLimits:
         """How many messages Redis does not have yet."""
         return len(self._written) + len(self._alone)
 
+    def admit_now(self, tenant_id: TenantId, plan: Plan, tokens: int) -> Admission | None:
+        """As in `Limits`: Redis is always waited for."""
+        return UNLIMITED if self._terms.of(plan) is None else None
+
     async def admit(self, tenant_id: TenantId, plan: Plan, tokens: int) -> Admission:
         """As in `Limits`."""
         terms = self._terms.of(plan)

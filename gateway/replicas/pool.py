@@ -143,6 +143,30 @@ class ReplicaPool:
 
     # the hot path
 
+    def place_now(
+        self,
+        version: Version | None,
+        tenant_id: TenantId,
+        plan: Plan,
+        *,
+        cost: int,
+        choices: int = 1,
+        tried: Sequence[Replica] = (),
+    ) -> Place | None:
+        """As `place`, where nothing has to be waited for; None: call `place`, which asks anew."""
+        key = None if version is None else (version.tenant_id, version.digest)
+        replica = self._only
+        if replica is None or tried or not replica.takes_requests:
+            replica = self._choose(key, tried)
+        resident = None if version is None else replica.residency.held(version)
+        if resident is not None or version is None:
+            turn = Turn(tenant_id, plan.weight, key, cost, choices)
+            if replica.gate.enter(turn):
+                if not tried:
+                    self._retries.request()
+                return self._placed(replica, turn, resident)
+        return None
+
     async def place(
         self,
         version: Version | None,
@@ -162,17 +186,15 @@ class ReplicaPool:
             ReplicaUnavailable: none takes requests. TooBusy, TooManyWaiting: the queue is full, or the wait too long.
             AdapterNotLoadable: no replica would load it. TooManyLoads: the plan allows no more cold loads just now.
         """
+        place = self.place_now(version, tenant_id, plan, cost=cost, choices=choices, tried=tried)
+        if place is not None:
+            return place
         if not tried:
             self._retries.request()
         key = None if version is None else (version.tenant_id, version.digest)
         replica = self._only
         if replica is None or tried or not replica.takes_requests:
             replica = self._choose(key, tried)
-        resident = None if version is None else replica.residency.held(version)
-        if resident is not None or version is None:
-            turn = Turn(tenant_id, plan.weight, key, cost, choices)
-            if replica.gate.enter(turn):
-                return self._placed(replica, turn, resident)
         return await self._place_in_turn(replica, version, tenant_id, plan, cost, choices, tried)
 
     def has_other(self, replica: Replica) -> bool:

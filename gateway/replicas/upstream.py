@@ -38,10 +38,18 @@ class Sink(Protocol):
     def end(self, error: UpstreamError | None) -> None: ...
 
 
+class Listener(Protocol):
+    """Who has asked and waits for no future."""
+
+    def heard(self) -> None:
+        """More of the answer has come, or the connection has broken."""
+
+
 class Connection(asyncio.Protocol):
     """One keep-alive connection; one request at a time.
 
-    The body is either read (`read`, `read_all`) or piped into a sink (`pipe_to`), which wakes no task per chunk.
+    Whoever asks waits as a task (`Upstream.send`, `read`, `read_all`), or listens (`begin`, `listen`): then the body is taken
+    when it is whole (`take_whole`) or piped into a sink (`pipe_to`), and no task wakes per chunk.
     """
 
     def __init__(self) -> None:
@@ -65,6 +73,7 @@ class Connection(asyncio.Protocol):
         self._hung_up = False
         self._waiter: asyncio.Future[None] | None = None
         self._sink: Sink | None = None
+        self._listener: Listener | None = None
 
     # transport callbacks
 
@@ -80,17 +89,19 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError:
             self.abort()
-        if self._sink is None:
-            self._wake()
-        else:
-            self._pour(self._sink)
+        self._tell()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
-        if self._sink is None:
-            self._wake()
-        else:
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._sink is not None:
             self._pour(self._sink)
+        elif self._listener is not None:
+            self._listener.heard()
+        else:
+            self._wake()
 
     # parser callbacks
 
@@ -119,6 +130,37 @@ class Connection(asyncio.Protocol):
         await self._waiter
 
     # one exchange
+
+    def begin(self, listener: Listener) -> None:
+        """A request begins, whose bytes the caller writes."""
+        self._reset()
+        self._listener = listener
+
+    def listen(self, listener: Listener) -> None:
+        """Tell the listener of what comes from now on."""
+        self._listener = listener
+
+    def stop_listening(self) -> None:
+        """What comes from now on is read or piped."""
+        self._listener = None
+
+    @property
+    def answered(self) -> bool:
+        """Whether any byte of the answer has come."""
+        return self._answered
+
+    def take_whole(self, limit_bytes: int) -> bytes | None:
+        """The whole body if it is there; None: read it with `read_all`, or wait for more."""
+        if not self._complete or self._buffered > limit_bytes:
+            return None
+        body = self._take()
+        self.resume()  # for the next request
+        return body
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether reading has stopped until somebody takes what has come."""
+        return self._paused
 
     async def exchange(self, request: bytes) -> None:
         """Send one request and wait for the answer's head.
@@ -158,6 +200,7 @@ class Connection(asyncio.Protocol):
     def pipe_to(self, sink: Sink) -> None:
         """Give the sink what has come and what comes, then its `end`, once, with the error if the answer broke off."""
         self._sink = sink
+        self._listener = None
         self.resume()
         self._pour(sink)
 
@@ -169,8 +212,9 @@ class Connection(asyncio.Protocol):
             sink.end(None if self._complete else UpstreamError("the replica broke the answer off", answered=True))
 
     def unpipe(self) -> None:
-        """The sink wants nothing more, not even an end."""
+        """Sink or listener want nothing more, not even an end."""
         self._sink = None
+        self._listener = None
 
     def pause(self) -> None:
         """Take nothing more from the replica until `resume`: who reads the answer is slower than the engine."""
@@ -201,8 +245,9 @@ class Connection(asyncio.Protocol):
         Raises:
             UpstreamError: it broke off, or is longer than `limit_bytes`.
         """
-        if self._complete and self._buffered <= limit_bytes:
-            return self._take()
+        body = self.take_whole(limit_bytes)
+        if body is not None:
+            return body
         parts: list[bytes] = []
         size = 0
         while data := await self.read():
@@ -220,6 +265,8 @@ class Connection(asyncio.Protocol):
         """Close at once: vLLM takes a closed connection as the request's cancellation."""
         self.closed = True
         self.transport.abort()
+        if self._listener is not None:
+            self._listener.heard()
         self._wake()
 
 
@@ -270,6 +317,19 @@ class Upstream:
             self._busy.discard(connection)
             raise
         return connection
+
+    def take(self) -> Connection | None:
+        """A kept connection, for `begin`; given back with `release` or `discard`."""
+        connection = self._take_idle()
+        if connection is not None:
+            self._busy.add(connection)
+        return connection
+
+    async def send_again(self, connection: Connection, request: bytes) -> Connection:
+        """As `send`, after a kept connection broke before any answer: the replica has closed all, or has gone."""
+        self.release(connection)
+        self._drop_idle()
+        return await self._exchange(await self._connect(), request)
 
     def _take_idle(self) -> Connection | None:
         now = asyncio.get_running_loop().time()

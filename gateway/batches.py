@@ -1,0 +1,117 @@
+"""Requests that come together go through each step together, and what they write goes out together.
+
+A request's path touches more code and data than a core's first caches hold, and a system call evicts them. Taken step
+by step, all requests of one turn of the event loop find each step's code in the caches (docs/benchmarks.md has what
+that saves). Nobody waits for others to come: a batch is what one turn has brought.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+Wait = Coroutine[Any, Any, None]
+"""What a step waits for before the next one; whoever waits becomes a task."""
+
+
+class Parked:
+    """Of a step: somebody's call goes on with the request (`Batches.add`), from its `position`."""
+
+    __slots__ = ()
+
+
+PARKED: Final = Parked()
+
+
+class Journey(Protocol):
+    """Somebody who goes through the steps; `position` is that of the next one, `due`: it waits for the next turn."""
+
+    position: int
+    due: bool
+    ended: bool
+
+    def wait_for(self, wait: Wait) -> None:
+        """A step has something to wait for: do so as a task, then `Batches.go_on`, from `position`."""
+
+    def fail(self, error: Exception) -> None:
+        """A step has failed: the journey is over."""
+
+
+JourneyT = TypeVar("JourneyT", bound=Journey)
+Step = Callable[[JourneyT], "Wait | Parked | None"]
+
+
+class Batches(Generic[JourneyT]):
+    """Of one event loop. `steps` raise what ends a journey; a step that returns None is followed by the next."""
+
+    def __init__(self, steps: Sequence[Step[JourneyT]]) -> None:
+        self._steps = steps
+        self._due: list[JourneyT] = []
+        self._writes: list[tuple[asyncio.WriteTransport, bytes]] = []
+        self._closing: list[Callable[[], None]] = []
+        self._is_due = False
+
+    def add(self, journey: JourneyT) -> None:
+        """Take it on from its `position` in the loop's next turn, together with what else comes in this one."""
+        if not journey.due:
+            journey.due = True
+            self._due.append(journey)
+            self._arm()
+
+    def write(self, transport: asyncio.WriteTransport, data: bytes) -> None:
+        """Write when the steps of this turn are done; what goes to one transport stays in order."""
+        self._writes.append((transport, data))
+        self._arm()
+
+    def after(self, then: Callable[[], None]) -> None:
+        """Call when what has been written so far is out."""
+        self._closing.append(then)
+        self._arm()
+
+    def go_on(self, journeys: Sequence[JourneyT], position: int) -> None:
+        """Through the steps from `position` on, each step for all of them before the next."""
+        for number in range(position, len(self._steps)):
+            step = self._steps[number]
+            going = []
+            for journey in journeys:
+                journey.position = number + 1
+                try:
+                    wait = step(journey)
+                except Exception as error:  # noqa: BLE001  the edge: the journey tells its client, whatever it is
+                    journey.fail(error)
+                    continue
+                if wait is None:
+                    going.append(journey)
+                elif not isinstance(wait, Parked):
+                    journey.wait_for(wait)
+            if not going:
+                return
+            journeys = going
+
+    def _arm(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._run)
+
+    def _run(self) -> None:
+        self._is_due = False
+        due, self._due = self._due, []
+        if due:
+            groups: dict[int, list[JourneyT]] = {}
+            for journey in due:
+                journey.due = False
+                if not journey.ended:
+                    groups.setdefault(journey.position, []).append(journey)
+            for position in sorted(groups, reverse=True):  # what has been answered leaves before more is begun
+                self.go_on(groups[position], position)
+                self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        writes, self._writes = self._writes, []
+        for transport, data in writes:
+            if not transport.is_closing():  # who has gone in the same turn is told of already
+                transport.write(data)
+        if self._closing:
+            closing, self._closing = self._closing, []
+            for then in closing:
+                then()
