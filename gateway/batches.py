@@ -55,17 +55,20 @@ class Batches(Generic[JourneyT]):
         if not journey.due:
             journey.due = True
             self._due.append(journey)
-            self._arm()
+            if not self._is_due:
+                self._arm()
 
     def write(self, transport: asyncio.WriteTransport, data: bytes) -> None:
         """Write when the steps of this turn are done; what goes to one transport stays in order."""
         self._writes.append((transport, data))
-        self._arm()
+        if not self._is_due:
+            self._arm()
 
     def after(self, then: Callable[[], None]) -> None:
         """Call when what has been written so far is out."""
         self._closing.append(then)
-        self._arm()
+        if not self._is_due:
+            self._arm()
 
     def go_on(self, journeys: Sequence[JourneyT], position: int) -> None:
         """Through the steps from `position` on, each step for all of them before the next."""
@@ -88,9 +91,8 @@ class Batches(Generic[JourneyT]):
             journeys = going
 
     def _arm(self) -> None:
-        if not self._is_due:
-            self._is_due = True
-            asyncio.get_running_loop().call_soon(self._run)
+        self._is_due = True
+        asyncio.get_running_loop().call_soon(self._run)
 
     def _run(self) -> None:
         self._is_due = False

@@ -746,8 +746,8 @@ class _Pipe:
     """
 
     __slots__ = (
-        "_connection", "_exchange", "_head", "_is_over", "_left", "_patience_s", "_paused_at", "_request", "_stream",
-        "error", "first_at",
+        "_connection", "_exchange", "_head", "_is_over", "_left", "_patience_s", "_paused_at", "_request",
+        "_stream", "error", "first_at",
     )  # fmt: skip
 
     def __init__(self, request: _Request, connection: Connection, stream: Stream, head: bytes) -> None:

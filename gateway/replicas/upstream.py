@@ -48,8 +48,8 @@ class Listener(Protocol):
 class Connection(asyncio.Protocol):
     """One keep-alive connection; one request at a time.
 
-    Whoever asks waits as a task (`Upstream.send`, `read`, `read_all`), or listens (`begin`, `listen`): then the body is taken
-    when it is whole (`take_whole`) or piped into a sink (`pipe_to`), and no task wakes per chunk.
+    Whoever asks waits as a task (`Upstream.send`, `read`, `read_all`), or listens (`begin`, `listen`): then the body is
+    taken when it is whole (`take_whole`) or piped into a sink (`pipe_to`), and no task wakes per chunk.
     """
 
     def __init__(self) -> None:
@@ -89,13 +89,15 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError:
             self.abort()
-        self._tell()
+        if self._sink is not None:
+            self._pour(self._sink)
+        elif self._listener is not None:
+            self._listener.heard()
+        else:
+            self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
-        self._tell()
-
-    def _tell(self) -> None:
         if self._sink is not None:
             self._pour(self._sink)
         elif self._listener is not None:
@@ -205,8 +207,11 @@ class Connection(asyncio.Protocol):
         self._pour(sink)
 
     def _pour(self, sink: Sink) -> None:
-        if self._chunks:
-            sink.feed(self._take())
+        chunks = self._chunks
+        if chunks:
+            self._chunks = []
+            self._buffered = 0
+            sink.feed(chunks[0] if len(chunks) == 1 else b"".join(chunks))
         if self._sink is not None and (self._complete or self.closed):  # feeding may have unpiped it
             self._sink = None
             sink.end(None if self._complete else UpstreamError("the replica broke the answer off", answered=True))
