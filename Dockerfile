@@ -14,7 +14,7 @@ COPY gateway gateway
 COPY adapter_store adapter_store
 COPY training training
 COPY loadtests loadtests
-RUN touch .venv/.installed-gpu
+RUN touch .venv/.installed-gpu && .venv/bin/python -m gateway.compile
 
 RUN useradd --create-home tailor && mkdir /data && chown tailor /data
 USER tailor

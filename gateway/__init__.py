@@ -1,0 +1,5 @@
+"""The gateway."""
+
+from gateway import compiled
+
+compiled.use()

@@ -8,6 +8,7 @@ from typing import Final
 
 import uvicorn
 
+from gateway import compiled
 from gateway.app import create_app
 from gateway.draining import DrainingServer
 from gateway.listening import Ports
@@ -31,6 +32,7 @@ def serve(settings: Settings, ports: Ports, *, has_parent: bool = False) -> None
     os.umask(0o077)  # the home may lie in a folder that others can enter
     raise_descriptor_limit()
     set_up_logging(settings.log_level)
+    log.info("the hot path is %s", compiled.state())
     front = create_app(settings, operators=ports.operators)
     config = uvicorn.Config(
         front,

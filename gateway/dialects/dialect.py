@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final, Protocol
 
 import msgspec
 from msgspec import Raw, Struct
+from mypy_extensions import mypyc_attr
 
 from gateway.dialects.fields import GATEWAY_SET, OPT_IN, REFUSED, EngineRefusal, LargeFields
 from gateway.dialects.schemas import SchemaBudget
@@ -121,6 +122,7 @@ class Checked:
         return b'{"cache_salt":"%b",%b' % (cache_salt.encode(), ENCODER.encode(self.request)[1:])
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Dialect:
     """OpenAI's ways where an endpoint has none of its own."""
 
