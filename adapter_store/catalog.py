@@ -30,10 +30,10 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adapter_store.blobs import blob_key
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE
+from adapter_store.engine import AsyncConnection
 from adapter_store.ids import AdapterId, TenantId, VersionId, new_adapter_id
 
 DEFAULT_ALIAS = "default"

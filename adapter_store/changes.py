@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import BigInteger, Column, Integer, Table, Text, delete, insert, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from adapter_store.catalog import metadata
+from adapter_store.engine import AsyncConnection
 from adapter_store.ids import TenantId
 
 KEPT = 10_000

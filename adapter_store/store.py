@@ -14,13 +14,12 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-
 from adapter_store import catalog
 from adapter_store.blobs import Blobs, blob_key
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, StagedBundle, bundle_digest, storage_errors
 from adapter_store.catalog import Adapter, BlobFile, Fallback, Provenance, Version
 from adapter_store.changes import record_change, take_turn
+from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.errors import (
     AdapterNotFound,
     AdapterRejected,

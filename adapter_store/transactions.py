@@ -5,8 +5,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.errors import StorageFull, StorageUnavailable
 
 # Read by the hook in gateway/database.py: SQLite then begins with BEGIN IMMEDIATE, so that a transaction that

@@ -5,9 +5,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from sqlalchemy.ext.asyncio import AsyncEngine
-
 from adapter_store.changes import Change, changes_since, last_change
+from adapter_store.engine import AsyncEngine
 from adapter_store.errors import StorageError, StorageUnavailable
 from adapter_store.transactions import reading
 from gateway.freshness import Freshness

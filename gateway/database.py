@@ -28,11 +28,11 @@ from sqlalchemy import (
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from adapter_store import changes
 from adapter_store.catalog import metadata
+from adapter_store.engine import AsyncEngine, create_async_engine
 from adapter_store.transactions import WRITES, reading, writing
 
 MIGRATIONS = Path(__file__).parent / "migrations"

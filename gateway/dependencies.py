@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from adapter_store.base_model import BaseModel
 from adapter_store.bundle import Staging
+from adapter_store.engine import AsyncEngine
 from adapter_store.ids import TenantId
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore

@@ -29,9 +29,9 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from adapter_store.changes import record_change, take_turn
+from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
 from gateway.database import api_keys, migrate, open_engine, plans, tenants

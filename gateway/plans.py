@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from sqlalchemy import RowMapping, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from adapter_store.changes import record_change, take_turn
+from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.transactions import reading, writing
 from gateway.database import plans, tenants
 from gateway.errors import NameTaken, ObjectUnknown, PlanInUse

@@ -10,9 +10,9 @@ from typing import Final, NewType
 
 from sqlalchemy import Row, insert, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from adapter_store.changes import record_change, take_turn
+from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
 from gateway.database import tenants

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 from sqlalchemy import BigInteger, ColumnElement, Select, case, cast, delete, func, select, tuple_
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.ext.asyncio import AsyncEngine
 
+from adapter_store.engine import AsyncEngine
 from adapter_store.errors import StorageError
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing

@@ -7,9 +7,9 @@ from typing import Final
 
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from adapter_store.changes import record_change
+from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.transactions import reading, writing
 from gateway.database import replicas
 from gateway.errors import NameTaken, ObjectUnknown

@@ -24,6 +24,45 @@ def test_the_gateway_imports_nothing_heavy() -> None:
     assert set(HEAVY) & set(loaded) == set()
 
 
+def test_the_gateway_runs_without_the_orm() -> None:
+    """Nothing here uses it, and it is 6 MiB; other code of the process has all of SQLAlchemy all the same."""
+    program = """
+import sys
+import gateway.worker
+assert not [name for name in sys.modules if name.startswith("sqlalchemy.orm")]
+import sqlalchemy.ext.asyncio as package
+from sqlalchemy.ext.asyncio import base, engine
+assert "sqlalchemy.orm" not in sys.modules
+assert not hasattr(package, "__missing__")
+assert "sqlalchemy.orm" not in sys.modules
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+assert "sqlalchemy.orm" in sys.modules
+assert AsyncEngine is engine.AsyncEngine is gateway.database.AsyncEngine
+assert AsyncSession is package.session.AsyncSession
+assert "async_sessionmaker" in dir(package)
+assert not hasattr(package, "missing")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("first", ["adapter_store.engine", "sqlalchemy.ext.asyncio"])
+def test_the_engine_is_the_same_whichever_way_it_came(first: str) -> None:
+    """Also where other code imported SQLAlchemy's package before, or runs its init from two threads at once."""
+    program = f"""
+import {first}
+import adapter_store.engine, sqlalchemy.ext
+from concurrent.futures import ThreadPoolExecutor
+def session(_: int) -> type:
+    from sqlalchemy.ext.asyncio import async_sessionmaker
+    return async_sessionmaker
+with ThreadPoolExecutor(8) as threads:
+    assert len(set(threads.map(session, range(8)))) == 1
+from sqlalchemy.ext.asyncio import AsyncEngine
+assert AsyncEngine is adapter_store.engine.AsyncEngine is sqlalchemy.ext.asyncio.AsyncEngine
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_the_command_shows_its_help_without_the_heavy_parts() -> None:
     """Each part is imported only when its verb runs."""
     program = "import sys, gateway.cli; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
