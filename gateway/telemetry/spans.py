@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Final
 
 from opentelemetry.context import Context
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -30,6 +29,7 @@ from opentelemetry.trace import (
 
 from gateway.telemetry import names
 from gateway.telemetry.observation import Observation
+from gateway.telemetry.otlp import Exporter
 from gateway.telemetry.tracing import Trace, random_id
 
 SERVICE: Final = "tailor-gateway"
@@ -40,10 +40,14 @@ class Spans:
     """Makes the spans of traced requests and has them sent by a thread.
 
     `base_model` is what a request for no adapter names as its model; for one with an adapter it is the adapter's id.
+
+    Raises:
+        ConfigurationError: a variable of the exporter does not say what it should.
     """
 
-    def __init__(self, base_model: str) -> None:
+    def __init__(self, base_model: str, environ: Mapping[str, str]) -> None:
         self._base_model = base_model
+        self._exporter = Exporter(environ)
         self._ids = _GivenIds()
         self._provider = TracerProvider(
             sampler=ALWAYS_ON,  # what comes here has been chosen before
@@ -51,7 +55,7 @@ class Spans:
             id_generator=self._ids,
             shutdown_on_exit=False,  # it would wait for a collector that is away
         )
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
         self._tracer = self._provider.get_tracer(names.SCOPE)
 
     def record(self, trace: Trace, seen: Observation) -> None:
@@ -92,6 +96,7 @@ class Spans:
         last = threading.Thread(target=self._provider.shutdown, daemon=True, name="tailor-last-spans")
         last.start()
         await asyncio.to_thread(last.join, patience_s)
+        self._exporter.shutdown()
 
     def _span(
         self,
