@@ -1,7 +1,7 @@
 """Makes the compiled form of the hot modules: `python -m gateway.compile [--if-possible]`.
 
-It needs a C compiler and Python's headers. With `--if-possible` a machine without them is told what it lacks, and that is
-no failure.
+It needs a C compiler and Python's headers. With `--if-possible` a machine without them is told what it lacks, and that
+is no failure.
 """
 
 import os

@@ -26,8 +26,6 @@ HOT: Final = (
     "gateway.fairness",
     "gateway.fresh_cache",
     "gateway.freshness",
-    "gateway.journal",
-    "gateway.key_uses",
     "gateway.limits.memory",
     "gateway.limits.terms",
     "gateway.models",
@@ -36,17 +34,13 @@ HOT: Final = (
     "gateway.replicas.breaker",
     "gateway.replicas.pool",
     "gateway.replicas.replica",
-    "gateway.replicas.residency",
     "gateway.replicas.turns",
     "gateway.replicas.upstream",
     "gateway.routing",
-    "gateway.telemetry.metrics",
     "gateway.telemetry.observation",
     "gateway.telemetry.series",
-    "gateway.telemetry.tracing",
-    "gateway.usage",
 )
-"""What a generation request passes through, and whose classes these modules build on."""
+"""What a generation request passes through; not what is mostly about other things, for code takes memory too."""
 GROUP: Final = "tailor"
 SHARED: Final = f"{GROUP}__mypyc"
 """The one library that holds all code; the modules' own files only point into it."""

@@ -2,7 +2,6 @@
 
 import gzip
 import logging
-import shutil
 import ssl
 import subprocess
 import threading
@@ -178,7 +177,6 @@ def test_a_collector_that_is_away_or_breaks_off_is_a_loss(spans: list[ReadableSp
     assert Exporter(environ).export([object()]) == LOST  # type: ignore[list-item]
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
 def test_both_sides_of_tls_can_show_a_certificate(
     collector: Collector, spans: list[ReadableSpan], tmp_path: Path
 ) -> None:
