@@ -6,9 +6,11 @@ that saves). Nobody waits for others to come: a batch is what one turn has broug
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
 
+log = logging.getLogger("tailor.batches")
 Wait = Coroutine[Any, Any, None]
 """What a step waits for before the next one; whoever waits becomes a task."""
 
@@ -80,7 +82,7 @@ class Batches(Generic[JourneyT]):
                 try:
                     wait = step(journey)
                 except Exception as error:  # noqa: BLE001  the edge: the journey tells its client, whatever it is
-                    journey.fail(error)
+                    self._fail(journey, error)
                     continue
                 if wait is None:
                     going.append(journey)
@@ -90,12 +92,27 @@ class Batches(Generic[JourneyT]):
                 return
             journeys = going
 
+    @staticmethod
+    def _fail(journey: JourneyT, error: Exception) -> None:
+        try:
+            journey.fail(error)
+        except Exception:  # one that cannot even fail must not take the others along
+            log.exception("a request could not be ended after %r", error)
+
     def _arm(self) -> None:
         self._is_due = True
         asyncio.get_running_loop().call_soon(self._run)
 
     def _run(self) -> None:
-        self._is_due = False
+        try:
+            self._take_due()
+            self._flush()
+        finally:
+            self._is_due = False
+            if self._due or self._writes or self._closing:
+                self._arm()
+
+    def _take_due(self) -> None:
         due, self._due = self._due, []
         if due:
             groups: dict[int, list[JourneyT]] = {}
@@ -106,14 +123,20 @@ class Batches(Generic[JourneyT]):
             for position in sorted(groups, reverse=True):  # what has been answered leaves before more is begun
                 self.go_on(groups[position], position)
                 self._flush()
-        self._flush()
 
     def _flush(self) -> None:
         writes, self._writes = self._writes, []
         for transport, data in writes:
             if not transport.is_closing():  # who has gone in the same turn is told of already
-                transport.write(data)
+                try:
+                    transport.write(data)
+                except Exception:  # the edge: one that cannot be written to is no other's fault
+                    log.exception("a transport took no bytes")
+                    transport.abort()
         if self._closing:
             closing, self._closing = self._closing, []
             for then in closing:
-                then()
+                try:
+                    then()
+                except Exception:  # the same
+                    log.exception("an answer could not be ended")

@@ -90,8 +90,9 @@ def use() -> None:
     """Have the hot modules imported in compiled form, where that is there and of this very source."""
     if not _is_wanted() or _FINDER in sys.meta_path:
         return
-    if MADE_OF.read_text() == digest():
-        _FINDER.files = files()
+    found = files()
+    if MADE_OF.read_text() == digest() and all(file.exists() for file in found.values()):
+        _FINDER.files = found
         sys.meta_path.insert(0, _FINDER)
 
 

@@ -242,6 +242,11 @@ class Exchange:
     def _head(self, status: int) -> bytes:
         return STATUS_LINE[status] + self._protocol.default_head()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole answer is on its way."""
+        return self._is_whole
+
     def _finish(self) -> None:
         self._is_whole = True
         self._out.after(self._complete)
@@ -458,7 +463,9 @@ class FrontProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is told so, unless an answer is on its way: nothing may be written into that."""
         running = self._running
-        if running is not None and running.begun and not running.response_complete:
+        if running is not None and running.is_whole and not running.response_complete:
+            running.keep_alive = False  # its answer goes out first, and closes
+        elif running is not None and running.begun and not running.response_complete:
             self.transport.abort()
         else:
             super().send_400_response(msg)

@@ -136,7 +136,15 @@ class _Request:
 
     def wait_for(self, wait: Wait) -> None:
         """As in `Journey`."""
-        self._task = asyncio.get_running_loop().create_task(self._wait(wait))
+        task = self._task = asyncio.get_running_loop().create_task(self._wait(wait))
+        task.add_done_callback(lambda done: self._note_unbegun(done, wait))
+
+    def _note_unbegun(self, task: "asyncio.Task[None]", wait: Wait) -> None:
+        """A task that is cancelled before its first step runs none of `_wait`."""
+        if self._task is task:
+            self._task = None
+            wait.close()
+            self.fail(self.expired if self.expired is not None else ClientGone())
 
     async def _wait(self, wait: Wait) -> None:
         try:
@@ -152,7 +160,8 @@ class _Request:
             self.fail(error)
         else:
             self._task = None
-            self.generation.batches.go_on([self], self.position)
+            if not self.ended:
+                self.generation.batches.go_on([self], self.position)
 
     def fail(self, error: Exception) -> None:
         """Tell the client, and settle."""
@@ -186,10 +195,13 @@ class _Request:
 
     def cancel(self, msg: object = None) -> None:
         """The process ends now; called as a task's would be: what it leads to happens later."""
+        asyncio.get_running_loop().call_soon(self._end_now)
+
+    def _end_now(self) -> None:
         if self._task is not None:
             self._task.cancel()
         else:
-            asyncio.get_running_loop().call_soon(self.fail, ClientGone())
+            self.fail(ClientGone())
 
     def expire(self) -> None:
         """Its time is over: for the first byte of an answer, or for hearing an engine out whose client has left."""
@@ -327,7 +339,7 @@ class Generation:
         try:
             await self._wait_for_place(request)
         except AdapterNotLoadable:
-            if version is None or version.fallback == "fail":
+            if version is None or version.fallback == "fail" or request.fallback:
                 raise
             await self._stand_in(request, version)
             await self._wait_for_place(request)
@@ -380,7 +392,6 @@ class Generation:
         connection = request.connection
         assert connection is not None
         if connection.status == 200:
-            request.wire = b""
             return None
         if not request.at_work:
             return None  # the tokenizer's
@@ -419,6 +430,7 @@ class Generation:
 
     async def _place_and_send(self, request: _Request) -> None:
         """Until an answer's head has come that is to be passed on."""
+        request.forgotten = request.forgotten and request.pipe is None
         while True:
             request.seen.placing_at = time.monotonic()
             await self._wait_for_place_or_stand_in(request)
@@ -490,6 +502,7 @@ class Generation:
     def _relay(self, request: _Request) -> Wait | Parked | None:
         connection = request.connection
         assert connection is not None
+        request.wire = b""  # nobody is asked again from here on
         if connection.status != 200:
             connection.stop_listening()
             return self._tell_refusal(request, connection)
@@ -554,6 +567,8 @@ class Generation:
             return None
         if isinstance(error, ReplicaFailed | ReplicaUnavailable):
             place.replica.failed(request.tenant_id)
+        if request.exchange.disconnected:
+            raise ClientGone
         if (
             not isinstance(error, ReplicaFailed)
             or request.exchange.begun
@@ -617,11 +632,14 @@ class Generation:
         """Tell the client what went wrong, and settle."""
         if request.pipe is not None:
             request.usage = request.pipe.abandon()
-        if isinstance(error, ClientGone):
-            request.seen.status = CLIENT_GONE
-        else:
-            self._tell(request, error)
-        self._settle(request)
+        request.seen.status = CLIENT_GONE
+        try:
+            if not isinstance(error, ClientGone):
+                self._tell(request, error)
+        except Exception:  # the edge: what was held is given back whatever happens
+            log.exception("request %s: its client could not be told of %r", request.id.decode(), error)
+        finally:
+            self._settle(request)
 
     def _tell(self, request: _Request, error: Exception) -> None:
         exchange = request.exchange
@@ -649,8 +667,19 @@ class Generation:
 
     def _settle(self, request: _Request) -> None:
         """The last step of every request, whatever it came to."""
+        if request.ended:
+            return
         request.ended = True
         self._running.discard(request)
+        try:
+            self._account(request)
+        except Exception:  # the edge: neither the client's connection nor the other requests may suffer from it
+            log.exception("request %s could not be accounted for", request.id.decode())
+        finally:
+            request.pipe = None
+            request.exchange.over()
+
+    def _account(self, request: _Request) -> None:
         seen, usage, version = request.seen, request.usage, request.version
         seen.ended = time.monotonic()
         tokens: int | None = 0
@@ -684,8 +713,6 @@ class Generation:
         if request.trace is not None:
             seen.request_id = request.id.decode()
             request.trace.finish(seen)
-        request.pipe = None
-        request.exchange.over()
 
 
 STEPS: Final[tuple[Callable[[Generation, _Request], Wait | Parked | None], ...]] = (

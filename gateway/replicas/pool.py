@@ -26,7 +26,8 @@ from gateway.routing import Router
 log = logging.getLogger("tailor.pool")
 RETRY_AFTER_S: Final = 5
 LOAD_TRIES: Final = 3
-JITTER_S: Final = (0.05, 0.25)  # before a second try of a load; doubled before a third
+LEAST_JITTER_S: Final = 0.05  # before a second try of a load; doubled before a third
+MOST_JITTER_S: Final = 0.25
 REVIEW_S: Final = 1.0
 
 
@@ -293,7 +294,7 @@ class ReplicaPool:
     async def _elsewhere(self, replica: Replica, key: Key, tried: Sequence[Replica], tries: int) -> Replica:
         """The replica for another try of a load that has failed on `replica`, after a moment."""
         self._router.avoid(key, replica)
-        await asyncio.sleep(random.uniform(*JITTER_S) * 2 ** (tries - 1))
+        await asyncio.sleep(random.uniform(LEAST_JITTER_S, MOST_JITTER_S) * 2 ** (tries - 1))
         return self._choose(key, tried)
 
     def _choose(self, key: Key | None, tried: Sequence[Replica]) -> Replica:

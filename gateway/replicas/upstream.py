@@ -374,6 +374,7 @@ class Upstream:
         self._busy.discard(connection)
         connection.unpipe()
         if connection.reusable:
+            connection.resume()  # where nobody took a long refusal's body
             connection.idle_since = asyncio.get_running_loop().time()
             self._idle.append(connection)
         else:

@@ -32,10 +32,16 @@ class Transport:
     def __init__(self) -> None:
         self.written = b""
         self.closing = False
+        self.broken = False
 
     def write(self, data: bytes) -> None:
         assert not self.closing
+        if self.broken:
+            raise RuntimeError("after write_eof")
         self.written += data
+
+    def abort(self) -> None:
+        self.closing = True
 
     def is_closing(self) -> bool:
         return self.closing
@@ -179,3 +185,52 @@ async def test_a_write_from_outside_needs_no_journey() -> None:
     world.batches.write(cast(asyncio.WriteTransport, transport), b"event")
     await turns()
     assert transport.written == b"event"
+
+
+async def test_a_transport_that_cannot_be_written_to_costs_no_other_anything() -> None:
+    world = World()
+    broken, sound = Transport(), Transport()
+    broken.broken = True
+    ended: list[str] = []
+
+    def cannot() -> None:
+        raise RuntimeError("not ended")
+
+    for transport in (broken, sound):
+        world.batches.write(cast(asyncio.WriteTransport, transport), b"event")
+    world.batches.after(cannot)
+    world.batches.after(lambda: ended.append("sound"))
+    await turns()
+    assert broken.closing
+    assert sound.written == b"event"
+    assert ended == ["sound"]
+
+
+async def test_one_that_cannot_even_fail_takes_nobody_along() -> None:
+    world = World()
+
+    def fails(_: Journey) -> None:
+        raise ValueError
+
+    class Stubborn(Journey):
+        def fail(self, error: Exception) -> None:
+            raise RuntimeError
+
+    world.answers = {"one a": fails}
+    world.batches.add(Stubborn("a", world))
+    world.batches.add(world.journey("b"))
+    await turns()
+    assert world.told == ["one a", "one b", "two b", "end b"]
+
+
+async def test_work_that_comes_during_a_run_is_not_forgotten() -> None:
+    world = World()
+    second = world.journey("second")
+
+    def brings(_: Journey) -> None:
+        world.batches.add(second)
+
+    world.answers = {"two first": brings}
+    world.batches.add(world.journey("first"))
+    await turns()
+    assert world.told[-1] == "end second"
