@@ -32,8 +32,8 @@ def serve(settings: Settings, ports: Ports, *, has_parent: bool = False) -> None
     os.umask(0o077)  # the home may lie in a folder that others can enter
     raise_descriptor_limit()
     set_up_logging(settings.log_level)
-    log.info("the hot path is %s", compiled.state())
     front = create_app(settings, operators=ports.operators)
+    log.info("the hot path is %s", compiled.state())
     config = uvicorn.Config(
         front,
         loop="uvloop",
