@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from gateway.compiled import FOLDER, GROUP, HOT, INTERPRETED, MADE_OF, ROOT, digest, files, source_of
+from gateway.compiled import FOLDER, GROUP, HOT, INTERPRETED, MADE_OF, ROOT, digest, files, is_made_of, source_of
 
 # Of others, only the types of what a hot class inherits from are read: all are checked by `make lint`, slowly.
 CONFIG: Final = """[mypy]
@@ -27,7 +27,7 @@ follow_imports = silent
 def main() -> None:
     """Builds, or says why it cannot and ends with 1."""
     of = digest()
-    if MADE_OF.exists() and MADE_OF.read_text() == of and all(file.exists() for file in files().values()):
+    if is_made_of(of):
         return
     lack = lacking()
     if lack is not None:

@@ -68,11 +68,16 @@ def digest(root: Path = ROOT) -> str:
 
 
 def files() -> dict[str, Path]:
-    """The compiled modules by name, where they are all there."""
+    """Where the compiled modules belong, by name."""
     suffix = EXTENSION_SUFFIXES[0]
     found = {name: FOLDER / f"{name.replace('.', '/')}{suffix}" for name in HOT}
     found[SHARED] = FOLDER / f"{SHARED}{suffix}"
     return found
+
+
+def is_made_of(source: str) -> bool:
+    """Whether all compiled modules are there, made of the source of that digest."""
+    return MADE_OF.exists() and MADE_OF.read_text() == source and all(file.exists() for file in files().values())
 
 
 def state() -> str:
@@ -90,9 +95,8 @@ def use() -> None:
     """Have the hot modules imported in compiled form, where that is there and of this very source."""
     if not _is_wanted() or _FINDER in sys.meta_path:
         return
-    found = files()
-    if MADE_OF.read_text() == digest() and all(file.exists() for file in found.values()):
-        _FINDER.files = found
+    if is_made_of(digest()):
+        _FINDER.files = files()
         sys.meta_path.insert(0, _FINDER)
 
 

@@ -95,7 +95,8 @@ class Exchange:
         self.streams = False
         self.flow: Flow | None = None
         self._served: Served | None = None
-        self._is_whole = False
+        self.is_whole = False
+        """Whether the whole answer is on its way."""
         self._protocol = protocol
         self._out: Out = protocol.app.out
         self._hot = hot
@@ -104,15 +105,15 @@ class Exchange:
 
     # the request
 
-    async def receive(self, limit_bytes: int) -> None:
-        """Wait for the rest of the body. Call it once the sender is known: only what came with the head is read before.
+    async def receive(self, limit_bytes: int) -> bytes:
+        """The body, once it is whole. Call it once the sender is known: only what came with the head is read before.
 
         Raises:
             BodyTooLarge: it passes the limit. BodyTooSlow: it stalls. ClientGone: it never came.
         """
         if self.more_body:
             await self._receive(limit_bytes)
-        self.whole_body(limit_bytes)
+        return self.whole_body(limit_bytes)
 
     def whole_body(self, limit_bytes: int) -> bytes:
         """The body, of which nothing is missing.
@@ -242,13 +243,8 @@ class Exchange:
     def _head(self, status: int) -> bytes:
         return STATUS_LINE[status] + self._protocol.default_head()
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the whole answer is on its way."""
-        return self._is_whole
-
     def _finish(self) -> None:
-        self._is_whole = True
+        self.is_whole = True
         self._out.after(self._complete)
 
     def _complete(self) -> None:
@@ -269,7 +265,7 @@ class Exchange:
         if self._served is not None:
             self._protocol.tasks.discard(cast(Any, self._served))
             self._served = None
-        if not self._is_whole and not self._gone:
+        if not self.is_whole and not self._gone:
             self._protocol.transport.abort()
 
 

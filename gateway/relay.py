@@ -117,10 +117,7 @@ class StreamTranslation(Translation):
             if event == DONE:
                 self.finished = True
             return event.replace(self._engine_name, self._shown_name, 1)
-        begin = at + len(_USAGE_MARK) - 1
-        end = event.find(b"}", begin) + 1
-        if event.find(b"{", begin + 1, end) >= 0:
-            begin, end = _usage_in(event, at)
+        begin, end = _usage_in(event, at)
         self._counted = event[begin:end]
         if not event.endswith(_NO_CHOICES, 0, at):
             event = event[:at] + event[end:]

@@ -144,24 +144,24 @@ class _Request:
         if self._task is task:
             self._task = None
             wait.close()
-            self.fail(self.expired if self.expired is not None else ClientGone())
+            self.fail(self._why_cancelled())
 
     async def _wait(self, wait: Wait) -> None:
+        failure: Exception | None = None
         try:
             await wait
         except asyncio.CancelledError:
-            self._task = None
-            if self.expired is not None:
-                self.fail(self.expired)
-            else:
-                self.fail(ClientGone())
+            failure = self._why_cancelled()
         except Exception as error:  # noqa: BLE001  the edge: whatever it is, the client gets one envelope
-            self._task = None
-            self.fail(error)
-        else:
-            self._task = None
-            if not self.ended:
-                self.generation.batches.go_on([self], self.position)
+            failure = error
+        self._task = None
+        if failure is not None:
+            self.fail(failure)
+        elif not self.ended:
+            self.generation.batches.go_on([self], self.position)
+
+    def _why_cancelled(self) -> Exception:
+        return self.expired if self.expired is not None else ClientGone()
 
     def fail(self, error: Exception) -> None:
         """Tell the client, and settle."""
@@ -180,28 +180,24 @@ class _Request:
             return
         if self.pipe is not None:
             self.pipe.leave()
-        elif self._task is not None:
-            self._task.cancel()
         else:
-            self.fail(ClientGone())
+            self._end(ClientGone())
 
     def stop(self, reason: GatewayError) -> None:
         """It has taken too long."""
-        if self._task is not None:
-            self.expired = reason
-            self._task.cancel()
-        else:
-            self.fail(reason)
+        self.expired = reason
+        self._end(reason)
 
     def cancel(self, msg: object = None) -> None:
         """The process ends now; called as a task's would be: what it leads to happens later."""
-        asyncio.get_running_loop().call_soon(self._end_now)
+        asyncio.get_running_loop().call_soon(self._end, ClientGone())
 
-    def _end_now(self) -> None:
+    def _end(self, error: Exception) -> None:
+        """Fail, now or as soon as the task that is at work for it has given back what it holds."""
         if self._task is not None:
             self._task.cancel()
         else:
-            self.fail(ClientGone())
+            self.fail(error)
 
     def expire(self) -> None:
         """Its time is over: for the first byte of an answer, or for hearing an engine out whose client has left."""
@@ -267,9 +263,7 @@ class Generation:
 
     async def _receive(self, request: _Request) -> None:
         """A body that came slowly: the sender is asked for again, for the key may be over by now."""
-        most = self._most_bytes(request)
-        await request.exchange.receive(most)
-        request.body = request.exchange.whole_body(most)
+        request.body = await request.exchange.receive(self._most_bytes(request))
         await self._ask_for_sender(request)
 
     def _most_bytes(self, request: _Request) -> int:
@@ -391,10 +385,8 @@ class Generation:
         """The answer's head."""
         connection = request.connection
         assert connection is not None
-        if connection.status == 200:
+        if connection.status == 200 or not request.at_work:  # the tokenizer's has been waited for, whatever it says
             return None
-        if not request.at_work:
-            return None  # the tokenizer's
         if not connection.status and not connection.closed:
             request.position -= 1  # half a head
             return PARKED

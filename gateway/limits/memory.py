@@ -58,12 +58,13 @@ class MemoryLimits:
 
     async def admit(self, tenant_id: TenantId, plan: Plan, tokens: int) -> Admission:
         """As in `Limits`."""
+        admission = self.admit_now(tenant_id, plan, tokens)
+        if admission is not None:
+            return admission
         terms = self._terms.of(plan)
-        if terms is None:
-            return UNLIMITED
+        assert terms is not None
         account = self._account(tenant_id)
-        if terms.month is not None and self.wall_clock() >= account.month_end:
-            await self._turn_month(account)
+        await self._turn_month(account)
         return self._reserve(account, terms, tokens)
 
     def admit_now(self, tenant_id: TenantId, plan: Plan, tokens: int) -> Admission | None:

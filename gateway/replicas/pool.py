@@ -156,9 +156,7 @@ class ReplicaPool:
     ) -> Place | None:
         """As `place`, where nothing has to be waited for; None: call `place`, which asks anew."""
         key = None if version is None else (version.tenant_id, version.digest)
-        replica = self._only
-        if replica is None or tried or not replica.takes_requests:
-            replica = self._choose(key, tried)
+        replica = self._pick(key, tried)
         resident = None if version is None else replica.residency.held(version)
         if resident is not None or version is None:
             turn = Turn(tenant_id, plan.weight, key, cost, choices)
@@ -193,9 +191,7 @@ class ReplicaPool:
         if not tried:
             self._retries.request()
         key = None if version is None else (version.tenant_id, version.digest)
-        replica = self._only
-        if replica is None or tried or not replica.takes_requests:
-            replica = self._choose(key, tried)
+        replica = self._pick(key, tried)
         return await self._place_in_turn(replica, version, tenant_id, plan, cost, choices, tried)
 
     def has_other(self, replica: Replica) -> bool:
@@ -296,6 +292,11 @@ class ReplicaPool:
         self._router.avoid(key, replica)
         await asyncio.sleep(random.uniform(LEAST_JITTER_S, MOST_JITTER_S) * 2 ** (tries - 1))
         return self._choose(key, tried)
+
+    def _pick(self, key: Key | None, tried: Sequence[Replica]) -> Replica:
+        """The only replica that is ready, without a choice, or the one chosen."""
+        only = self._only
+        return self._choose(key, tried) if only is None or tried or not only.takes_requests else only
 
     def _choose(self, key: Key | None, tried: Sequence[Replica]) -> Replica:
         replica = self._router.least_loaded(tried) if key is None else self._router.choose(key, tried=tried)

@@ -66,7 +66,7 @@ class Connection(asyncio.Protocol):
         self.status = 0
         self._chunks: list[bytes] = []
         self._buffered = 0
-        self._answered = False
+        self.answered = False  # any byte of the answer has come
         self._complete = False
         self._kept_alive = False
         self._paused = False
@@ -84,20 +84,18 @@ class Connection(asyncio.Protocol):
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
 
     def data_received(self, data: bytes) -> None:
-        self._answered = True
+        self.answered = True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
             self.abort()
-        if self._sink is not None:
-            self._pour(self._sink)
-        elif self._listener is not None:
-            self._listener.heard()
-        else:
-            self._wake()
+        self._tell()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
+        self._tell()
+
+    def _tell(self) -> None:
         if self._sink is not None:
             self._pour(self._sink)
         elif self._listener is not None:
@@ -146,11 +144,6 @@ class Connection(asyncio.Protocol):
         """What comes from now on is read or piped."""
         self._listener = None
 
-    @property
-    def answered(self) -> bool:
-        """Whether any byte of the answer has come."""
-        return self._answered
-
     def take_whole(self, limit_bytes: int) -> bytes | None:
         """The whole body if it is there; None: read it with `read_all`, or wait for more."""
         if not self._complete or self._buffered > limit_bytes:
@@ -174,7 +167,7 @@ class Connection(asyncio.Protocol):
         self.transport.write(request)
         while not self.status:
             if self.closed:
-                raise UpstreamError("the replica closed the connection", answered=self._answered)
+                raise UpstreamError("the replica closed the connection", answered=self.answered)
             await self._wait()
 
     async def read(self) -> bytes:
@@ -207,11 +200,8 @@ class Connection(asyncio.Protocol):
         self._pour(sink)
 
     def _pour(self, sink: Sink) -> None:
-        chunks = self._chunks
-        if chunks:
-            self._chunks = []
-            self._buffered = 0
-            sink.feed(chunks[0] if len(chunks) == 1 else b"".join(chunks))
+        if self._chunks:
+            sink.feed(self._take())
         if self._sink is not None and (self._complete or self.closed):  # feeding may have unpiped it
             self._sink = None
             sink.end(None if self._complete else UpstreamError("the replica broke the answer off", answered=True))
@@ -324,7 +314,7 @@ class Upstream:
         return connection
 
     def take(self) -> Connection | None:
-        """A kept connection, for `begin`; given back with `release` or `discard`."""
+        """A kept connection, for `begin`; given back with `release`."""
         connection = self._take_idle()
         if connection is not None:
             self._busy.add(connection)

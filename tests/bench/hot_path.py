@@ -14,22 +14,18 @@ import pstats
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import uvicorn
 import uvloop
 from pydantic import SecretStr
-from uvicorn.server import ServerState
 
 from gateway.app import create_app
 from gateway.front import Front
-from gateway.protocol import FrontProtocol
 from gateway.replicas.upstream import Connection, Upstream
 from gateway.settings import Settings
 from tests.bad_adapters import write_base
 from tests.fakes.replica import TOKEN, FakeReplica
+from tests.fakes.transport import Nowhere, protocol_of
 
 BATCH = 500
 BATCHES = 12
@@ -63,33 +59,6 @@ STREAM_HEAD = (
 )
 
 
-class Transport:
-    """A transport to nowhere."""
-
-    def __init__(self, on_write: Callable[[bytes], None]) -> None:
-        self._on_write = on_write
-
-    def write(self, data: bytes) -> None:
-        self._on_write(data)
-
-    def get_extra_info(self, name: str) -> Any:
-        return None
-
-    def is_closing(self) -> bool:
-        return False
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
-
-    def abort(self) -> None:
-        pass
-
-    close = abort
-
-
 class Engine:
     """Answers on real connections what it is told to."""
 
@@ -110,7 +79,7 @@ class Engine:
             else:
                 loop.call_soon(connection.data_received, ANSWER)
 
-        connection.connection_made(Transport(write))  # type: ignore[arg-type]
+        connection.connection_made(Nowhere(write))
         connection.idle_since = loop.time()
         upstream._idle.append(connection)
 
@@ -119,15 +88,10 @@ class Client:
     """One connection to the gateway."""
 
     def __init__(self, front: Front, key: str) -> None:
-        config = uvicorn.Config(front, proxy_headers=False)
-        config.load()
-        state = ServerState()
-        state.default_headers = [(b"date", b"Tue, 24 Nov 2026 00:00:00 GMT")]
-        self.protocol = FrontProtocol(config=config, server_state=state, app_state={})
         self.answered: asyncio.Future[bytes] | None = None
         self.streamed = 0
         self._key = key.encode()
-        self.protocol.connection_made(Transport(self._take))
+        self.protocol = protocol_of(front, self._take)
 
     def request(self, **more: object) -> bytes:
         messages = [

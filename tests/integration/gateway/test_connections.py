@@ -7,11 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import uvicorn
-from uvicorn.server import ServerState
 
-from gateway.protocol import FrontProtocol
 from tests.fakes.replica import FakeReplica
+from tests.fakes.transport import protocol_of
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, Tenant
 from tests.waiting import until
 
@@ -195,41 +193,17 @@ async def test_a_tenant_whose_requests_fail_trips_no_replica_for_others(
     assert [state.value for state in gateway.parts.pool.states().values()] == ["ready"]
 
 
-class Nowhere(asyncio.Transport):
-    """A transport without a socket."""
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        pass
-
-    def is_closing(self) -> bool:
-        return False
-
-    def abort(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def pause_reading(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize("end", ["connection_lost", "expire"])
 async def test_a_client_that_leaves_before_its_task_has_begun_leaves_nothing_behind(
     acme: Tenant, gateway: Gateway, end: str
 ) -> None:
     """A cancelled task that has not begun runs nothing of its own: the request is settled all the same."""
-    config = uvicorn.Config(gateway.front, proxy_headers=False)
-    config.load()
-    state = ServerState()
-    state.default_headers = [(b"date", b"Wed, 25 Nov 2026 00:00:00 GMT")]
-    protocol = FrontProtocol(config=config, server_state=state, app_state={})
-    protocol.connection_made(Nowhere())
+    protocol = protocol_of(gateway.front)
     protocol.data_received(chat("sk-tailor-" + "0" * 43))  # unknown: the database is asked
-    assert state.tasks
+    assert protocol.tasks
     call: Callable[[], None] = protocol.expire if end == "expire" else lambda: protocol.connection_lost(None)
     asyncio.get_running_loop().call_soon(call)  # behind the batch, before the task that it makes
-    await until(lambda: not state.tasks)
+    await until(lambda: not protocol.tasks)
     assert "tailor_in_flight_requests 0" in (await gateway.parts.metrics.page()).decode()
     if end == "expire":
         protocol.connection_lost(None)
