@@ -37,7 +37,7 @@ class Nowhere(asyncio.Transport):
 
 def protocol_of(front: Front, on_write: Callable[[bytes], None] = lambda data: None) -> FrontProtocol:
     """A connection to the gateway, made."""
-    config = uvicorn.Config(front, proxy_headers=False)
+    config = uvicorn.Config(front, log_config=None, access_log=False, proxy_headers=False)
     config.load()
     state = ServerState()
     state.default_headers = [(b"date", b"Wed, 25 Nov 2026 00:00:00 GMT")]

@@ -111,7 +111,13 @@ async def serving(settings: Settings) -> AsyncIterator[Gateway]:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as uvloop has it; without, 40 ms a request
     server = uvicorn.Server(
         uvicorn.Config(
-            app, http=FrontProtocol, log_config=None, lifespan="on", timeout_graceful_shutdown=1, proxy_headers=False
+            app,
+            http=FrontProtocol,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=1,
+            proxy_headers=False,
         )
     )
     task = asyncio.create_task(server.serve(sockets=[listener]))
