@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import httpx
 
 from tests.fakes.replica import TOKEN, FakeReplica
+from tests.storage import clean_environment
 
 START_S = 60.0
 
@@ -54,11 +54,15 @@ class GatewayProcess:
         return sorted(found)
 
     async def start(self) -> None:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("TAILOR_")}
         own = {"TAILOR_PORT": str(self.port), "TAILOR_HOME": str(self.home)}
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "gateway.server", env={**kept, **self.settings, **own}, stdout=log, stderr=log
+                sys.executable,
+                "-m",
+                "gateway.server",
+                env={**clean_environment(), **self.settings, **own},
+                stdout=log,
+                stderr=log,
             )
 
     async def serves(self) -> None:

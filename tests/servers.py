@@ -1,4 +1,5 @@
-"""Real servers for tests, from wheels: a Redis and a PostgreSQL, each on a Unix socket in a folder of its own."""
+"""Real servers for tests, from wheels: a Redis and a PostgreSQL, each on a Unix socket in a folder of its own, and an
+S3 server on a port of loopback."""
 
 import os
 import pwd
@@ -6,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 from sqlalchemy import text
 
 from gateway.database import open_engine
@@ -86,6 +89,18 @@ class PostgresServer:
             assert self._process.poll() is None
             time.sleep(0.01)
 
+    @contextmanager
+    def database(self, name: str) -> Iterator[str]:
+        """The URL of a new, empty database, until the block ends."""
+        self._tool("createdb", name)
+        try:
+            yield f"postgresql+asyncpg://postgres@/{name}?host={self._folder}"
+        finally:
+            self._tool("dropdb", "--force", name)
+
+    def _tool(self, program: str, *arguments: str) -> None:
+        self._run([str(self._binaries() / program), "-h", str(self._folder), "-U", "postgres", *arguments])
+
     def stop(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGINT)  # "fast": sessions are cut
@@ -112,6 +127,53 @@ class PostgresServer:
         subprocess.run(command, check=True, capture_output=True, user=self._user, cwd="/")
 
 
+class S3Server:
+    """moto's S3, in a process of its own; `environment` is what its clients need."""
+
+    bucket = "tailor"
+
+    def __init__(self, folder: Path) -> None:
+        self._log = folder / "s3.log"
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port: int = free.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ALLOW_HTTP": "true",
+        }
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self._port)]
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + START_S
+        while True:
+            assert self._process.poll() is None, self._log.read_text()
+            assert time.monotonic() < deadline, "the S3 server does not start"
+            try:
+                httpx.put(f"{self.url}/{self.bucket}").raise_for_status()
+            except httpx.TransportError:
+                time.sleep(0.05)
+            else:
+                return
+
+    def stop(self) -> None:
+        """It keeps all in memory: nothing is to be saved."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
 @contextmanager
 def redis_server() -> Iterator[RedisServer]:
     """A running Redis without data."""
@@ -129,6 +191,18 @@ def postgres_server() -> Iterator[PostgresServer]:
     """A running PostgreSQL with one empty database."""
     with _folder() as folder:
         server = PostgresServer(folder)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@contextmanager
+def s3_server() -> Iterator[S3Server]:
+    """A running S3 with one empty bucket."""
+    with _folder() as folder:
+        server = S3Server(folder)
         server.start()
         try:
             yield server

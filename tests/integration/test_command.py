@@ -1,6 +1,5 @@
 """The `tailor` command as a person meets it: help, and what it says when something is not as it should be."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bad_adapters import write_base
+from tests.storage import clean_environment
 
 TAILOR = str(Path(sys.executable).parent / "tailor")
 VERBS = [
@@ -20,8 +20,7 @@ VERBS = [
 
 
 def tailor(home: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TAILOR_")}
-    environment = {**kept, "TAILOR_HOME": str(home), **settings}
+    environment = {**clean_environment(), "TAILOR_HOME": str(home), **settings}
     return subprocess.run(
         [TAILOR, *arguments], env=environment, cwd=home.parent, capture_output=True, text=True, timeout=120, check=False
     )

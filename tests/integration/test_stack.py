@@ -17,6 +17,7 @@ from adapter_store.base_model import BaseModel
 from tests.bad_adapters import write_base
 from tests.fakes.replica import TOKEN
 from tests.gateways import Load, free_port, new_key, until_ready
+from tests.storage import clean_environment
 
 MODEL = "base"
 PROJECT = Path(__file__).parents[2]
@@ -30,9 +31,8 @@ class FakeStack:
         self.home = folder / "home"
         self.output = folder / "up.log"
         self.url = f"http://127.0.0.1:{free_port()}"
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("TAILOR_")}
         self.environment = {
-            **kept,
+            **clean_environment(),
             "TAILOR_HOME": str(self.home),
             "TAILOR_PORT": self.url.rpartition(":")[2],
             "TAILOR_BASE_MODEL": str(base),

@@ -1,4 +1,4 @@
-"""The real store on SQLite and a folder, with a real inspection worker."""
+"""The real store, with a real inspection worker: on SQLite and a folder, and on PostgreSQL and S3."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -16,6 +16,7 @@ from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
 from gateway.database import migrate, open_engine
 from tests.bad_adapters import write_base, write_good
+from tests.storage import Kind, Place, Shelf
 
 TENANT = TenantId("ten_a")
 OTHER = TenantId("ten_b")
@@ -34,22 +35,42 @@ async def inspector(base: BaseModel) -> AsyncIterator[Inspector]:
     await inspector.close()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of the store run on both kinds of storage; those about SQLite's or a folder's own ways on these alone."""
+    if "place" in metafunc.fixturenames:
+        is_local = metafunc.definition.get_closest_marker("local") or "blobs_folder" in metafunc.fixturenames
+        metafunc.parametrize("place", [Kind.LOCAL] if is_local else list(Kind), indirect=True)
+
+
 @pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[AsyncEngine]:
-    engine = open_engine(f"sqlite+aiosqlite:///{tmp_path / 'tailor.db'}")
+def place(request: pytest.FixtureRequest) -> Place:
+    found: Place = request.getfixturevalue("local" if request.param == Kind.LOCAL else "remote")
+    return found
+
+
+@pytest.fixture
+async def engine(place: Place) -> AsyncIterator[AsyncEngine]:
+    engine = open_engine(place.database_url)
     await migrate(engine)
     yield engine
     await engine.dispose()
 
 
 @pytest.fixture
-def blobs_folder(tmp_path: Path) -> Path:
-    return tmp_path / "blobs"
+def blobs_folder(place: Place) -> Path:
+    """Where the blobs are files; a test that asks for it runs on a folder alone."""
+    assert place.folder is not None
+    return place.folder
 
 
 @pytest.fixture
-def blobs(blobs_folder: Path) -> Blobs:
-    return Blobs.open(blobs_folder.as_uri())
+def blobs(place: Place) -> Blobs:
+    return Blobs.open(place.blobs_url)
+
+
+@pytest.fixture
+def shelf(place: Place, blobs: Blobs) -> Shelf:
+    return Shelf(blobs, place.folder)
 
 
 @pytest.fixture

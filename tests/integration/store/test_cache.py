@@ -11,6 +11,7 @@ from adapter_store.catalog import BlobFile, Version
 from adapter_store.errors import BlobCorrupt, StorageFull
 from tests.bad_adapters import write_good
 from tests.integration.store.conftest import Publish, files_under
+from tests.storage import Shelf
 
 LIMIT_BYTES = 1 << 20
 
@@ -89,14 +90,11 @@ async def test_an_unpin_too_many_is_an_error(cache: DiskCache) -> None:
 
 @pytest.mark.parametrize("at", [0, -1])
 async def test_a_flipped_blob_is_found_and_nothing_is_left(
-    at: int, cache: DiskCache, root: Path, publish: Publish, good: Path, blobs_folder: Path
+    at: int, cache: DiskCache, root: Path, publish: Publish, good: Path, shelf: Shelf
 ) -> None:
     """One changed byte in the blob store: BlobCorrupt, and no folder."""
     version = await publish(good)
-    path = blobs_folder / version.files[1].key
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= 1
-    path.write_bytes(raw)
+    shelf.flip(version.files[1].key, at)
     with pytest.raises(BlobCorrupt):
         await cache.fetch(version.digest, version.files)
     assert list(root.iterdir()) == []
@@ -104,13 +102,13 @@ async def test_a_flipped_blob_is_found_and_nothing_is_left(
 
 @pytest.mark.parametrize("change", [-1, 1, 100_000])
 async def test_a_blob_of_another_size_is_found(
-    change: int, cache: DiskCache, root: Path, publish: Publish, good: Path, blobs_folder: Path
+    change: int, cache: DiskCache, root: Path, publish: Publish, good: Path, shelf: Shelf
 ) -> None:
     """A shorter or longer blob is corrupt; no more than its size is written."""
     version = await publish(good)
-    path = blobs_folder / version.files[1].key
-    raw = path.read_bytes()
-    path.write_bytes(raw[:change] if change < 0 else raw + bytes(change))
+    key = version.files[1].key
+    raw = shelf.read(key)
+    shelf.write(key, raw[:change] if change < 0 else raw + bytes(change))
     with pytest.raises(BlobCorrupt):
         await cache.fetch(version.digest, version.files)
     assert list(root.iterdir()) == []

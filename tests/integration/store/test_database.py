@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from adapter_store.catalog import metadata
-from adapter_store.changes import KEPT, changes_since, last_change, record_change
+from adapter_store.changes import KEPT, changes_since, last_change, record_change, take_turn
 from adapter_store.errors import StorageUnavailable
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
@@ -28,6 +28,7 @@ async def schema_of(engine: AsyncEngine) -> set[str]:
         return await connection.run_sync(schema)
 
 
+@pytest.mark.local
 async def test_a_commit_survives_a_power_cut(engine: AsyncEngine) -> None:
     """Every connection runs in WAL mode, with full synchronisation and foreign keys."""
     async with reading(engine) as connection:
@@ -36,6 +37,7 @@ async def test_a_commit_survives_a_power_cut(engine: AsyncEngine) -> None:
     assert found == ["wal", 2, 1, 5_000]
 
 
+@pytest.mark.local
 async def test_the_schema_goes_down_and_up(engine: AsyncEngine) -> None:
     """Down to nothing and up by migrations gives what a new database is given at once."""
     fresh = await schema_of(engine)
@@ -84,6 +86,7 @@ async def test_writers_wait_their_turn(engine: AsyncEngine) -> None:
 
     async def write(number: int) -> int:
         async with writing(engine) as connection:
+            await take_turn(connection)
             before = await last_change(connection)
             await asyncio.sleep(0)
             seq = await record_change(connection, "adapter", TenantId("t"), str(number))
@@ -106,6 +109,7 @@ async def test_the_feed_is_bounded(engine: AsyncEngine) -> None:
         assert [change.seq for change in await changes_since(connection, 0)] == [KEPT + 1]
 
 
+@pytest.mark.local
 async def test_a_writer_that_gets_no_turn_is_told(engine: AsyncEngine, tmp_path: Path) -> None:
     """Past the busy time: StorageUnavailable; once the lock is free it works again."""
     hasty = open_engine(f"sqlite+aiosqlite:///{tmp_path / 'tailor.db'}", busy_timeout_s=0.05)

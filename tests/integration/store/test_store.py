@@ -34,17 +34,18 @@ from adapter_store.store import AdapterStore
 from adapter_store.transactions import reading
 from tests.bad_adapters import BAD, BadAdapter, write_good
 from tests.integration.store.conftest import OTHER, TENANT, Publish, files_under, stage
+from tests.storage import Shelf
 
 
 async def test_what_is_published_answers_to_its_name(
-    publish: Publish, store: AdapterStore, blobs_folder: Path, good: Path
+    publish: Publish, store: AdapterStore, shelf: Shelf, good: Path
 ) -> None:
     """A published adapter resolves to version 1, whose blobs hold the tenant's weights."""
     version = await publish(good)
     assert version == await store.resolve(TENANT, "bot") == await store.resolve(TENANT, "bot@1")
     assert (version.number, version.rank, version.modules) == (1, 8, ("k_proj", "o_proj", "q_proj", "v_proj"))
     weights = version.files[1]
-    assert (blobs_folder / weights.key).read_bytes() == (good / weights.name).read_bytes()
+    assert shelf.read(weights.key) == (good / weights.name).read_bytes()
 
 
 async def test_new_content_becomes_the_next_version(
@@ -82,24 +83,24 @@ async def test_a_tenant_cannot_tell_a_foreign_adapter_from_a_missing_one(
 
 
 async def test_two_tenants_with_the_same_adapter_share_no_blob(
-    publish: Publish, store: AdapterStore, good: Path, blobs_folder: Path
+    publish: Publish, store: AdapterStore, good: Path, shelf: Shelf
 ) -> None:
     """Deleting one tenant's leaves the other's files."""
     await publish(good)
     theirs = await publish(good, tenant=OTHER)
     await store.delete(TENANT, "bot")
-    assert files_under(blobs_folder) == sorted(file.key for file in theirs.files)
+    assert shelf.keys() == sorted(file.key for file in theirs.files)
 
 
 async def test_a_deleted_adapter_leaves_no_row_and_no_blob(
-    publish: Publish, store: AdapterStore, engine: AsyncEngine, good: Path, blobs_folder: Path
+    publish: Publish, store: AdapterStore, engine: AsyncEngine, good: Path, shelf: Shelf
 ) -> None:
     """After delete the name is free and nothing of it is stored."""
     await publish(good)
     await store.delete(TENANT, "bot")
     with pytest.raises(AdapterNotFound):
         await store.resolve(TENANT, "bot")
-    assert files_under(blobs_folder) == []
+    assert shelf.keys() == []
     async with reading(engine) as connection:
         for table in ("adapters", "versions", "aliases"):
             assert (await connection.execute(text(f"SELECT count(*) FROM {table}"))).scalar() == 0
@@ -151,13 +152,13 @@ async def test_lists_come_in_pages(publish: Publish, store: AdapterStore, good: 
 
 @pytest.mark.parametrize("bad", [bad for bad in BAD[::10] if bad.served_as is None], ids=lambda bad: bad.name)
 async def test_a_refused_adapter_leaves_nothing(
-    bad: BadAdapter, publish: Publish, store: AdapterStore, tmp_path: Path, good: Path, blobs_folder: Path
+    bad: BadAdapter, publish: Publish, store: AdapterStore, tmp_path: Path, good: Path, shelf: Shelf
 ) -> None:
     """Every tenth of the bad adapters through the whole door: its faults come back, nothing is stored."""
     folder = bad.make(good, tmp_path / "bad")
     with pytest.raises((AdapterRejected, BundleIncomplete, BundleTooLarge)):
         await publish(folder)
-    assert files_under(blobs_folder) == files_under(tmp_path / "quarantine") == []
+    assert shelf.keys() == files_under(tmp_path / "quarantine") == []
     assert await store.list(TENANT) == ()
 
 
@@ -263,20 +264,19 @@ async def test_orphans_are_collected_by_age(
 
 
 async def test_a_crash_between_blobs_and_rows_can_be_repeated(
-    publish: Publish, blobs: Blobs, blobs_folder: Path, good: Path
+    publish: Publish, blobs: Blobs, shelf: Shelf, good: Path
 ) -> None:
     """A torn blob that no row names is written anew by the next publish of the same content."""
     version = await publish(good)
     again = TenantId("ten_c")
-    torn = blobs_folder / blob_key(again, version.files[1].sha256)
-    torn.parent.mkdir()
-    torn.write_bytes(bytes(version.files[1].size_bytes))
+    torn = blob_key(again, version.files[1].sha256)
+    shelf.write(torn, bytes(version.files[1].size_bytes))
     await publish(good, tenant=again)
-    assert torn.read_bytes() == (good / "adapter_model.safetensors").read_bytes()
+    assert shelf.read(torn) == (good / "adapter_model.safetensors").read_bytes()
 
 
 async def test_a_cancelled_publish_leaves_nothing(
-    publish: Publish, store: AdapterStore, good: Path, tmp_path: Path, blobs_folder: Path
+    publish: Publish, store: AdapterStore, good: Path, tmp_path: Path, shelf: Shelf
 ) -> None:
     """A client that goes away at any moment leaves all or nothing."""
     for turns in range(0, 60, 3):
@@ -287,4 +287,4 @@ async def test_a_cancelled_publish_leaves_nothing(
         await asyncio.gather(task, return_exceptions=True)
         assert files_under(tmp_path / "quarantine") == []
     kept = {file.key for adapter in await store.list(TENANT) for file in adapter.default.files}
-    assert set(files_under(blobs_folder)) == kept
+    assert set(shelf.keys()) == kept
