@@ -1,12 +1,14 @@
 """The files of all versions by content: `adapters/<tenant>/<sha256>` in a folder or an object store.
 
 A blob that was put survives a power cut. obstore 0.12 writes a folder's files to a temporary name and renames
-them, but never calls fsync, so that is done here.
+them, but never calls fsync, so that is done here. S3 is sent the SHA-256 of every part, and refuses a
+part that it does not match.
 """
 
+import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from adapter_store.errors import BlobCorrupt, StorageFull, StorageUnavailable
 from adapter_store.ids import TenantId
+from adapter_store.s3_leftovers import Leftovers
 from adapter_store.threads import in_thread
 
 if TYPE_CHECKING:
@@ -64,15 +67,19 @@ def _obstore() -> Any:
 class Blobs:
     """Content-addressed files."""
 
-    def __init__(self, store: "ObjectStore | None", folder: Path | None) -> None:
+    def __init__(self, store: "ObjectStore | None", folder: Path | None, leftovers: Leftovers | None = None) -> None:
         self._opened = store
         self._folder = folder
+        self._leftovers = leftovers
         self._part_bytes = REMOTE_PART_BYTES if folder is None else FOLDER_PART_BYTES
 
     @classmethod
     def open(cls, url: str) -> Self:
-        """`url`: a path, `file:///…`, or what obstore understands (`s3://bucket/prefix`)."""
+        """`url`: a path, `file:///…`, or obstore's (`s3://bucket/prefix`), with the environment's credentials."""
         parts = urlsplit(url)
+        if parts.scheme in ("s3", "s3a"):
+            store = _obstore().store.from_url(url, config={"checksum_algorithm": "SHA256"})
+            return cls(store, None, Leftovers.of(url))
         if parts.scheme not in ("", "file"):
             return cls(_obstore().store.from_url(url), None)
         folder = Path(unquote(parts.path) if parts.scheme else url).absolute()
@@ -92,9 +99,12 @@ class Blobs:
 
         Raises StorageFull, StorageUnavailable.
         """
+        await self._put(key, path)
+
+    async def _put(self, key: str, content: Path | AsyncIterator[bytes]) -> None:
         with _store_errors():
             await _obstore().put_async(
-                self._store, key, path, chunk_size=self._part_bytes, max_concurrency=PARTS_AT_ONCE
+                self._store, key, content, chunk_size=self._part_bytes, max_concurrency=PARTS_AT_ONCE
             )
             if self._folder is not None:
                 await in_thread(_make_durable, self._folder, self._folder / key)
@@ -116,6 +126,42 @@ class Blobs:
                 raise BlobCorrupt(f"blob {key} is gone") from error
             yield found.stream(min_chunk_size=READ_BYTES)
 
+    async def sha256(self, key: str, on_read: Callable[[int], Awaitable[None]] | None = None) -> str:
+        """Of the bytes that lie there; `on_read` is told the size of each piece, and may take its time.
+
+        Raises BlobCorrupt where there is none, StorageUnavailable.
+        """
+        digest = hashlib.sha256()
+        async with self.read(key) as chunks:
+            async for chunk in chunks:
+                await in_thread(digest.update, chunk)
+                if on_read is not None:
+                    await on_read(len(chunk))
+        return digest.hexdigest()
+
+    async def copy(self, key: str, sha256: str, target: "Blobs") -> None:
+        """Copies a blob into another store, whole or not at all. Raises BlobCorrupt: it is not what its digest says."""
+        differs = False
+
+        async def verified(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+            """An error instead of an end keeps the target from showing anything."""
+            nonlocal differs
+            digest = hashlib.sha256()
+            async for chunk in chunks:
+                await in_thread(digest.update, chunk)
+                yield chunk
+            differs = digest.hexdigest() != sha256
+            if differs:
+                raise BlobCorrupt
+
+        async with self.read(key) as chunks:
+            try:
+                await target._put(key, verified(chunks))
+            except Exception as error:
+                if differs:
+                    raise BlobCorrupt(f"blob {key} is not what its digest says") from error
+                raise
+
     async def delete(self, key: str) -> None:
         """Removes the blob; it may be gone already."""
         with _store_errors():
@@ -123,6 +169,11 @@ class Blobs:
                 await _obstore().delete_async(self._store, key)
             except FileNotFoundError:
                 return
+
+    async def names(self, prefix: str) -> Sequence[str]:
+        """The keys that begin with `prefix/`, in order."""
+        with _store_errors():
+            return sorted([item["path"] async for page in _obstore().list(self._store, f"{prefix}/") for item in page])
 
     async def list(self) -> AsyncIterator[StoredBlob]:
         with _store_errors():
@@ -132,8 +183,11 @@ class Blobs:
                         yield StoredBlob(TenantId(key[1]), key[2], item["last_modified"].timestamp())
 
     async def sweep_partial(self, before: float) -> int:
-        """Removes what interrupted puts left in a folder before that time; how many."""
-        return 0 if self._folder is None else await in_thread(_sweep_partial, self._folder, before)
+        """Removes what puts that were interrupted before that time left in a folder or in S3; how many."""
+        with _store_errors():
+            if self._folder is not None:
+                return await in_thread(_sweep_partial, self._folder, before)
+            return 0 if self._leftovers is None else await in_thread(self._leftovers.sweep, before)
 
 
 def _make_durable(root: Path, path: Path) -> None:
