@@ -18,6 +18,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    MetaData,
     Table,
     Text,
     event,
@@ -33,6 +34,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from adapter_store import changes
 from adapter_store.catalog import metadata
 from adapter_store.engine import AsyncEngine, create_async_engine
+from adapter_store.errors import AdapterStoreError
 from adapter_store.transactions import WRITES, reading, writing
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -109,6 +111,12 @@ replicas = Table(  # those added at run time; `drained_at`: an operator keeps re
     Column("created_at", BigInteger, nullable=False),
     Column("drained_at", BigInteger),
 )
+
+
+class SchemaUnknown(AdapterStoreError):
+    """The database or a snapshot is of a schema that this version does not know."""
+
+
 DEFAULT_PLAN = {"name": "default", "weight": 1.0, "created_at": 0}
 
 
@@ -194,7 +202,7 @@ async def migrate(engine: AsyncEngine) -> None:
     is imported only where an older schema is found.
     """
     async with reading(engine) as connection:
-        revision = await connection.run_sync(_stored_revision)
+        revision = await connection.run_sync(stored_revision)
     if revision != HEAD:
         await _in_turn(engine, _bring_to_head)
 
@@ -228,7 +236,30 @@ def _create_schema(connection: Connection) -> None:
     connection.execute(text("INSERT INTO alembic_version VALUES (:head)"), {"head": HEAD})
 
 
-def _stored_revision(connection: Connection) -> str | None:
+async def replace_schema(engine: AsyncEngine, revision: str, fill: Callable[[Connection], None]) -> None:
+    """Drops every table, makes those of `revision`, has `fill` write their rows, and brings them to HEAD: in one
+    transaction. Raises SchemaUnknown."""
+
+    def replace(connection: Connection) -> None:
+        found = MetaData()
+        found.reflect(connection)
+        found.drop_all(connection)
+        _run_alembic(connection, "upgrade", revision)
+        made = MetaData()
+        made.reflect(connection)
+        for table in reversed(made.sorted_tables):
+            if table.name != "alembic_version":
+                connection.execute(table.delete())
+        fill(connection)
+        _run_alembic(connection, "upgrade", HEAD)
+
+    if not any(path.name.startswith(f"{revision}_") for path in (MIGRATIONS / "versions").iterdir()):
+        raise SchemaUnknown(f"the schema {revision} is newer than this version's {HEAD}: use a newer version")
+    await _in_turn(engine, replace)
+
+
+def stored_revision(connection: Connection) -> str | None:
+    """What schema the database has."""
     if not inspect(connection).has_table("alembic_version"):
         return None
     revision: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()

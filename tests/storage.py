@@ -111,6 +111,9 @@ class Shelf:
             return sorted(str(path.relative_to(self._folder)) for path in self._folder.rglob("*") if path.is_file())
         return sorted(item["path"] for page in obstore.list(self._store) for item in page)
 
+    def content(self) -> dict[str, bytes]:
+        return {key: self.read(key) for key in self.keys()}
+
     def read(self, key: str) -> bytes:
         return bytes(obstore.get(self._store, key).bytes())
 

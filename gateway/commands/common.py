@@ -56,7 +56,7 @@ def told() -> Iterator[None]:
 
 def _is_ours(error: Exception) -> bool:
     """Errors of the store and of training carry text for the person who made them."""
-    return type(error).__module__.partition(".")[0] in ("adapter_store", "training")
+    return any(kind.__module__.partition(".")[0] in ("adapter_store", "training") for kind in type(error).__mro__)
 
 
 def fail(message: str) -> NoReturn:

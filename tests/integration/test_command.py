@@ -1,12 +1,15 @@
 """The `tailor` command as a person meets it: help, and what it says when something is not as it should be."""
 
+import json
 import socket
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from gateway.database import HEAD
 from tests.bad_adapters import write_base
 from tests.storage import clean_environment
 
@@ -16,6 +19,7 @@ VERBS = [
     ["tenant", "update"], ["plan"], ["plan", "update"], ["key", "rotate"], ["adapter", "fallback"], ["key"],
     ["key", "create"], ["key", "list"], ["key", "revoke"], ["adapter"], ["adapter", "push"], ["adapter", "list"],
     ["adapter", "show"], ["adapter", "delete"], ["train"], ["base"], ["base", "tiny"], ["chat"], ["demo"],
+    ["backup"], ["restore"], ["store"], ["store", "migrate"],
 ]  # fmt: skip
 
 
@@ -132,3 +136,21 @@ def test_an_output_folder_that_exists_is_never_touched(home: Path, tmp_path: Pat
     out.mkdir()
     assert str(out) in said(tailor(home, "base", "tiny", "--out", str(out), "--json"))
     assert list(out.iterdir()) == []
+
+
+def test_a_home_is_backed_up_and_restored(home: Path, tmp_path: Path) -> None:
+    """Backup, check and restore from the command line, into another home; a second restore is refused."""
+    assert tailor(home, "store", "migrate").stdout == f"the schema is {HEAD}\n"
+    target = str(tmp_path / "backups")
+    made = json.loads(tailor(home, "backup", target, "--keep", "3", "--json").stdout)
+    assert (made["rows"], made["blobs"]) == (2, 0)  # the default plan and the change counter
+    assert "is whole: 2 rows" in tailor(home, "restore", target, "--check").stdout
+    other = home.with_name("other")
+    assert f"{made['snapshot']} restored: 2 rows" in tailor(other, "restore", target).stdout
+    with sqlite3.connect(other / "tailor.db") as database:
+        database.execute("INSERT INTO tenants (id, name, created_at) VALUES ('t', 'acme', 1)")
+    database.close()
+    refused = tailor(other, "restore", target)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "tailor: the database is not empty" in refused.stderr
+    assert tailor(other, "restore", target, "--force").returncode == 0
