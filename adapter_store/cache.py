@@ -13,8 +13,9 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 from adapter_store.blobs import Blobs
 from adapter_store.bundle import BUNDLE_FILES, bundle_digest, storage_errors
@@ -26,10 +27,8 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 PARTIAL = ".partial-"
 
 
-@dataclass(slots=True)
-class _Entry:
-    size_bytes: int
-    verified: bool = False
+class DigestPinned(Exception):
+    """The folder is in use."""
 
 
 class DiskCache:
@@ -49,10 +48,17 @@ class DiskCache:
 
     @property
     def used_bytes(self) -> int:
-        return sum(entry.size_bytes for entry in self._entries.values())
+        return sum(self._entries.values())
+
+    @property
+    def limit_bytes(self) -> int:
+        return self._limit_bytes
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def pin(self, digest: str) -> None:
         """Keeps the folder of `digest`, there or still to be fetched, until as many `unpin`."""
@@ -66,7 +72,10 @@ class DiskCache:
             del self._pins[digest]
 
     async def fetch(self, digest: str, files: Sequence[BlobFile]) -> Path:
-        """The folder of `digest`, fetched and verified where needed; concurrent callers share one fetch.
+        """The folder of `digest`, fetched where needed and hashed in any case; concurrent callers share one fetch.
+
+        What lies there is read whole before each load: a disk that has changed a byte since is found before the engine
+        reads it, and the file fetched again. 100 MB take 0.1 s of a thread's time (docs/benchmarks.md).
 
         Raises BlobCorrupt (nothing is left behind), StorageFull (the rest is pinned), StorageUnavailable.
         """
@@ -78,25 +87,34 @@ class DiskCache:
             task.add_done_callback(lambda _: self._fetches.pop(digest, None))
         return await asyncio.shield(task)
 
+    async def release(self, digest: str) -> bool:
+        """Removes the folder of `digest` now, whatever room there is; False where there is none.
+
+        Raises DigestPinned: the engine may still read it.
+        """
+        if digest in self._pins or digest in self._fetches:
+            raise DigestPinned(digest)
+        known = _checked(digest) in self._entries
+        await self._discard(digest)
+        return known
+
     async def close(self) -> None:
         """Waits for fetches that are under way."""
         await asyncio.gather(*self._fetches.values(), return_exceptions=True)
 
     async def _fetch(self, digest: str, files: dict[str, BlobFile]) -> Path:
         folder = self._root / digest
-        entry = self._entries.get(digest)
-        if entry is not None and await in_thread(_is_whole, folder, files, entry.verified):
-            entry.verified = True
-        else:
-            await self._discard(digest)
-            entry = await self._download(folder, files)
+        size_bytes = self._entries.get(digest)
+        if size_bytes is None or not await in_thread(_is_whole, folder, files):
+            size_bytes = await self._download(folder, files)
         self._entries.pop(digest, None)
-        self._entries[digest] = entry  # now the most recently used
+        self._entries[digest] = size_bytes  # now the most recently used
         with storage_errors():
             os.utime(folder)
         return folder
 
-    async def _download(self, folder: Path, files: dict[str, BlobFile]) -> _Entry:
+    async def _download(self, folder: Path, files: dict[str, BlobFile]) -> int:
+        """Fetches the files; what lay there before goes at the end, in the same moment."""
         size_bytes = sum(file.size_bytes for file in files.values())
         self._reserved_bytes += size_bytes
         partial = self._root / f"{PARTIAL}{folder.name}"
@@ -106,11 +124,18 @@ class DiskCache:
                 partial.mkdir(mode=0o700)
                 for file in files.values():
                     await self._download_file(file, partial / file.name)
+                self._entries.pop(folder.name, None)
+                gone = _out_of_the_way(folder)
                 partial.rename(folder)
+        except BaseException:
+            if folder.name not in self._pins:
+                await self._discard(folder.name)
+            raise
         finally:
             self._reserved_bytes -= size_bytes
             await in_thread(shutil.rmtree, partial, ignore_errors=True)
-        return _Entry(size_bytes, verified=True)
+        await in_thread(shutil.rmtree, gone, ignore_errors=True)
+        return size_bytes
 
     async def _download_file(self, file: BlobFile, path: Path) -> None:
         digest = hashlib.sha256()
@@ -138,17 +163,26 @@ class DiskCache:
             await self._discard(victim)
 
     async def _discard(self, digest: str) -> None:
-        if self._entries.pop(digest, None) is not None:
-            await in_thread(shutil.rmtree, self._root / digest, ignore_errors=True)
+        if self._entries.pop(digest, None) is None:
+            return
+        await in_thread(shutil.rmtree, _out_of_the_way(self._root / digest), ignore_errors=True)
 
 
-def _take_over(root: Path) -> dict[str, _Entry]:
+def _out_of_the_way(folder: Path) -> Path:
+    """Where the folder's files are now, if it was there: removing them takes time, and it may be fetched anew."""
+    gone = folder.with_name(f"{PARTIAL}{uuid4().hex}")
+    with suppress(FileNotFoundError):
+        folder.rename(gone)
+    return gone
+
+
+def _take_over(root: Path) -> dict[str, int]:
     folders = [path for path in root.iterdir() if path.is_dir()]
     for path in folders:
         if path.name.startswith(PARTIAL):
             shutil.rmtree(path, ignore_errors=True)
     kept = sorted((path for path in folders if DIGEST.fullmatch(path.name)), key=lambda path: path.stat().st_mtime)
-    return {path.name: _Entry(sum(file.stat().st_size for file in path.iterdir())) for path in kept}
+    return {path.name: sum(file.stat().st_size for file in path.iterdir()) for path in kept}
 
 
 def _checked(digest: str) -> str:
@@ -167,10 +201,10 @@ def _by_name(digest: str, files: Sequence[BlobFile]) -> dict[str, BlobFile]:
     return named
 
 
-def _is_whole(folder: Path, files: dict[str, BlobFile], verified: bool) -> bool:
-    """Whether both files are there, in size; where they are not `verified` yet, in content too."""
+def _is_whole(folder: Path, files: dict[str, BlobFile]) -> bool:
+    """Whether both files are there, in size and content."""
     return all(
-        _size(folder / file.name) == file.size_bytes and (verified or _sha256(folder / file.name) == file.sha256)
+        _size(folder / file.name) == file.size_bytes and _sha256(folder / file.name) == file.sha256
         for file in files.values()
     )
 

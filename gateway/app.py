@@ -22,7 +22,7 @@ from adapter_store.errors import AdapterStoreError, StorageError
 from adapter_store.faults import Bounds as AdapterBounds
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
-from gateway.api import adapters, admin, health, keys, models, replicas, usage
+from gateway.api import adapters, admin, health, keys, models, quarantine, replicas, usage
 from gateway.api.generation import Generation, Patience, Services, new_batches
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
@@ -46,6 +46,7 @@ from gateway.limits import open_limits
 from gateway.models import Models
 from gateway.operator_port import OperatorPort
 from gateway.plans import Plans
+from gateway.quarantine import Quarantine
 from gateway.readings import watch_parts
 from gateway.replicas.client import ReplicaClient
 from gateway.replicas.pool import ReplicaPool
@@ -60,7 +61,7 @@ from gateway.tenants import Tenants
 from gateway.usage import Ledger
 
 log = logging.getLogger("tailor.gateway")
-ROUTERS = (health, models, adapters, keys, usage, admin, replicas)
+ROUTERS = (health, models, adapters, keys, usage, admin, replicas, quarantine)
 
 
 def create_app(settings: Settings, *, operators: socket.socket | None = None) -> Front:
@@ -106,7 +107,8 @@ def _build(settings: Settings, home: Home) -> Parts:
     key_rows = Keys(engine)
     auth = Auth(key_rows, freshness)
     known_models = Models(store, base.name, freshness)
-    pool = _pool(settings, Roster(engine), base.fingerprint, home.replica_token(settings.replica_token))
+    held_back = Quarantine(engine)
+    pool = _pool(settings, Roster(engine), held_back, base.fingerprint, home.replica_token(settings.replica_token))
     ledger = Ledger(
         engine,
         home.path / "usage",
@@ -129,19 +131,20 @@ def _build(settings: Settings, home: Home) -> Parts:
         staging=Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes),
         models=known_models,
         pool=pool,
+        quarantine=held_back,
         metrics=Metrics(tenants=settings.metrics_tenants, adapters=settings.metrics_adapters),
         tracing=open_tracing(os.environ, base_model=base.name, trust_parent=settings.trace_trust_parent),
         freshness=freshness,
         changes=ChangeFeed(
             open_engine(settings.database),  # its own: see there
-            [known_models.take_in, auth.take_in, pool.on_change],
-            [known_models.clear, auth.clear, pool.on_reset],
+            [known_models.take_in, auth.take_in, pool.on_change, held_back.on_change],
+            [known_models.clear, auth.clear, pool.on_reset, held_back.on_reset],
             freshness,
         ),
     )
 
 
-def _pool(settings: Settings, roster: Roster, fingerprint: str, token: str) -> ReplicaPool:
+def _pool(settings: Settings, roster: Roster, held_back: Quarantine, fingerprint: str, token: str) -> ReplicaPool:
     options = ReplicaOptions(
         load_timeout_s=settings.load_timeout_s,
         probe_interval_s=settings.probe_interval_s,
@@ -160,6 +163,7 @@ def _pool(settings: Settings, roster: Roster, fingerprint: str, token: str) -> R
         options=options,
         spread_at=settings.spread_at,
         roster=roster,
+        quarantine=held_back,
     )
 
 
@@ -218,6 +222,7 @@ def _lifespan(
         parts.staging.sweep()
         await parts.keys.ensure_operator(home.keep_operator_key)
         await parts.changes.start()
+        await parts.quarantine.read()  # before a replica is given its adapters back
         await parts.ledger.start()
         await parts.limits.start()
         if operators is not None:
@@ -227,6 +232,8 @@ def _lifespan(
             parts.auth.uses.follow(),
             parts.metrics.sample_lag(),
             services.patience.watch(),
+            parts.quarantine.follow(),
+            parts.quarantine.write(),
             tidy(parts.store),
         )
         tasks = [asyncio.create_task(work) for work in works]

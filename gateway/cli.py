@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from gateway.commands import adapters, keys, openapi, replicas, servers, storage, tenants, training, usage
+from gateway.commands import adapters, keys, openapi, quarantine, replicas, servers, storage, tenants, training, usage
 
 app = typer.Typer(help="One base model and a fitted adapter for every tenant.", no_args_is_help=True)
 app.add_typer(servers.app)
@@ -19,6 +19,7 @@ app.add_typer(adapters.app)
 app.add_typer(training.base_app, name="base")
 app.add_typer(training.app)
 app.add_typer(replicas.app, name="replicas")
+app.add_typer(quarantine.app, name="quarantine")
 app.add_typer(usage.app)
 app.add_typer(storage.app)
 app.add_typer(storage.store_app, name="store")

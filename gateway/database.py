@@ -38,7 +38,7 @@ from adapter_store.errors import AdapterStoreError
 from adapter_store.transactions import WRITES, reading, writing
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-HEAD = "0002"  # the newest file in migrations/versions; a test holds the two together
+HEAD = "0003"  # the newest file in migrations/versions; a test holds the two together
 CONNECTIONS = 4
 ANSWER_S = 10.0  # patience with PostgreSQL: one that hangs is as good as away
 PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA foreign_keys=ON")
@@ -66,6 +66,7 @@ plans = Table(  # null: no limit
     Column("tokens_per_month", BigInteger),
     Column("loads_per_minute", BigInteger),
     Column("created_at", BigInteger, nullable=False),
+    Column("pinned_adapters", BigInteger, nullable=False, server_default="0"),  # the one that is never null
 )
 api_keys = Table(
     "api_keys",
@@ -110,6 +111,27 @@ replicas = Table(  # those added at run time; `drained_at`: an operator keeps re
     Column("url", Text, primary_key=True),
     Column("created_at", BigInteger, nullable=False),
     Column("drained_at", BigInteger),
+)
+quarantine = Table(  # `until` null: until it is lifted; lifted rows stay, so that no alarm is heard twice
+    "quarantine",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("digest", Text, primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("replica", Text, nullable=False),
+    Column("generation", Text, nullable=False),
+    Column("strikes", Integer, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("until", BigInteger),
+    Column("lifted_at", BigInteger),
+)
+pins = Table(  # adapters, by name, that stay loaded
+    "pins",
+    metadata,
+    Column("tenant_id", Text, primary_key=True),
+    Column("adapter", Text, primary_key=True),
+    Column("pinned_by", Text, nullable=False),  # tenant or operator
+    Column("at", BigInteger, nullable=False),
 )
 
 

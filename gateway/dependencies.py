@@ -20,6 +20,7 @@ from gateway.keys import Keys
 from gateway.limits import Limits
 from gateway.models import Models
 from gateway.plans import Plans
+from gateway.quarantine import Quarantine
 from gateway.replicas.pool import ReplicaPool
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracing
@@ -44,6 +45,7 @@ class Parts:
     staging: Staging
     models: Models
     pool: ReplicaPool
+    quarantine: Quarantine
     metrics: Metrics
     tracing: Tracing
     freshness: Freshness

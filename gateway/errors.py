@@ -29,6 +29,7 @@
     │   ├── TooManyLoads                429 + Retry-After
     │   ├── ReplicaFailed               502
     │   └── AdapterNotLoadable          503 + Retry-After
+    │       └── AdapterQuarantined      503 + Retry-After where it ends by itself
     └── adapter_store.errors.AdapterStoreError     mapped below, class by class
 
 The text of an engine, a path or a name inside the engine never becomes part of an answer.
@@ -245,6 +246,23 @@ class AdapterNotLoadable(GatewayError):
     """The adapter could not be brought into a replica."""
 
     status, type, code = 503, "server_error", "adapter_unavailable"
+
+
+class AdapterQuarantined(AdapterNotLoadable):
+    """The adapter is held back: an engine has come to harm with it."""
+
+    code = "adapter_quarantined"
+
+    def __init__(self, reason: str, until: int | None, *, now: float) -> None:
+        what = "computed numbers that are none (NaN)" if reason == "corrupted" else "died"
+        super().__init__(
+            f"This adapter version is held back: an engine {what} with it. "
+            + ("It may be tried again shortly." if until else "Publish another version, or ask the operator."),
+            param="model",
+            retry_after_s=None if until is None else max(1, round(until - now)),
+        )
+        if until is None:
+            self.headers = ((b"x-should-retry", b"false"),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,10 @@ PLAN_CHANGE: Final = "plan"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Limits of every tenant on it; None is no limit. `weight` is its share of a busy server beside others'."""
+    """Limits of every tenant on it; None is no limit. `weight` is its share of a busy server beside others'.
+
+    `pinned_adapters` is how many adapters a tenant may keep loaded itself.
+    """
 
     name: str = DEFAULT
     weight: float = 1.0
@@ -32,6 +35,7 @@ class Plan:
     max_prompt_bytes: int | None = None
     tokens_per_month: int | None = None
     loads_per_minute: int | None = None
+    pinned_adapters: int = 0
 
 
 COLUMNS: Final = tuple(plans.c[field.name].label(f"plan_{field.name}") for field in fields(Plan))

@@ -1,6 +1,7 @@
 """The engine as the agent sees it: the one module that touches vLLM's objects (checked against vLLM 0.32)."""
 
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -89,6 +90,24 @@ class Engine:
     def concurrency(self) -> int:
         """Sequences that one step runs (`max_num_seqs`)."""
         return int(self._client.vllm_config.scheduler_config.max_num_seqs)
+
+    def watch_for_nan(self, tell: Callable[[Collection[str | None]], None]) -> None:
+        """Have `tell` called with the adapters' names whenever answers of a step had NaN logits.
+
+        vLLM 0.32 counts such a request when it has ended, without saying whose it was; here each step's outputs pass
+        (vllm/v1/engine/output_processor.py). Needs VLLM_COMPUTE_NANS_IN_LOGITS=1.
+        """
+        processor = self._client.output_processor
+        process = processor.process_outputs
+
+        def watched(outputs: Any, *arguments: Any, **named: Any) -> Any:
+            bad = [output.request_id for output in outputs if output.num_nans_in_logits]
+            if bad:
+                states = [processor.request_states.get(request_id) for request_id in bad]
+                tell([state.lora_name for state in states if state is not None])
+            return process(outputs, *arguments, **named)
+
+        processor.process_outputs = watched
 
     def is_dead(self) -> bool:
         return bool(self._client.errored)

@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import secrets
 from argparse import Namespace
+from contextlib import suppress
 from typing import Any
 from uuid import uuid4
 
 from fastapi import FastAPI
 
+from adapter_store.agent.alarm import Alarms
 from adapter_store.agent.engine import Engine
 from adapter_store.agent.null_adapter import write_null_adapter
 from adapter_store.agent.quiet import wait_quietly
@@ -23,6 +25,8 @@ from adapter_store.process import die_with_parent
 
 ENGINE_CHECK_S = 0.2
 LAST_WORDS_S = 1.0
+UNHEARD_S = 2.5
+IDLE_LOOK_S = 15.0
 
 
 def prepare_process() -> None:
@@ -59,8 +63,13 @@ class AgentPlugin:
         residency = Residency(engine, cache, capacity=settings.host_adapters, loads_waiting=settings.loads_waiting)
         null_adapter = await self._load_null_adapter(engine, base) if settings.needs_null_adapter else None
         await engine.warm_up(null_adapter)
-        state.tailor_agent = Agent(engine, residency, _facts(settings, base, engine), null_adapter)
-        self._watch = asyncio.create_task(_end_with_the_engine(engine))
+        facts = _facts(settings, base, engine)
+        alarms = Alarms(settings.cache, str(facts["generation"]), residency)
+        engine.watch_for_nan(alarms.corrupted)
+        state.tailor_agent = Agent(engine, residency, alarms, facts, null_adapter)
+        self._tasks = [asyncio.create_task(_end_with_the_engine(engine, alarms))]
+        if settings.idle_s:
+            self._tasks.append(asyncio.create_task(_unload_idle(residency, settings.idle_s)))
 
     async def _load_null_adapter(self, engine: Engine, base: BaseModel) -> str:
         name = f"a-{secrets.token_hex(16)}"
@@ -71,15 +80,28 @@ class AgentPlugin:
         return name
 
 
-async def _end_with_the_engine(engine: Engine) -> None:
-    """End this process soon after its engine has died, so that whoever supervises it can start it again.
+async def _end_with_the_engine(engine: Engine, alarms: Alarms) -> None:
+    """End this process soon after its engine has died or computed NaN, for whoever supervises it to start it again.
 
-    vLLM 0.32 shuts its server down then, but first waits for ever for calls that the dead engine will never answer.
+    vLLM 0.32 shuts its server down when the engine dies, but first waits for ever for calls that it will never answer.
     """
-    while not engine.is_dead():  # noqa: ASYNC110  vLLM has no event for it
-        await asyncio.sleep(ENGINE_CHECK_S)
+    while alarms.now is None:
+        if engine.is_dead():  # vLLM has no event for it
+            alarms.died()
+        else:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(alarms.raised.wait(), ENGINE_CHECK_S)
+    if not engine.is_dead():
+        with suppress(TimeoutError):  # where no gateway listens, the engine ends all the same
+            await asyncio.wait_for(alarms.heard.wait(), UNHEARD_S)
     await asyncio.sleep(LAST_WORDS_S)  # running streams get their error event
     os._exit(1)
+
+
+async def _unload_idle(residency: Residency, idle_s: float) -> None:
+    while True:
+        await asyncio.sleep(min(idle_s / 4, IDLE_LOOK_S))
+        await residency.unload_idle(idle_s)
 
 
 def _facts(settings: AgentSettings, base: BaseModel, engine: Engine) -> dict[str, object]:

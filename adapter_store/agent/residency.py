@@ -8,7 +8,7 @@ one by itself and later re-reads it from disk inside an engine step; files of a 
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,9 @@ from typing import Protocol
 from adapter_store.catalog import BlobFile
 
 NAME = re.compile(r"a-[0-9a-f]{8,64}")
+FETCHES_AT_ONCE = 2
+SUSPECT_FOR_S = 5.0
+"""An engine that dies this soon after a load may have died of it."""
 
 
 class NameTakenError(Exception):
@@ -43,9 +46,20 @@ class LoadsAdapters(Protocol):
 class KeepsFiles(Protocol):
     """What residency asks of a disk cache; `cache.DiskCache`, a plain class in tests."""
 
+    @property
+    def used_bytes(self) -> int: ...
+    @property
+    def limit_bytes(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __contains__(self, digest: str) -> bool: ...
     def pin(self, digest: str) -> None: ...
     def unpin(self, digest: str) -> None: ...
     async def fetch(self, digest: str, files: Sequence[BlobFile]) -> Path: ...
+    async def release(self, digest: str) -> bool: ...
+
+
+Whose = tuple[str, str]
+"""(owner, digest) of an adapter."""
 
 
 @dataclass(slots=True)
@@ -58,6 +72,7 @@ class Resident:
     number: int
     size_bytes: int
     last_used: float
+    loaded_at: float
     leaving: bool = False
     in_flight: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -87,6 +102,9 @@ class Residency:
         self._pending: dict[str, tuple[str, asyncio.Future[Loaded]]] = {}
         self._used: set[str] = set()
         self._turn = asyncio.Lock()
+        self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
+        self._pinned: frozenset[Whose] = frozenset()
+        self._loading: Whose | None = None
         self.load_count = 0
         self.load_seconds = 0.0
 
@@ -120,8 +138,33 @@ class Residency:
     async def prefetch(self, digest: str, files: Sequence[BlobFile]) -> float:
         """Bring the files to this machine's disk, not to the engine; returns seconds."""
         begin = time.monotonic()
-        await self._cache.fetch(digest, files)
+        async with self._fetching:  # loads, which somebody waits for, need no place here
+            await self._cache.fetch(digest, files)
         return time.monotonic() - begin
+
+    def on_disk(self, digests: Iterable[str]) -> list[str]:
+        """Those of them whose files are on this machine's disk."""
+        return [digest for digest in digests if digest in self._cache]
+
+    async def release(self, digest: str) -> bool:
+        """Remove the files from this machine's disk; False where there are none.
+
+        Raises:
+            DigestPinned: the engine knows a name that uses them.
+        """
+        return await self._cache.release(digest)
+
+    def disk(self) -> dict[str, int]:
+        """How full the disk cache is."""
+        return {
+            "adapters": len(self._cache),
+            "bytes": self._cache.used_bytes,
+            "limit_bytes": self._cache.limit_bytes,
+        }
+
+    def pin(self, adapters: Iterable[Whose]) -> None:
+        """These, and no others, leave host memory only where every other one is busy or pinned too."""
+        self._pinned = frozenset(adapters)
 
     async def _load(self, name: str, digest: str, files: Sequence[BlobFile], owner: str) -> Loaded:
         begin = time.monotonic()
@@ -138,13 +181,16 @@ class Residency:
                 await self._make_room()
                 self._used.add(name)
                 started = time.monotonic()
+                self._loading = (owner, digest)
                 number = await self._engine.load(name, path)
+                self._loading = None
         except BaseException:
+            self._loading = None
             self._cache.unpin(digest)
             raise
         now = time.monotonic()
         self._residents[name] = Resident(
-            name, digest, owner, number, sum(file.size_bytes for file in files), last_used=time.time()
+            name, digest, owner, number, sum(file.size_bytes for file in files), last_used=time.time(), loaded_at=now
         )
         self.load_count += 1
         self.load_seconds += now - started
@@ -162,7 +208,18 @@ class Residency:
             idle = [r for r in self._residents.values() if not (r.in_flight or r.leaving)]
             if not idle:
                 raise LoadQueueFullError("every resident adapter is busy")
-            await self._remove(min(idle, key=lambda resident: resident.last_used))
+            await self._remove(min(idle, key=lambda resident: (self._is_pinned(resident), resident.last_used)))
+
+    def _is_pinned(self, resident: Resident) -> bool:
+        return (resident.owner, resident.digest) in self._pinned
+
+    async def unload_idle(self, idle_s: float) -> None:
+        """Take out, for real, what has had no request for so long and is not pinned; the disk keeps it while it may."""
+        for resident in list(self._residents.values()):
+            async with self._turn:
+                unused = not resident.in_flight and time.time() - resident.last_used > idle_s
+                if unused and not resident.leaving and not self._is_pinned(resident):
+                    await self._remove(resident)
 
     async def unload(self, name: str) -> None:
         """Wait for the adapter's requests, take it out of the engine for real, release its files.
@@ -209,6 +266,26 @@ class Residency:
     async def report(self) -> list[dict[str, object]]:
         """Every resident adapter with its tier, as `GET /tailor/state` shows it."""
         device, _ = await self._engine.residency()
+        return self._report(device)
+
+    def last_report(self) -> list[dict[str, object]]:
+        """`report` without asking the engine, which may be dead: everything counts as in host memory."""
+        return self._report(frozenset())
+
+    def under_suspicion(self) -> list[Whose]:
+        """Whose doing the engine's death may be: the adapter whose load was under way, else those loaded just now."""
+        if self._loading is not None:
+            return [self._loading]
+        since = time.monotonic() - SUSPECT_FOR_S
+        return [(known.owner, known.digest) for known in self._residents.values() if known.loaded_at >= since]
+
+    def latest(self, names: Iterable[str]) -> Whose | None:
+        """The adapter loaded last of those that the names stand for; None where none is a tenant's."""
+        known = [self._residents[name] for name in names if name in self._residents]
+        found = max(known, key=lambda resident: resident.loaded_at, default=None)
+        return None if found is None else (found.owner, found.digest)
+
+    def _report(self, device: Container[int]) -> list[dict[str, object]]:
         return [
             {
                 "name": resident.name,
@@ -218,6 +295,7 @@ class Residency:
                 "bytes": resident.size_bytes,
                 "last_used": resident.last_used,
                 "in_flight": resident.in_flight,
+                "pinned": self._is_pinned(resident),
             }
             for resident in self._residents.values()
             if not resident.leaving

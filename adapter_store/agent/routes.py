@@ -4,14 +4,16 @@ import asyncio
 import hmac
 import logging
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from msgspec import to_builtins
 from pydantic import BaseModel as Schema
 from pydantic import Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from adapter_store.agent.alarm import Alarms
 from adapter_store.agent.engine import Engine, EngineRefusedError
 from adapter_store.agent.residency import (
     NAME,
@@ -21,6 +23,7 @@ from adapter_store.agent.residency import (
     Residency,
 )
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, bundle_digest
+from adapter_store.cache import DigestPinned
 from adapter_store.catalog import BlobFile
 from adapter_store.errors import AdapterStoreError
 
@@ -34,6 +37,7 @@ class Agent:
 
     engine: Engine
     residency: Residency
+    alarms: Alarms
     facts: dict[str, object]
     null_adapter: str | None
     in_flight: int = 0
@@ -51,6 +55,26 @@ class Load(Schema, extra="forbid"):
     owner: Annotated[str, Field(max_length=128)] = ""
     files: Annotated[list[File], Field(min_length=2, max_length=2)]
     tier: Literal["gpu", "disk"] = "gpu"
+
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Digests(Schema, extra="forbid"):
+    digests: Annotated[list[Digest], Field(max_length=1_024)]
+
+
+class Pinned(Schema, extra="forbid"):
+    owner: Annotated[str, Field(max_length=128)]
+    digest: Digest
+
+
+class Pins(Schema, extra="forbid"):
+    adapters: Annotated[list[Pinned], Field(max_length=65_536)]
+
+
+class Recycle(Schema, extra="forbid"):
+    generation: Annotated[str, Field(max_length=64)]
 
 
 class Probe(Schema, extra="forbid"):
@@ -77,12 +101,35 @@ async def state(request: Request) -> Response:
         {
             **agent.facts,
             "null_adapter": agent.null_adapter,
-            "adapters": await agent.residency.report(),
+            "adapters": await _residents(agent),
+            "disk": agent.residency.disk(),
             "loads": {"count": agent.residency.load_count, "seconds": agent.residency.load_seconds},
             "corrupted_requests": agent.engine.corrupted_requests(),
             "in_flight": agent.in_flight,
+            "alarm": to_builtins(agent.alarms.now),
+            "last_alarm": to_builtins(agent.alarms.before),
         }
     )
+
+
+async def _residents(agent: Agent) -> list[dict[str, object]]:
+    """An engine that has died says nothing, not even no."""
+    asked = asyncio.ensure_future(agent.residency.report())
+    if not await _before_an_alarm(agent, asked):
+        return agent.residency.last_report()
+    return asked.result()
+
+
+async def _before_an_alarm(agent: Agent, work: "asyncio.Future[Any]") -> bool:
+    """Whether the work was done, well or not, before an alarm; else it is left alone."""
+    alarm = asyncio.ensure_future(agent.alarms.raised.wait())
+    try:
+        await asyncio.wait({work, alarm}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        alarm.cancel()
+    if not work.done():
+        work.add_done_callback(lambda late: late.cancelled() or late.exception())
+    return work.done()
 
 
 @router.put("/adapters/{name}")
@@ -100,12 +147,17 @@ async def load(request: Request, name: str, body: Load) -> Response:
         if body.tier == "disk":
             fetch_s = await residency.prefetch(digest, files)
             return JSONResponse({"name": name, "tier": "disk", "fetch_s": fetch_s, "load_s": 0.0})
-        done = await residency.load(name, digest, files, owner=body.owner)
+        work = asyncio.ensure_future(residency.load(name, digest, files, owner=body.owner))
+        if not await _before_an_alarm(_agent(request), work):
+            return _ending()
+        done = work.result()
     except NameTakenError:
         return _error(409, "name_taken", "the name was used before in this engine's life")
     except LoadQueueFullError as error:
         return _error(503, "load_queue_full", str(error), **{"retry-after": "1"})
     except EngineRefusedError as error:
+        if _agent(request).engine.is_dead():
+            return _ending()
         log.exception("the engine refused adapter %s", name)
         return _error(422, "engine_refused", str(error))
     except AdapterStoreError as error:
@@ -124,10 +176,51 @@ async def unload(request: Request, name: str) -> Response:
     return Response(status_code=204)
 
 
+def _ending() -> JSONResponse:
+    return _error(503, "engine_ending", "the engine has died or computed NaN: it is started again")
+
+
+@router.post("/disk")
+async def on_disk(request: Request, body: Digests) -> Response:
+    """Which of these are on this machine's disk."""
+    return JSONResponse({"digests": _agent(request).residency.on_disk(body.digests)})
+
+
+@router.delete("/disk/{digest}")
+async def release(request: Request, digest: str) -> Response:
+    """Remove an adapter's files from this machine's disk."""
+    try:
+        known = await _agent(request).residency.release(digest)
+    except DigestPinned:
+        return _error(409, "in_use", "the engine knows a name that uses these files: unload it first")
+    except ValueError:
+        return _error(422, "digest_invalid", "a digest is 64 hex digits")
+    return Response(status_code=204) if known else _error(404, "not_on_disk", "these files are not here")
+
+
+@router.put("/pins")
+async def pin(request: Request, body: Pins) -> Response:
+    """These adapters, and no others, leave host memory last."""
+    _agent(request).residency.pin((adapter.owner, adapter.digest) for adapter in body.adapters)
+    return Response(status_code=204)
+
+
+@router.post("/recycle")
+async def recycle(request: Request, body: Recycle) -> Response:
+    """The gateway has taken note of this engine's alarm: the process ends, for its supervisor to start it again."""
+    agent = _agent(request)
+    if body.generation != agent.facts["generation"] or agent.alarms.now is None:
+        return _error(409, "no_alarm", "this engine has raised no alarm")
+    agent.alarms.heard.set()
+    return Response(status_code=202)
+
+
 @router.post("/probe")
 async def probe(request: Request, body: Probe) -> Response:
     """One token through the engine: the only proof of health (`/health` lies while a step hangs)."""
     agent = _agent(request)
+    if agent.alarms.now is not None:
+        return _ending()
     try:
         async with asyncio.timeout(body.deadline_s):
             latency_s = await agent.engine.generate_one_token(agent.null_adapter)
@@ -164,6 +257,8 @@ class Guard:
         agent: Agent | None = getattr(self._owner.state, "tailor_agent", None)
         if agent is None or not scope["path"].startswith("/v1/"):
             return await self._app(scope, receive, send)
+        if agent.alarms.now is not None:
+            return await _ending()(scope, receive, send)
         agent.in_flight += 1
         try:
             await self._generate(agent, name, scope, receive, send)

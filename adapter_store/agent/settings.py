@@ -13,6 +13,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     `tenant_slots` counts adapters of tenants on the device at once (vLLM's `max_loras` less the null adapter's);
     `host_adapters` the adapters of tenants kept in host memory, the device's included (`max_cpu_loras` likewise).
+    `idle_s`: an adapter without a request for so long is unloaded; 0: none is.
     """
 
     token: str
@@ -26,6 +27,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     host_adapters: int
     max_lora_rank: int
     loads_waiting: int = 64
+    idle_s: float = 0.0
     needs_null_adapter: bool = False
 
     @classmethod

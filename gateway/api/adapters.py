@@ -7,14 +7,28 @@ from pydantic import BaseModel
 
 from adapter_store.catalog import Adapter, Fallback, Version
 from gateway.api.multipart import UploadForm
-from gateway.dependencies import AdapterTenant, AppParts, publisher
+from gateway.dependencies import AdapterTenant, AppParts, Parts, publisher
 from gateway.errors import RequestInvalid
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
 
+class QuarantineObject(BaseModel):
+    """Why a version is held back: an engine computed NaN with it (`corrupted`), or `engine_died`.
+
+    `until` null: until an operator lifts it.
+    """
+
+    reason: str
+    at: int
+    until: int | None
+
+
 class VersionObject(BaseModel):
-    """One immutable version; `digest` is SHA-256 over its two files, `created_at` in Unix seconds."""
+    """One immutable version; `digest` is SHA-256 over its two files, `created_at` in Unix seconds.
+
+    While `quarantine` is not null no engine may have it.
+    """
 
     number: int
     digest: str
@@ -22,6 +36,7 @@ class VersionObject(BaseModel):
     rank: int
     modules: list[str]
     created_at: int
+    quarantine: QuarantineObject | None
 
 
 class AdapterObject(BaseModel):
@@ -67,9 +82,10 @@ async def publish(request: Request, response: Response, tenant_id: AdapterTenant
         await publisher(request, parts)  # an upload may take long: the key may be revoked by now
         version = await parts.store.publish(tenant_id, form.fields["name"], bundle)
     parts.models.forget_tenant(tenant_id)
+    parts.pool.prefetch(version)
     response.headers["location"] = f"/v1/adapters/{version.adapter_name}"
     adapter, _ = await parts.store.show(tenant_id, version.adapter_name)
-    return _adapter(adapter)
+    return _adapter(adapter, parts)
 
 
 @router.get("")
@@ -81,14 +97,14 @@ async def list_adapters(
 ) -> AdapterList:
     """The tenant's adapters by name, a page at a time."""
     page = await parts.store.list(tenant_id, after=after, limit=limit + 1)
-    return AdapterList(data=[_adapter(adapter) for adapter in page[:limit]], has_more=len(page) > limit)
+    return AdapterList(data=[_adapter(adapter, parts) for adapter in page[:limit]], has_more=len(page) > limit)
 
 
 @router.get("/{name}")
 async def show(name: str, tenant_id: AdapterTenant, parts: AppParts) -> AdapterWithVersions:
     """One adapter with all its versions."""
     adapter, versions = await parts.store.show(tenant_id, name)
-    return AdapterWithVersions(**_adapter(adapter).model_dump(), versions=[_version(v) for v in versions])
+    return AdapterWithVersions(**_adapter(adapter, parts).model_dump(), versions=[_version(v, parts) for v in versions])
 
 
 @router.patch("/{name}")
@@ -97,7 +113,7 @@ async def change(name: str, body: AdapterChange, tenant_id: AdapterTenant, parts
     await parts.store.set_fallback(tenant_id, name, body.fallback)
     parts.models.forget_tenant(tenant_id)
     adapter, _ = await parts.store.show(tenant_id, name)
-    return _adapter(adapter)
+    return _adapter(adapter, parts)
 
 
 @router.delete("/{name}", status_code=204)
@@ -108,17 +124,18 @@ async def delete(name: str, tenant_id: AdapterTenant, parts: AppParts) -> None:
     await parts.pool.unload(tenant_id, [version.digest for version in deleted])
 
 
-def _adapter(adapter: Adapter) -> AdapterObject:
+def _adapter(adapter: Adapter, parts: Parts) -> AdapterObject:
     return AdapterObject(
         id=adapter.id,
         name=adapter.name,
         created_at=adapter.created_at,
         fallback=adapter.default.fallback,
-        current=_version(adapter.default),
+        current=_version(adapter.default, parts),
     )
 
 
-def _version(version: Version) -> VersionObject:
+def _version(version: Version, parts: Parts) -> VersionObject:
+    held = parts.quarantine.of(version.tenant_id, version.digest)
     return VersionObject(
         number=version.number,
         digest=version.digest,
@@ -126,4 +143,5 @@ def _version(version: Version) -> VersionObject:
         rank=version.rank,
         modules=list(version.modules),
         created_at=version.created_at,
+        quarantine=None if held is None else QuarantineObject(reason=held.reason, at=held.at, until=held.until),
     )

@@ -74,6 +74,7 @@ class PlanLimits(BaseModel, extra="forbid"):
     max_prompt_bytes: Bound | None = None
     tokens_per_month: Bound | None = None
     loads_per_minute: Bound | None = None
+    pinned_adapters: Annotated[int, Field(ge=0, le=65_536)] = 0
 
 
 class NewPlan(PlanLimits):

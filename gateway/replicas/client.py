@@ -1,6 +1,7 @@
 """The dialect a replica speaks: the agent's control calls and the head of a generation request."""
 
 import asyncio
+from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
 import msgspec
@@ -49,6 +50,31 @@ class ResidentAdapter(msgspec.Struct, frozen=True):
     owner: str = ""
     digest: str = ""
     in_flight: int = 0
+    pinned: bool = False
+
+
+class DiskFacts(msgspec.Struct, frozen=True):
+    """A replica's disk cache of adapters."""
+
+    adapters: int = 0
+    bytes: int = 0
+    limit_bytes: int = 0
+
+
+class Suspect(msgspec.Struct, frozen=True):
+    """An adapter that an alarm may be about."""
+
+    owner: str
+    digest: str
+
+
+class Alarm(msgspec.Struct, frozen=True):
+    """What ended an engine of that `generation`, or is about to; `at` in Unix seconds."""
+
+    generation: str
+    at: float
+    reason: Literal["corrupted", "engine_died"]
+    suspects: tuple[Suspect, ...] = ()
 
 
 class ReplicaReport(msgspec.Struct, frozen=True):
@@ -61,6 +87,9 @@ class ReplicaReport(msgspec.Struct, frozen=True):
     adapters: list[ResidentAdapter]
     corrupted_requests: int = 0
     in_flight: int = 0
+    disk: DiskFacts = DiskFacts()
+    alarm: Alarm | None = None
+    last_alarm: Alarm | None = None
 
 
 class LoadReport(msgspec.Struct, frozen=True):
@@ -70,6 +99,10 @@ class LoadReport(msgspec.Struct, frozen=True):
     tier: str
     fetch_s: float
     load_s: float
+
+
+class _OnDisk(msgspec.Struct):
+    digests: set[str]
 
 
 class _AgentError(msgspec.Struct):
@@ -116,16 +149,25 @@ class ReplicaClient:
         await self._call("POST", "probe", msgspec.json.encode({"deadline_s": deadline_s}), deadline_s + ANSWER_S)
 
     async def look(self, deadline_s: float) -> ReplicaReport:
-        """`state` and `probe` at the same time.
+        """`state` and `probe` at the same time; an engine with an alarm gives no token, but its report.
 
         Raises:
             UpstreamError, TimeoutError, AgentRefusedError: one of them failed.
         """
-        report, _ = await asyncio.gather(self.state(deadline_s), self.probe(deadline_s))
+        probe = asyncio.ensure_future(self.probe(deadline_s))
+        try:
+            report = await self.state(deadline_s)
+            if report.alarm is None:
+                await probe
+        finally:
+            probe.cancel()
+            await asyncio.gather(probe, return_exceptions=True)
         return report
 
-    async def load(self, name: str, version: Version, timeout_s: float) -> LoadReport:
-        """Bring a version into the engine under `name`.
+    async def load(
+        self, name: str, version: Version, timeout_s: float, tier: Literal["gpu", "disk"] = "gpu"
+    ) -> LoadReport:
+        """Bring a version into the engine under `name`, or to the replica's disk alone.
 
         Raises:
             UpstreamError, TimeoutError: unknown whether it is loaded. AgentRefusedError: it is not.
@@ -137,6 +179,7 @@ class ReplicaClient:
                     {"name": file.name, "key": file.key, "sha256": file.sha256, "bytes": file.size_bytes}
                     for file in version.files
                 ],
+                "tier": tier,
             }
         )
         return msgspec.json.decode(await self._call("PUT", f"adapters/{name}", body, timeout_s), type=LoadReport)
@@ -152,6 +195,47 @@ class ReplicaClient:
         except AgentRefusedError as error:
             if error.status != 404:
                 raise
+
+    async def on_disk(self, digests: Sequence[str], timeout_s: float) -> set[str]:
+        """Which of them the replica's disk has.
+
+        Raises:
+            UpstreamError, TimeoutError, AgentRefusedError: it cannot say.
+        """
+        answer = await self._call("POST", "disk", msgspec.json.encode({"digests": digests}), timeout_s)
+        return msgspec.json.decode(answer, type=_OnDisk).digests
+
+    async def release(self, digest: str, timeout_s: float) -> bool:
+        """Remove an adapter's files from the replica's disk; False where the engine still knows them.
+
+        Raises:
+            UpstreamError, TimeoutError, AgentRefusedError: unknown whether they are gone.
+        """
+        try:
+            await self._call("DELETE", f"disk/{digest}", b"", timeout_s)
+        except AgentRefusedError as error:
+            if error.status == 409:
+                return False
+            if error.status != 404:
+                raise
+        return True
+
+    async def pin(self, adapters: Iterable[tuple[str, str]], timeout_s: float) -> None:
+        """Have these adapters, (owner, digest) each, and no others leave host memory last.
+
+        Raises:
+            UpstreamError, TimeoutError, AgentRefusedError: it stays as it was.
+        """
+        pins = [{"owner": owner, "digest": digest} for owner, digest in adapters]
+        await self._call("PUT", "pins", msgspec.json.encode({"adapters": pins}), timeout_s)
+
+    async def recycle(self, generation: str, timeout_s: float) -> None:
+        """Its alarm is noted: the engine may end, for its supervisor to start it again.
+
+        Raises:
+            UpstreamError, TimeoutError, AgentRefusedError: it ends all the same, a little later.
+        """
+        await self._call("POST", "recycle", msgspec.json.encode({"generation": generation}), timeout_s)
 
     def generation_request(self, path: str, adapter: str | None, lines: bytes, body: bytes) -> bytes:
         """Head and body of one request to the engine, as one buffer; all but the body is the gateway's own.

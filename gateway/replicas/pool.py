@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,9 +12,17 @@ from adapter_store.catalog import Version
 from adapter_store.changes import Change
 from adapter_store.errors import StorageError
 from adapter_store.ids import TenantId
-from gateway.errors import ObjectUnknown, ReplicaInSettings, ReplicaUnavailable, TooBusy, TooManyLoads
+from gateway.errors import (
+    AdapterNotLoadable,
+    ObjectUnknown,
+    ReplicaInSettings,
+    ReplicaUnavailable,
+    TooBusy,
+    TooManyLoads,
+)
 from gateway.fairness import Key, LoadAllowance, Turn, VirtualTokenCounters
 from gateway.plans import Plan
+from gateway.quarantine import LIVED_S, Quarantine
 from gateway.replicas.breaker import RetryBudget
 from gateway.replicas.client import ReplicaClient
 from gateway.replicas.replica import Replica, ReplicaOptions, ReplicaState
@@ -29,6 +37,14 @@ LOAD_TRIES: Final = 3
 LEAST_JITTER_S: Final = 0.05  # before a second try of a load; doubled before a third
 MOST_JITTER_S: Final = 0.25
 REVIEW_S: Final = 1.0
+PREFETCH_REPLICAS: Final = 2
+"""The home, and the one that is asked where that is gone or full."""
+PREFETCHES_AT_ONCE: Final = 4
+PREWARM_S: Final = 5.0
+RETIRE_AFTER_S: Final = 30.0
+RETIRE_LOOK_S: Final = 5.0
+RETIRE_WITHIN_S: Final = 900.0
+WhenLoaded = Callable[[Replica, Resident], Awaitable[None]]
 
 
 class Place:
@@ -94,7 +110,14 @@ class ReplicaPool:
         options: ReplicaOptions | None = None,
         spread_at: float = 16,
         roster: Roster | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
+        self._quarantine = quarantine
+        if quarantine is not None:
+            quarantine.on_held = self._take_out
+        self._when_loaded: list[WhenLoaded] = []
+        self._prefetching = asyncio.Semaphore(PREFETCHES_AT_ONCE)
+        self._prefetch_counts = {"ok": 0, "failed": 0}
         self._connect = connect
         self._fingerprint = fingerprint
         self._options = options or ReplicaOptions()
@@ -138,9 +161,98 @@ class ReplicaPool:
     def states(self) -> dict[str, ReplicaState]:
         return {replica.id: replica.state for replica in self._replicas.values()}
 
+    # an adapter's way into the replicas and out of them
+
+    def when_loaded(self, tell: WhenLoaded) -> None:
+        """Have `tell` awaited after every load that this gateway makes, restored adapters included.
+
+        It runs in the background, beside the first requests; one that raises is logged. While a replica comes back it
+        takes no placed requests yet: ask it by its own `client`.
+        """
+        self._when_loaded.append(tell)
+
+    def prefetch(self, version: Version) -> None:
+        """Bring a version's files to the disks of the replicas that will be asked for it first, in the background."""
+        key = (version.tenant_id, version.digest)
+        if self._quarantine is not None and self._quarantine.holds(key):
+            return
+        ready = [replica for replica in self._router.spread(key).order if replica.takes_requests]
+        for replica in ready[:PREFETCH_REPLICAS]:
+            self._spawn(self._prefetch(replica, version))
+
+    async def prewarm(self, old: Version | None, new: Version, *, within_s: float = PREWARM_S) -> int:
+        """Load `new` wherever `old` is, before an alias moves from one to the other; how many replicas hold it then.
+
+        Waits no longer than `within_s`; loads that take longer go on. Never raises: a load that fails is made again by
+        the first request. Where `old` is nowhere, nobody waits for `new` either, and its files are prefetched.
+        """
+        before = None if old is None else (old.tenant_id, old.digest)
+        key = (new.tenant_id, new.digest)
+        holders = [each for each in self._replicas.values() if before and each.takes_requests and each.holds(before)]
+        if not holders:
+            self.prefetch(new)
+            return 0
+        loads = [self._spawn(self._warm(replica, key, new)) for replica in holders]
+        await asyncio.wait(loads, timeout=within_s)
+        return sum(replica.holds(key) for replica in holders)
+
+    def retire(self, version: Version, *, quiet_s: float = RETIRE_AFTER_S, look_s: float = RETIRE_LOOK_S) -> None:
+        """Unload a version that no alias names any more, in the background.
+
+        Each replica lets it go once no gateway has asked for it for `quiet_s` and its last request has ended; its
+        files then stay on disk for as long as there is room. Who still asks for it by its number keeps it.
+        """
+        self._spawn(self._retire(version, quiet_s, look_s))
+
     async def unload(self, tenant_id: TenantId, digests: Sequence[str]) -> None:
-        """Take deleted versions out of every replica."""
-        await asyncio.gather(*(replica.residency.unload(tenant_id, digests) for replica in self._replicas.values()))
+        """Take deleted versions out of every replica, engine and disk."""
+        await asyncio.gather(*(self._erase(replica, tenant_id, digests) for replica in self._replicas.values()))
+
+    @property
+    def prefetch_counts(self) -> dict[str, int]:
+        """Prefetches so far, by what they came to."""
+        return self._prefetch_counts
+
+    @staticmethod
+    async def _erase(replica: Replica, tenant_id: TenantId, digests: Sequence[str]) -> None:
+        await replica.residency.unload(tenant_id, digests)
+        await replica.residency.release(digests)
+
+    async def _prefetch(self, replica: Replica, version: Version) -> None:
+        async with self._prefetching:
+            done = await replica.residency.prefetch(version)
+        self._prefetch_counts["ok" if done else "failed"] += 1
+
+    async def _retire(self, version: Version, quiet_s: float, look_s: float) -> None:
+        key = (version.tenant_id, version.digest)
+        until = time.monotonic() + RETIRE_WITHIN_S
+        while time.monotonic() < until:
+            holders = [replica for replica in self._replicas.values() if replica.holds(key)]
+            if not holders:
+                return
+            for replica in holders:
+                if replica.residency.is_quiet(key, quiet_s):
+                    await replica.residency.unload(version.tenant_id, [version.digest])
+            await asyncio.sleep(look_s)
+
+    def _take_out(self, key: Key) -> None:
+        """An adapter is held back from now on."""
+        for replica in self._replicas.values():
+            if replica.holds(key):
+                self._spawn(replica.residency.unload(key[0], [key[1]]))
+
+    def _note_load(self, replica: Replica, resident: Resident) -> None:
+        for tell in self._when_loaded:
+            self._spawn(_told(tell, replica, resident))
+        if self._quarantine is not None and self._quarantine.is_on_trial(resident.key):
+            self._spawn(self._acquit_later(replica, resident.key))
+
+    async def _acquit_later(self, replica: Replica, key: Key) -> None:
+        before = replica.report.generation if replica.report is not None else None
+        await asyncio.sleep(LIVED_S)
+        if replica.report is not None and replica.report.generation == before and replica.holds(key):
+            assert self._quarantine is not None
+            self._quarantine.acquit(key)
 
     # the hot path
 
@@ -183,7 +295,7 @@ class ReplicaPool:
 
         Raises:
             ReplicaUnavailable: none takes requests. TooBusy, TooManyWaiting: the queue is full, or the wait too long.
-            AdapterNotLoadable: no replica would load it. TooManyLoads: the plan allows no more cold loads just now.
+            AdapterNotLoadable: none would or may load it. TooManyLoads: the plan allows no more cold loads just now.
         """
         place = self.place_now(version, tenant_id, plan, cost=cost, choices=choices, tried=tried)
         if place is not None:
@@ -191,6 +303,8 @@ class ReplicaPool:
         if not tried:
             self._retries.request()
         key = None if version is None else (version.tenant_id, version.digest)
+        if key is not None and self._quarantine is not None:
+            self._quarantine.check(key)
         replica = self._pick(key, tried)
         return await self._place_in_turn(replica, version, tenant_id, plan, cost, choices, tried)
 
@@ -312,7 +426,7 @@ class ReplicaPool:
         """Load an adapter into its new home before requests go there."""
         try:
             await replica.residency.hold(version, patient=False)
-        except LoadFailed as error:
+        except AdapterNotLoadable as error:
             log.warning("adapter %s gets no further home in %s: %s", version.digest, replica.id, error)
             self._router.avoid(key, replica)
 
@@ -432,6 +546,8 @@ class ReplicaPool:
             options=self._options,
             counters=self._counters,
             on_change=self._recount,
+            on_loaded=self._note_load,
+            quarantine=self._quarantine,
         )
         self._replicas[url] = replica
         self._router.set_hosts(self._replicas.values())
@@ -468,7 +584,15 @@ class ReplicaPool:
         ready = [replica for replica in self._replicas.values() if replica.state is ReplicaState.READY]
         self._only = ready[0] if len(ready) == 1 else None
 
-    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
+    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> "asyncio.Task[None]":
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+
+async def _told(tell: WhenLoaded, replica: Replica, resident: Resident) -> None:
+    try:
+        await tell(replica, resident)
+    except Exception:  # an edge: who is told must not take the load with it
+        log.exception("adapter %s of tenant %s: what follows its load failed", resident.key[1], resident.key[0])

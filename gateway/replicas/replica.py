@@ -13,9 +13,10 @@ from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
 from gateway.errors import GatewayError
 from gateway.fairness import FairGate, GateLimits, Key, OpenSet, VirtualTokenCounters
+from gateway.quarantine import Quarantine
 from gateway.replicas.breaker import Breaker
-from gateway.replicas.client import CONTROL_ERRORS, EngineFacts, ReplicaClient, ReplicaReport
-from gateway.replicas.residency import Residency
+from gateway.replicas.client import CONTROL_ERRORS, Alarm, EngineFacts, ReplicaClient, ReplicaReport
+from gateway.replicas.residency import Residency, Resident
 from gateway.replicas.roster import replica_id
 from gateway.replicas.turns import Turns
 from gateway.replicas.upstream import OutOfDescriptorsError
@@ -78,21 +79,32 @@ class Replica:
         options: ReplicaOptions,
         counters: VirtualTokenCounters,
         on_change: Callable[[], None] = lambda: None,
+        on_loaded: Callable[["Replica", Resident], None] = lambda _, __: None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         self.url = client.upstream.url
         self.id = replica_id(self.url)
         self.client = client
-        self.residency = Residency(client, load_timeout_s=options.load_timeout_s)
+        self._look_now = asyncio.Event()
+        self.residency = Residency(
+            client,
+            load_timeout_s=options.load_timeout_s,
+            quarantine=quarantine,
+            on_loaded=lambda resident: on_loaded(self, resident),
+            on_ending=self._look_now.set,
+        )
         self.state = ReplicaState.UNREACHABLE
         self.report: ReplicaReport | None = None
         self.drain_wanted = False
         self.breaker = Breaker(time.monotonic)
         self.gate = _gate(options, counters)
         self.turns = Turns(self.gate)
+        self.recycles = 0
+        self._quarantine = quarantine
+        self._recycled = ""
         self._options = options
         self._fingerprint = fingerprint
         self._on_change = on_change
-        self._look_now = asyncio.Event()
         self._last_reason = ""
 
     # what the hot path reads
@@ -216,6 +228,9 @@ class Replica:
                 self._become(ReplicaState.MISMATCHED)
             return False
         fresh = self.report is None or self.report.generation != report.generation
+        if report.alarm is not None:
+            await self._recycle(report, report.alarm)
+            return False
         self.report = report
         self._fit_gate(report, opened | self._open_keys())
         if fresh:
@@ -225,6 +240,25 @@ class Replica:
             self.residency.adopt(report.adapters, asked_at=asked_at)
         self._note_health()
         return False
+
+    async def _recycle(self, report: ReplicaReport, alarm: Alarm) -> None:
+        """An engine that has died or computed NaN is started again; its suspect is held back before it is back."""
+        self._heed(alarm)
+        if self._recycled == alarm.generation:
+            return
+        self._recycled = alarm.generation
+        self.recycles += 1
+        self._tell(f"its engine ends: {alarm.reason}")
+        self.client.upstream.close()  # whatever it still computes may be wrong
+        self._become(ReplicaState.UNREACHABLE)
+        try:
+            await self.client.recycle(report.generation, self._options.probe_deadline_s)
+        except CONTROL_ERRORS as error:
+            log.warning("replica %s ends by itself: %r", self.id, error)
+
+    def _heed(self, alarm: Alarm) -> None:
+        if self._quarantine is not None:
+            self._quarantine.accuse(alarm, self.id)
 
     def _note_silence(self, error: BaseException, asked_at: float) -> bool:
         serving = self.state in (ReplicaState.READY, ReplicaState.DRAINING)
@@ -283,6 +317,9 @@ class Replica:
         """
         self._become(ReplicaState.RESTORING)
         held = self.residency.start_over()
+        if report.last_alarm is not None:
+            self._heed(report.last_alarm)
+            held = _without_suspects(held, report.last_alarm)
         self.residency.adopt(report.adapters, asked_at=asked_at)
         with suppress(TimeoutError):
             async with asyncio.timeout(self._options.load_timeout_s):
@@ -312,6 +349,12 @@ class Replica:
             self.turns.turn_away()
         if state in (ReplicaState.UNREACHABLE, ReplicaState.TRIPPED):
             self.residency.abandon()
+
+
+def _without_suspects(held: list[Version], alarm: Alarm) -> list[Version]:
+    """Who may have ended the engine is loaded only when it is asked for, which tells suspects apart."""
+    suspects = {(suspect.owner, suspect.digest) for suspect in alarm.suspects}
+    return [version for version in held if (version.tenant_id, version.digest) not in suspects]
 
 
 def _gate(options: ReplicaOptions, counters: VirtualTokenCounters) -> FairGate:

@@ -10,7 +10,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
@@ -20,6 +20,9 @@ from gateway.replicas.client import CONTROL_ERRORS, AgentRefusedError, LoadRepor
 
 log = logging.getLogger("tailor.residency")
 PATIENCE_S: Final = 3.0
+ENGINE_ENDING: Final = "engine_ending"
+WORD_S: Final = 2.0
+"""How long a load that met an engine's end waits before it is tried elsewhere: it may be the cause."""
 
 
 @dataclass(slots=True)
@@ -32,6 +35,8 @@ class Resident:
     last_used: float
     loaded_at: float = 0.0
     tier: str = "gpu"
+    in_flight: int = 0
+    """Requests of all gateways at the last report."""
 
 
 class LoadFailed(AdapterNotLoadable):
@@ -54,13 +59,32 @@ class _Flight:
     outcome: asyncio.Future[Resident]
 
 
+class KeepsOut(Protocol):
+    """What residency asks of the quarantine; `gateway.quarantine.Quarantine`, a plain class in tests."""
+
+    def check(self, key: Key) -> None: ...
+    def holds(self, key: Key) -> bool: ...
+
+
 class Residency:
     """One replica's adapters. Loads are single-flight per adapter, one at a time per replica, in turn between tenants.
 
     A load that takes more than `patience_s` gives its turn away and goes on beside the next: it may hang for ever.
     """
 
-    def __init__(self, client: ReplicaClient, *, load_timeout_s: float, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        client: ReplicaClient,
+        *,
+        load_timeout_s: float,
+        patience_s: float = PATIENCE_S,
+        quarantine: KeepsOut | None = None,
+        on_loaded: Callable[[Resident], None] = lambda _: None,
+        on_ending: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._quarantine = quarantine
+        self._on_loaded = on_loaded
+        self._on_ending = on_ending
         self._client = client
         self._load_timeout_s = load_timeout_s
         self._patience_s = patience_s
@@ -99,11 +123,14 @@ class Residency:
 
         Raises:
             LoadFailed: the replica would not take it. SlowLoad: it has not ended in time.
+            AdapterQuarantined: no replica may have it just now.
         """
         resident = self.held(version)
         if resident is not None:
             return resident
         key = (version.tenant_id, version.digest)
+        if self._quarantine is not None:
+            self._quarantine.check(key)
         flight = self._loading.get(key)
         if flight is None:
             if allow is not None:
@@ -182,10 +209,13 @@ class Residency:
         except CONTROL_ERRORS as error:
             self.failed_loads += 1
             log.warning("adapter %s of tenant %s not loaded: %r", version.digest, version.tenant_id, error)
+            if isinstance(error, AgentRefusedError) and error.code == ENGINE_ENDING:
+                self._on_ending()
+                await asyncio.sleep(WORD_S)  # cut short by `abandon`, once it is known whose doing the end is
             raise _not_loadable(error) from error
-        return self._note(key, version, report)
+        return self._note(key, version, name, report)
 
-    def _note(self, key: Key, version: Version, report: LoadReport) -> Resident:
+    def _note(self, key: Key, version: Version, asked: str, report: LoadReport) -> Resident:
         self.load_count += 1
         self.load_seconds += report.load_s
         log.info(
@@ -193,7 +223,10 @@ class Residency:
             version.digest, version.tenant_id, report.name, report.fetch_s, report.load_s,
         )  # fmt: skip
         resident = Resident(key, report.name, version, time.time(), loaded_at=time.monotonic())
-        return self._residents.setdefault(key, resident)
+        known = self._residents.setdefault(key, resident)
+        if known is resident and report.name == asked:  # else another gateway has loaded it, and told whom it concerns
+            self._on_loaded(resident)
+        return known
 
     def forget(self, resident: Resident) -> None:
         """The replica says that it does not know this name: the next request loads afresh."""
@@ -212,17 +245,43 @@ class Residency:
         for resident in list(self._residents.values()):
             adapter = known.get(resident.name)
             if adapter is not None:
-                resident.tier = adapter.tier
+                resident.tier, resident.in_flight = adapter.tier, adapter.in_flight
+                resident.last_used = max(resident.last_used, adapter.last_used)
             elif resident.loaded_at < asked_at:
                 self.forget(resident)
                 self.evictions += 1
         for adapter in known.values():
             if adapter.owner:
                 key = (TenantId(adapter.owner), adapter.digest)
-                self._residents.setdefault(key, Resident(key, adapter.name, None, adapter.last_used, tier=adapter.tier))
+                if self._quarantine is None or not self._quarantine.holds(key):
+                    self._residents.setdefault(
+                        key, Resident(key, adapter.name, None, adapter.last_used, tier=adapter.tier)
+                    )
+
+    def is_quiet(self, key: Key, for_s: float) -> bool:
+        """Whether no gateway has asked for the adapter for so long."""
+        resident = self._residents.get(key)
+        return resident is not None and not resident.in_flight and time.time() - resident.last_used > for_s
+
+    async def prefetch(self, version: Version) -> bool:
+        """Bring a version's files to the replica's disk; False where that failed: the load will fetch them."""
+        try:
+            await self._client.load(f"a-{secrets.token_hex(16)}", version, self._load_timeout_s, "disk")
+        except CONTROL_ERRORS as error:
+            log.warning("adapter %s of tenant %s not prefetched: %r", version.digest, version.tenant_id, error)
+            return False
+        return True
+
+    async def release(self, digests: Iterable[str]) -> None:
+        """Take files off the replica's disk; what is still in use there goes when room is needed."""
+        for digest in digests:
+            try:
+                await self._client.release(digest, self._load_timeout_s)
+            except CONTROL_ERRORS as error:
+                log.warning("the files of adapter %s are still on the replica's disk: %r", digest, error)
 
     async def unload(self, tenant_id: TenantId, digests: Iterable[str]) -> None:
-        """Take a tenant's deleted versions out of the replica; a failure is mended by the replica's own eviction."""
+        """Take a tenant's versions out of the replica; a failure is mended by the replica's own eviction."""
         for key in ((tenant_id, digest) for digest in digests):
             # two gateways that load one adapter at the same time give it two names
             names = {name for name, other in self._reported.items() if other == key}

@@ -57,6 +57,12 @@ class Faults:
     status: int | None = None
     status_body: bytes = b'{"error":{"message":"internal /secret/path a-0000","code":500}}'
     event_delay_s: float = 0.0
+    nan_digests: set[str] = field(default_factory=set)
+    """Answers of these adapters are computed with NaN; from then on everybody's are, until the engine is a new one."""
+    deadly_digests: set[str] = field(default_factory=set)
+    """The engine dies while it loads one of these."""
+    restart_s: float = 0.2
+    """What an engine that has ended takes to be back."""
 
 
 @dataclass
@@ -99,6 +105,14 @@ class FakeReplica:
     loads: list[str] = field(default_factory=list)
     load_times: list[float] = field(default_factory=list)
     evicted: list[str] = field(default_factory=list)
+    disk: set[str] = field(default_factory=set)
+    prefetched: list[str] = field(default_factory=list)
+    pins: list[dict[str, str]] = field(default_factory=list)
+    alarm: dict[str, Any] | None = None
+    last_alarm: dict[str, Any] | None = None
+    alarmed_at: float = 0.0
+    recycled: list[str] = field(default_factory=list)
+    poisoned: bool = False
     probes: int = 0
     cancelled: int = 0
     connections: int = 0
@@ -107,6 +121,8 @@ class FakeReplica:
     port: int = 0
     _server: asyncio.Server | None = None
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
+    _ending: asyncio.Task[None] | None = None
+    _owner: str = ""
 
     @property
     def url(self) -> str:
@@ -121,6 +137,9 @@ class FakeReplica:
 
     async def stop(self) -> None:
         """As kill -9 does: every connection is cut."""
+        if self._ending is not None and self._ending is not asyncio.current_task():
+            self._ending.cancel()
+            await asyncio.gather(self._ending, return_exceptions=True)
         if self._server is not None:
             self._server.close()
             for writer in list(self._writers):
@@ -136,7 +155,26 @@ class FakeReplica:
         self.generation = secrets.token_hex(8)
         self.adapters.clear()
         self.used_names.clear()
+        self.last_alarm, self.alarm, self.poisoned = self.alarm or self.last_alarm, None, False
+        self.pins = []
         await self.start()
+
+    def _raise_alarm(self, reason: str, digest: str) -> None:
+        """As the agent does: the process ends soon, heard or not."""
+        if self.alarm is not None:
+            return
+        self.alarmed_at = time.monotonic()
+        owner = next((known["owner"] for known in self.adapters.values() if known["digest"] == digest), self._owner)
+        suspects = [{"owner": owner, "digest": digest}]
+        self.alarm = {"generation": self.generation, "at": time.time(), "reason": reason, "suspects": suspects}
+        if reason == "engine_died":
+            self._ending = asyncio.create_task(self._end(1.0))
+
+    async def _end(self, after_s: float) -> None:
+        await asyncio.sleep(after_s)
+        await self.stop()
+        await asyncio.sleep(self.faults.restart_s)
+        await self.restart()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -171,6 +209,15 @@ class FakeReplica:
             return self._json(writer, 200, self._state())
         if path == "/tailor/probe":
             return await self._probe(writer)
+        if path.startswith("/tailor/disk"):
+            return self._disk(method, path, body, writer)
+        if path == "/tailor/pins":
+            self.pins = json.loads(body)["adapters"]
+            return self._json(writer, 204, {})
+        if path == "/tailor/recycle":
+            return self._recycle(json.loads(body)["generation"], writer)
+        if self.alarm is not None:
+            return self._json(writer, 503, {"error": {"code": "engine_ending"}})
         if path.startswith("/tailor/adapters/"):
             return await self._adapter(method, path.rsplit("/", 1)[1], body, writer)
         return await self._generate(path, headers, json.loads(body), reader, writer)
@@ -191,45 +238,82 @@ class FakeReplica:
                 "max_num_seqs": self.max_num_seqs,
             },
             "null_adapter": self.null_adapter,
-            "adapters": list(self.adapters.values()),
+            "adapters": [{**known, "pinned": self._is_pinned(known)} for known in self.adapters.values()],
+            "disk": {"adapters": len(self.disk), "bytes": len(self.disk), "limit_bytes": 1 << 30},
             "loads": {"count": len(self.loads), "seconds": 0.0},
-            "corrupted_requests": 0,
+            "corrupted_requests": int(self.poisoned),
             "in_flight": self.in_flight,
+            "alarm": self.alarm,
+            "last_alarm": self.last_alarm,
         }
+
+    def _is_pinned(self, known: dict[str, Any]) -> bool:
+        return {"owner": known["owner"], "digest": known["digest"]} in self.pins
+
+    def _recycle(self, generation: str, writer: asyncio.StreamWriter) -> None:
+        if self.alarm is None or generation != self.generation:
+            return self._json(writer, 409, {"error": {"code": "no_alarm"}})
+        if self._ending is None or self._ending.done():
+            self.recycled.append(generation)
+            self._ending = asyncio.create_task(self._end(0.05))
+        return self._json(writer, 202, {})
+
+    def _disk(self, method: str, path: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+        if method == "POST":
+            held = [digest for digest in json.loads(body)["digests"] if digest in self.disk]
+            return self._json(writer, 200, {"digests": held})
+        digest = path.rsplit("/", 1)[1]
+        if any(known["digest"] == digest for known in self.adapters.values()):
+            return self._json(writer, 409, {"error": {"code": "in_use"}})
+        there = digest in self.disk
+        self.disk.discard(digest)
+        return self._json(writer, 204 if there else 404, {} if there else {"error": {"code": "not_on_disk"}})
 
     async def _probe(self, writer: asyncio.StreamWriter) -> None:
         self.probes += 1
+        if self.alarm is not None:
+            return self._json(writer, 503, {"error": {"code": "engine_ending"}})
         if self.faults.probe_hangs or (self.engine is not None and self.engine.frozen):
             await asyncio.sleep(3_600)
         self._json(writer, 200, {"latency_s": 0.001})
+        return None
 
     async def _adapter(self, method: str, name: str, body: bytes, writer: asyncio.StreamWriter) -> None:
         if method == "DELETE":
             known = self.adapters.pop(name, None)
             self._json(writer, 204 if known else 404, {} if known else {"error": {"code": "adapter_unknown"}})
-            return
+            return None
+        asked = json.loads(body)
+        self._check_files(name, asked["files"])
+        hashes = {file["name"]: file["sha256"] for file in asked["files"]}
+        digest = bundle_digest(hashes[CONFIG_FILE], hashes[WEIGHTS_FILE])
+        if asked["tier"] == "disk":
+            self.prefetched.append(digest)
+            self.disk.add(digest)
+            return self._json(writer, 200, {"name": name, "tier": "disk", "fetch_s": 0.0, "load_s": 0.0})
         if name in self.used_names:
             self.violations.append(f"name {name} used again")
         self.used_names.add(name)
-        asked = json.loads(body)
-        self._check_files(name, asked["files"])
+        if digest in self.faults.deadly_digests:
+            self._owner = asked["owner"]
+            self._raise_alarm("engine_died", digest)
+            return self._json(writer, 503, {"error": {"code": "engine_ending"}})
         if self.faults.load_hangs:
             self.faults.load_hangs -= 1
             await asyncio.sleep(3_600)
         await asyncio.sleep(self.faults.load_delay_s)
         if self.faults.load_status is not None:
             self._json(writer, self.faults.load_status, {"error": {"code": "load_failed"}})
-            return
+            return None
         if not self._make_room():
             self._json(writer, 503, {"error": {"code": "load_queue_full"}})
-            return
+            return None
         if self.engine is not None and self.engine.load_s:
             self.engine.stall(self.engine.load_s)
             await asyncio.sleep(self.engine.load_s)
         self.loads.append(name)
         self.load_times.append(time.monotonic())
-        hashes = {file["name"]: file["sha256"] for file in asked["files"]}
-        digest = bundle_digest(hashes[CONFIG_FILE], hashes[WEIGHTS_FILE])
+        self.disk.add(digest)
         if not self.faults.load_absent:
             self.adapters[name] = {
                 "name": name,
@@ -241,6 +325,7 @@ class FakeReplica:
                 "in_flight": 0,
             }
         self._json(writer, 200, {"name": name, "tier": "gpu", "fetch_s": 0.0, "load_s": 0.0})
+        return None
 
     def _check_files(self, name: str, files: list[dict[str, Any]]) -> None:
         if {file["name"] for file in files} != {CONFIG_FILE, WEIGHTS_FILE}:
@@ -254,7 +339,7 @@ class FakeReplica:
             idle = [known for known in self.adapters.values() if not known["in_flight"]]
             if not idle:
                 return False
-            leaves = min(idle, key=lambda known: float(known["last_used"]))
+            leaves = min(idle, key=lambda known: (self._is_pinned(known), float(known["last_used"])))
             self.evicted.append(leaves["name"])
             del self.adapters[leaves["name"]]
         return True
@@ -278,6 +363,9 @@ class FakeReplica:
         if name is not None and name != self.null_adapter and name not in self.adapters:
             return self._json(writer, 404, {"error": {"code": "adapter_unknown"}})
         known = self.adapters.get(name or "", {})
+        if known and known["digest"] in self.faults.nan_digests:
+            self.poisoned = True
+            self._raise_alarm("corrupted", known["digest"])
         self.in_flight += 1
         if known:
             known["in_flight"] += 1
@@ -358,6 +446,8 @@ class FakeReplica:
 
     def text_of(self, name: str | None) -> str:
         """What an adapter answers; the base has its own words."""
+        if self.poisoned:
+            return "!!!!"
         return f"I am {self.adapters[name]['digest']}" if name in self.adapters else "I am the base"
 
     async def _whole(

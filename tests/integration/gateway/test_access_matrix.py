@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from sqlalchemy import update
 from adapter_store.transactions import writing
 from gateway.database import api_keys
 from gateway.front import OPEN_PATHS
+from gateway.replicas.client import Alarm, Suspect
 from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, live_routes
 
@@ -85,6 +87,8 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "POST /admin/v1/replicas/{replica}/drain":   (403,  403,  403,  403,    200,     404),
     "POST /admin/v1/replicas/{replica}/resume":  (403,  403,  403,  403,    200,     404),
     "DELETE /admin/v1/replicas/{replica}":       (403,  403,  403,  403,    204,     404),
+    "GET /admin/v1/quarantine":                  (403,  403,  403,  403,    200,     200),
+    "DELETE /admin/v1/quarantine/{held_id}":     (403,  403,  403,  403,    204,     404),
 }
 # fmt: on
 
@@ -172,6 +176,13 @@ class World:
     async def replica(self) -> str:
         return str((await self._make("/admin/v1/replicas", {"url": f"unix:/nowhere/{self.new_name('r')}"}))["id"])
 
+    async def held(self) -> str:
+        """An adapter that an engine came to harm with."""
+        quarantine = self.gateway.parts.quarantine
+        suspect = Suspect("tnt_0", sha256(self.new_name("held").encode()).hexdigest())
+        quarantine.accuse(Alarm(self.new_name("engine"), time.time(), "corrupted", (suspect,)), "r-0")
+        return quarantine.held()[0].id
+
     def upload(self, name: str) -> dict[str, Any]:
         files = {file.name: (file.name, file.read_bytes()) for file in self.folder.iterdir()}
         return {"name": (None, name), **files}
@@ -221,6 +232,7 @@ SUBJECTS: Final = (
     Subject("{plan}", World.plan, "plan-0"),
     Subject("{tenant}", World.tenant, "tnt_" + "0" * 24),
     Subject("{replica}", World.replica, "0" * 12),
+    Subject("{held_id}", World.held, "q-" + "0" * 16),
 )
 MODEL: Final = Subject("", World.adapter, "bot-0")
 
