@@ -45,42 +45,70 @@ IGNORED_FIELDS = frozenset(
     {"auto_mapping", "ensure_weight_tying", "eva_config", "inference_mode", "lora_dropout", "lora_ga_config"}
     | {"megatron_core", "peft_version", "qalora_group_size", "revision", "unsloth_fixed"}
 )
-MERGE = "merge what it trained into a plain LoRA, or train again without it"
-CONVERT_INIT = "save it with PEFT's path_initial_model_for_weight_conversion: a plain LoRA for the unchanged base"
+SAVE_AGAIN = "model.save_pretrained(OUT) writes it anew"
+NEAREST = "peft.save_as_lora(OUT, model, rank=R) writes the nearest plain LoRA"
+RETRAIN = "it has no conversion: train again with peft.LoraConfig"
+# PEFT 0.21's additive methods: the ones whose layers say `supports_lora_conversion`.
+CONVERTIBLE_TYPES = frozenset(
+    {"C3A", "DELORA", "FOURIERFT", "GRALORA", "HIRA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "SHIRA"}
+    | {"TINYLORA", "UNILORA", "VBLORA", "VERA", "WAVEFT"}
+)
+# https://huggingface.co/docs/peft, "PiSSA" and "OLoRA": what was trained is the difference to the first weights.
+CONVERT_INIT = (
+    "model.save_pretrained('init') before training, then "
+    "model.save_pretrained(OUT, path_initial_model_for_weight_conversion='init') writes a plain LoRA of twice the rank "
+    "for the unchanged base; without it train again with init_lora_weights=True"
+)
+CONVERT_LOFTQ = (
+    "it belongs to a quantized base that is not served: train again with peft.LoraConfig(init_lora_weights=True)"
+)
+LIST_PATHS = "list the full paths in target_modules (model.targeted_module_names) and set this to null: no retraining"
 # Field → (code, hint); each must be absent, null, false or empty.
 UNSUPPORTED_FIELDS: Mapping[str, tuple[FaultCode, str]] = {
     "use_dora": (
         FaultCode.DORA_UNSUPPORTED,
-        "train with use_dora=false: the engine cannot apply the magnitude vector",
+        f"{NEAREST}: compare its answers; or train again with peft.LoraConfig(use_dora=False)",
     ),
-    "lora_bias": (FaultCode.BIAS_UNSUPPORTED, "train with lora_bias=false"),
-    "alora_invocation_tokens": (FaultCode.ALORA_UNSUPPORTED, "train a plain LoRA"),
-    "modules_to_save": (FaultCode.MODULES_TO_SAVE_UNSUPPORTED, "train without modules_to_save"),
-    "trainable_token_indices": (FaultCode.TOKENS_UNSUPPORTED, "train without trainable_token_indices"),
-    "layer_replication": (FaultCode.LAYER_REPLICATION_UNSUPPORTED, "train on the base model's own layers"),
-    "layers_to_transform": (
-        FaultCode.LAYER_SELECTION_UNSUPPORTED,
-        "name the layers' modules in target_modules",
+    "lora_bias": (FaultCode.BIAS_UNSUPPORTED, "train again with peft.LoraConfig(lora_bias=False)"),
+    "alora_invocation_tokens": (
+        FaultCode.ALORA_UNSUPPORTED,
+        "it acts only after its tokens: train again with peft.LoraConfig(alora_invocation_tokens=None)",
     ),
-    "layers_pattern": (FaultCode.LAYER_SELECTION_UNSUPPORTED, "name the layers' modules in target_modules"),
-    "exclude_modules": (
-        FaultCode.LAYER_SELECTION_UNSUPPORTED,
-        "name the modules that are left in target_modules",
+    "modules_to_save": (
+        FaultCode.MODULES_TO_SAVE_UNSUPPORTED,
+        "tenants share one base: train again with peft.LoraConfig(modules_to_save=None)",
     ),
-    "target_parameters": (FaultCode.TARGET_PARAMETERS_UNSUPPORTED, "target modules, not parameters"),
-    "loftq_config": (FaultCode.INIT_UNSUPPORTED, CONVERT_INIT),
+    "trainable_token_indices": (
+        FaultCode.TOKENS_UNSUPPORTED,
+        "tenants share one vocabulary: train again with peft.LoraConfig(trainable_token_indices=None)",
+    ),
+    "layer_replication": (
+        FaultCode.LAYER_REPLICATION_UNSUPPORTED,
+        "tenants share one base: train again with peft.LoraConfig(layer_replication=None)",
+    ),
+    "layers_to_transform": (FaultCode.LAYER_SELECTION_UNSUPPORTED, LIST_PATHS),
+    "layers_pattern": (FaultCode.LAYER_SELECTION_UNSUPPORTED, LIST_PATHS),
+    "exclude_modules": (FaultCode.LAYER_SELECTION_UNSUPPORTED, LIST_PATHS),
+    "target_parameters": (
+        FaultCode.TARGET_PARAMETERS_UNSUPPORTED,
+        "train again with peft.LoraConfig(target_modules=[...]) and no target_parameters",
+    ),
+    "loftq_config": (FaultCode.INIT_UNSUPPORTED, CONVERT_LOFTQ),
     "corda_config": (FaultCode.INIT_UNSUPPORTED, CONVERT_INIT),
     "fan_in_fan_out": (
         FaultCode.VARIANT_UNSUPPORTED,
-        "this base model's layers are (out, in): set it to false",
+        "this base model's layers are (out, in): train again with peft.LoraConfig(fan_in_fan_out=False)",
     ),
-    "megatron_config": (FaultCode.VARIANT_UNSUPPORTED, MERGE),
-    "use_qalora": (FaultCode.VARIANT_UNSUPPORTED, MERGE),
-    "use_bdlora": (FaultCode.VARIANT_UNSUPPORTED, MERGE),
-    "arrow_config": (FaultCode.VARIANT_UNSUPPORTED, MERGE),
-    "kasa_config": (FaultCode.VARIANT_UNSUPPORTED, MERGE),
-    "monteclora_config": (FaultCode.VARIANT_UNSUPPORTED, MERGE),
-    "velora_config": (FaultCode.VARIANT_UNSUPPORTED, MERGE),
+    "megatron_config": (
+        FaultCode.VARIANT_UNSUPPORTED,
+        "train again with peft.LoraConfig(megatron_config=None)",
+    ),
+    "use_qalora": (FaultCode.VARIANT_UNSUPPORTED, "train again with peft.LoraConfig(use_qalora=False)"),
+    "use_bdlora": (FaultCode.VARIANT_UNSUPPORTED, f"{NEAREST}, or train again with peft.LoraConfig(use_bdlora=None)"),
+    "arrow_config": (FaultCode.VARIANT_UNSUPPORTED, "publish each of the routed adapters by itself"),
+    "kasa_config": (FaultCode.VARIANT_UNSUPPORTED, "it changes the base: train again with peft.LoraConfig()"),
+    "monteclora_config": (FaultCode.VARIANT_UNSUPPORTED, f"{NEAREST}, or train again with peft.LoraConfig()"),
+    "velora_config": (FaultCode.VARIANT_UNSUPPORTED, f"{NEAREST}, or train again with peft.LoraConfig()"),
 }
 
 
@@ -129,32 +157,35 @@ def read_members(data: bytes, faults: Faults) -> dict[str, object] | None:
     try:
         members = parse(data, max_depth=MAX_DEPTH, max_items=MAX_ITEMS)
     except JsonInvalid as error:
-        faults.add(FaultCode.CONFIG_NOT_JSON, CONFIG_FILE, str(error), "a JSON object in UTF-8")
+        faults.add(FaultCode.CONFIG_NOT_JSON, CONFIG_FILE, str(error), "a JSON object in UTF-8", SAVE_AGAIN)
         return None
     if not isinstance(members, dict):
-        faults.add(FaultCode.CONFIG_NOT_JSON, CONFIG_FILE, brief(members), "a JSON object")
+        faults.add(FaultCode.CONFIG_NOT_JSON, CONFIG_FILE, brief(members), "a JSON object", SAVE_AGAIN)
         return None
     return members
 
 
 def check_config(members: dict[str, object], base: BaseModel, bounds: Bounds, faults: Faults) -> LoraConfig | None:
-    """Every fault is added to `faults`; None when there was one."""
-    before = len(faults)
+    """Every fault is added to `faults`. None where the tensors cannot be compared with it.
+
+    A faulty alpha, bias or init leaves ranks and modules as they are: they are compared all the same, so that
+    faults of both files are told at once.
+    """
     checker = _Checker(members, base, bounds, faults)
-    checker.check_kind()
+    if not checker.check_kind():
+        return None
     checker.check_init()
     checker.check_features()
-    config = checker.read()
-    return config if len(faults) == before else None
+    return checker.read()
 
 
 def check_base_name(members: dict[str, object], base: BaseModel, faults: Faults) -> None:
     """For weights without a fingerprint: the last part of the name that PEFT wrote must be the base's."""
-    named = members.get("base_model_name_or_path")
+    field = "base_model_name_or_path"
+    named = members.get(field)
     if isinstance(named, str) and named and _last_part(named) != _last_part(base.name):
-        hint = f"if it really was trained on this base, set base_model_name_or_path to '{base.name}'"
-        where = _where("base_model_name_or_path")
-        faults.add(FaultCode.BASE_MISMATCH, where, brief(named), f"'{base.name}'", hint)
+        hint = f"if it really was trained on this base, set {field} to '{base.name}'"
+        faults.add(FaultCode.BASE_MISMATCH, CONFIG_FILE, brief(named), f"'{base.name}'", hint, field=field)
 
 
 class _Checker:
@@ -167,26 +198,34 @@ class _Checker:
         self.faults = faults
 
     def fault(self, code: FaultCode, field: str, found: object, expected: str, hint: str = "") -> None:
-        self.faults.add(code, _where(field), brief(found), expected, hint)
+        self.faults.add(code, CONFIG_FILE, brief(found), expected, hint, field=field)
 
-    def check_kind(self) -> None:
+    def check_kind(self) -> bool:
+        """False for another of PEFT's methods, whose fields and tensors are others altogether."""
         kind, task, bias = (self.members.get(field) for field in ("peft_type", "task_type", "bias"))
         if kind != "LORA":
-            self.fault(FaultCode.NOT_LORA, "peft_type", kind, "'LORA'", MERGE)
+            convertible = isinstance(kind, str) and kind.upper() in CONVERTIBLE_TYPES
+            self.fault(FaultCode.NOT_LORA, "peft_type", kind, "'LORA'", NEAREST if convertible else RETRAIN)
+            if isinstance(kind, str):
+                return False
         if task not in (None, "CAUSAL_LM"):
-            self.fault(FaultCode.TASK_UNSUPPORTED, "task_type", task, "'CAUSAL_LM'")
+            hint = "train again with peft.LoraConfig(task_type='CAUSAL_LM')"
+            self.fault(FaultCode.TASK_UNSUPPORTED, "task_type", task, "'CAUSAL_LM'", hint)
         if bias not in (None, "none"):
-            self.fault(FaultCode.BIAS_UNSUPPORTED, "bias", bias, "'none'", "train with bias='none'")
+            hint = "train again with peft.LoraConfig(bias='none')"
+            self.fault(FaultCode.BIAS_UNSUPPORTED, "bias", bias, "'none'", hint)
         if not isinstance(self.members.get("base_model_name_or_path"), str | None):
             found = self.members["base_model_name_or_path"]
-            self.fault(FaultCode.FIELD_INVALID, "base_model_name_or_path", found, "a string")
+            self.fault(FaultCode.FIELD_INVALID, "base_model_name_or_path", found, "a string", "name the base model")
+        return True
 
     def check_init(self) -> None:
         init = self.members.get("init_lora_weights")
         if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in PLAIN_INITS):
             return
         expected = "true, false or one of " + listing(PLAIN_INITS)
-        self.fault(FaultCode.INIT_UNSUPPORTED, "init_lora_weights", init, expected, CONVERT_INIT)
+        hint = CONVERT_LOFTQ if isinstance(init, str) and init.lower() == "loftq" else CONVERT_INIT
+        self.fault(FaultCode.INIT_UNSUPPORTED, "init_lora_weights", init, expected, hint)
 
     def check_features(self) -> None:
         for field, value in self.members.items():
@@ -197,22 +236,29 @@ class _Checker:
             )
             self.fault(code, field, value, "null, false or empty", hint)
 
-    def read(self) -> LoraConfig:
-        return LoraConfig(
-            r=self.rank("r", self.members.get("r")),
-            lora_alpha=self.alpha("lora_alpha", self.members.get("lora_alpha")),
-            use_rslora=self.flag("use_rslora"),
-            modules=self.target_modules(),
-            rank_pattern=self.pattern("rank_pattern", self.rank),
-            alpha_pattern=self.pattern("alpha_pattern", self.alpha),
-        )
+    def read(self) -> LoraConfig | None:
+        """None where ranks or modules are not known."""
+        lora_alpha = self.alpha("lora_alpha", self.members.get("lora_alpha"))
+        alpha_pattern = self.pattern("alpha_pattern", self.alpha)
+        use_rslora = self.flag("use_rslora")
+        before = len(self.faults)
+        r = self.rank("r", self.members.get("r"))
+        rank_pattern = self.pattern("rank_pattern", self.rank)
+        modules = self.target_modules()
+        if len(self.faults) > before:
+            return None
+        return LoraConfig(r, lora_alpha, use_rslora, modules, rank_pattern, alpha_pattern)
 
     def rank(self, field: str, value: object) -> int:
         if type(value) is not int or value < 1:
-            self.fault(FaultCode.RANK_INVALID, field, value, "a whole number of 1 or more")
+            hint = "r is the number of rows of each lora_A"
+            self.fault(FaultCode.RANK_INVALID, field, value, "a whole number of 1 or more", hint)
             return 1
         if value > self.bounds.max_rank:
-            hint = "train with a lower rank, or ask the operator for a higher maximum"
+            hint = (
+                f"peft.save_as_lora(OUT, model, rank={self.bounds.max_rank}) writes the nearest LoRA of that rank; "
+                "or ask the operator for a higher maximum"
+            )
             self.fault(FaultCode.RANK_TOO_HIGH, field, value, f"at most {self.bounds.max_rank}", hint)
             return 1
         return value
@@ -220,13 +266,14 @@ class _Checker:
     def alpha(self, field: str, value: object) -> float:
         if type(value) in (int, float) and 0 < value <= MAX_ALPHA:  # type: ignore[operator]
             return float(value)  # type: ignore[arg-type]
-        self.fault(FaultCode.ALPHA_INVALID, field, value, f"a number above 0, at most {MAX_ALPHA:g}")
+        hint = "write the lora_alpha that it was trained with"
+        self.fault(FaultCode.ALPHA_INVALID, field, value, f"a number above 0, at most {MAX_ALPHA:g}", hint)
         return 1.0
 
     def flag(self, field: str) -> bool:
         value = self.members.get(field)
         if not isinstance(value, bool | None):
-            self.fault(FaultCode.FIELD_INVALID, field, value, "true or false")
+            self.fault(FaultCode.FIELD_INVALID, field, value, "true or false", "write what it was trained with")
         return value is True
 
     def target_modules(self) -> tuple[str, ...]:
@@ -235,7 +282,7 @@ class _Checker:
         if value == "all-linear":
             return tuple(self.base.modules)
         if not isinstance(value, list) or not value or not all(isinstance(name, str) for name in value):
-            hint = "a string is a regular expression to PEFT: list the names instead"
+            hint = "a string is a regular expression to PEFT: list what it matched (model.targeted_module_names)"
             expected = "'all-linear' or a list of module names"
             self.fault(FaultCode.TARGET_MODULES_INVALID, "target_modules", value, expected, hint)
             return ()
@@ -243,7 +290,8 @@ class _Checker:
         for name in value:
             if name not in known:
                 expected = "a linear layer of the base: " + listing({path.rpartition(".")[2] for path in known})
-                self.fault(FaultCode.TARGET_MODULE_UNKNOWN, "target_modules", name, expected, "remove it")
+                hint = "it is not among the layers that adapters may change here: remove it, or train again without it"
+                self.fault(FaultCode.TARGET_MODULE_UNKNOWN, "target_modules", name, expected, hint)
         wanted = set(value)
         return tuple(path for path in self.base.modules if not wanted.isdisjoint(_suffixes((path,))))
 
@@ -254,7 +302,8 @@ class _Checker:
             return {}
         if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
             expected = f"an object of at most {MAX_PATTERNS} module names"
-            self.fault(FaultCode.PATTERN_INVALID, field, value, expected)
+            hint = "write an object of names, or leave it out"
+            self.fault(FaultCode.PATTERN_INVALID, field, value, expected, hint)
             return {}
         known = _suffixes(self.base.modules)
         for key in value:
@@ -284,7 +333,3 @@ def _unset(value: object) -> bool:
 
 def _last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2]
-
-
-def _where(field: str) -> str:
-    return f"{CONFIG_FILE}:{field}"

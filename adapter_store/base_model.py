@@ -25,6 +25,11 @@ FINGERPRINTED_FIELDS = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings",
 )  # fmt: skip
 SAMPLE_BYTES = 1024
+# Architectures whose layers are Llama's, so that config.json alone gives every width.
+LLAMA_LAYERS = frozenset(
+    {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM"}
+    | {"Gemma2ForCausalLM", "Gemma3ForCausalLM", "SmolLM3ForCausalLM"}
+)
 LINEAR = re.compile(r"(model\.layers\.\d+\.[A-Za-z0-9_.]+)\.weight")
 
 
@@ -56,6 +61,27 @@ class BaseModel:
             architecture=_architecture(path, config),
             dtype=_serving_dtype(path, config, dtype),
             modules=dict(sorted(modules.items())),
+        )
+
+    @classmethod
+    def read_config(cls, path: Path, *, name: str | None = None, dtype: str = "auto") -> Self:
+        """The same from config.json alone, for architectures with Llama's layers: for who has not the weights.
+
+        The fingerprint is empty, for it covers the weights. Raises BaseModelInvalid.
+        """
+        config = _read_object(path / CONFIG)
+        architecture = _architecture(path, config)
+        if architecture not in LLAMA_LAYERS:
+            raise BaseModelInvalid(
+                f"{path}: no {WEIGHTS}, and the layers of {architecture} cannot be told from {CONFIG} alone: "
+                "take the server's description (`tailor base show --json`)"
+            )
+        return cls(
+            name=name or path.resolve().name,
+            fingerprint="",
+            architecture=architecture,
+            dtype=_serving_dtype(path, config, dtype),
+            modules=_llama_layers(path, config),
         )
 
     def to_json(self) -> str:
@@ -131,6 +157,36 @@ def _architecture(path: Path, config: dict[str, object]) -> str:
     if isinstance(names, list) and names and isinstance(names[0], str):
         return names[0]
     raise BaseModelInvalid(f"{path / CONFIG}: architectures names no class")
+
+
+def _llama_layers(path: Path, config: dict[str, object]) -> dict[str, tuple[int, int]]:
+    hidden, inner, heads, layers = (
+        _natural(path, config, field)
+        for field in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    )
+    key_values = _natural(path, {"num_key_value_heads": heads} | _given(config), "num_key_value_heads")
+    width = _natural(path, {"head_dim": hidden // heads} | _given(config), "head_dim")
+    widths = {
+        "mlp.down_proj": (inner, hidden),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "self_attn.k_proj": (hidden, key_values * width),
+        "self_attn.o_proj": (heads * width, hidden),
+        "self_attn.q_proj": (hidden, heads * width),
+        "self_attn.v_proj": (hidden, key_values * width),
+    }
+    return {f"model.layers.{layer}.{name}": found for layer in range(layers) for name, found in widths.items()}
+
+
+def _given(config: dict[str, object]) -> dict[str, object]:
+    return {field: value for field, value in config.items() if value is not None}
+
+
+def _natural(path: Path, config: Mapping[str, object], field: str) -> int:
+    value = config.get(field)
+    if type(value) is not int or not 0 < value < 1 << 24:
+        raise BaseModelInvalid(f"{path / CONFIG}: {field} is no whole number above 0")
+    return value
 
 
 def _serving_dtype(path: Path, config: dict[str, object], dtype: str) -> str:

@@ -8,6 +8,7 @@ from typing import NoReturn
 # A string literal (closed or not: it then runs to the end of the text) or a bracket. Possessive, so linear.
 TOKEN = re.compile(r'"(?:[^"\\]|\\.?)*+"?|[\[{]|[\]}]', re.DOTALL)
 MOST_DIGITS = 20
+MOST_REAL_CHARACTERS = 40
 
 
 class JsonInvalid(ValueError):
@@ -17,9 +18,9 @@ class JsonInvalid(ValueError):
 def parse(data: bytes, *, max_depth: int, max_items: int) -> object:
     """Parses UTF-8 JSON.
 
-    Raises JsonInvalid: bad UTF-8 or syntax, duplicate keys, NaN or Infinity, numbers of more than 20 digits
-    or past float's range, nesting deeper than `max_depth`, more than `max_items` commas (which bound the
-    members).
+    Raises JsonInvalid: bad UTF-8 or syntax, duplicate keys, NaN or Infinity, whole numbers of more than 20 digits,
+    others of more than 40 characters or past float's range, nesting deeper than `max_depth`, more than `max_items`
+    commas (which bound the members).
     """
     try:
         text = data.decode("utf-8")
@@ -47,6 +48,8 @@ def _check_size(text: str, max_depth: int, max_items: int) -> None:
                 raise JsonInvalid(f"nested deeper than {max_depth}")
         elif first in "]}":
             depth -= 1
+            if depth <= 0:  # the end of the value: megabytes of brackets after it are not worth a look
+                break
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -69,6 +72,8 @@ def _integer(text: str) -> int:
 
 
 def _real(text: str) -> float:
+    if len(text) > MOST_REAL_CHARACTERS:
+        raise JsonInvalid(f"a number of {len(text)} characters")
     value = float(text)
     if not math.isfinite(value):
         raise JsonInvalid(f"the number {text[:MOST_DIGITS]} does not fit a float")

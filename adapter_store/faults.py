@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-MOST_FAULTS = 50
+# Every tensor of a large adapter may be at fault: 64 layers of 7 modules are 896.
+MOST_FAULTS = 1_000
+MOST_TEXT = 512 << 10
 MOST_CHARACTERS = 160
 
 
@@ -14,6 +16,7 @@ class FaultCode(StrEnum):
     FILE_MISSING = "file_missing"
     FILE_TOO_LARGE = "file_too_large"
     INSPECTION_FAILED = "inspection_failed"
+    MORE_FAULTS = "more_faults"
 
     CONFIG_NOT_JSON = "config_not_json"
     FIELD_INVALID = "field_invalid"
@@ -54,33 +57,65 @@ class FaultCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is wrong. `where`: `<file>` or `<file>:<field or tensor>`.
+    """One thing that is wrong: with a `tensor`, with a `field` of the config, or with a whole file.
 
-    All text is printable and short.
+    `where` is `<file>` or `<file>:<field or tensor>`, for people. All text is printable and short.
     """
 
     code: FaultCode
     where: str
+    tensor: str | None
+    field: str | None
     found: str
     expected: str
-    hint: str = ""
+    hint: str
 
 
 class Faults:
-    """Collects faults up to a cap, so that a hostile file cannot make a huge answer."""
+    """Collects all faults; past a thousand, or half a MiB of text, they are only counted."""
 
     def __init__(self) -> None:
         self._faults: list[Fault] = []
+        self._count = 0
+        self._text = 0
 
-    def add(self, code: FaultCode, where: str, found: object, expected: object, hint: str = "") -> None:
-        if len(self._faults) < MOST_FAULTS:
-            self._faults.append(Fault(code, printable(where), printable(found), printable(expected), hint))
+    def add(
+        self,
+        code: FaultCode,
+        file: str,
+        found: object,
+        expected: object,
+        hint: str = "",
+        *,
+        tensor: str | None = None,
+        field: str | None = None,
+    ) -> None:
+        self._count += 1
+        if len(self._faults) >= MOST_FAULTS or self._text >= MOST_TEXT:
+            return
+        item = next((printable(name) for name in (tensor, field) if name is not None), None)
+        fault = Fault(
+            code,
+            file if item is None else f"{file}:{item}",
+            None if tensor is None else item,
+            None if field is None else item,
+            printable(found),
+            printable(expected),
+            hint,
+        )
+        self._text += len(fault.where) + len(item or "") + len(fault.found) + len(fault.expected) + len(hint)
+        self._faults.append(fault)
 
     def __len__(self) -> int:
-        return len(self._faults)
+        return self._count
 
     def as_tuple(self) -> tuple[Fault, ...]:
-        return tuple(self._faults)
+        left_out = self._count - len(self._faults)
+        if not left_out:
+            return tuple(self._faults)
+        hint = "mend those that are listed and check again"
+        more = Fault(FaultCode.MORE_FAULTS, "adapter", None, None, f"{left_out} faults more", "none", hint)
+        return (*self._faults, more)
 
 
 @dataclass(frozen=True, slots=True)

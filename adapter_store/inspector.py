@@ -14,7 +14,7 @@ import msgspec
 from adapter_store.base_model import BaseModel
 from adapter_store.faults import Bounds, Fault, FaultCode, Inspection
 
-REPLY_LIMIT_BYTES = 4 << 20
+REPLY_LIMIT_BYTES = 8 << 20  # faults have at most half a MiB of text, which JSON may escape twelvefold
 # What Python needs to start, and nothing else: no secret of the gateway's environment reaches the child.
 PASSED_ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "LANG", "TZ")
 
@@ -48,7 +48,7 @@ class Inspector:
         async with self._lock:
             try:
                 reply = await asyncio.wait_for(self._ask(folder), self.timeout_s)
-            except (TimeoutError, OSError, EOFError) as error:
+            except (TimeoutError, OSError, EOFError, ValueError) as error:  # a line too long or no reply
                 await self._stop()
                 return _failed("it took too long" if isinstance(error, TimeoutError) else "it broke off")
             except BaseException:  # cancelled: the answer that is still to come would be taken for the next one's
@@ -101,5 +101,5 @@ def _line(message: dict[str, object]) -> bytes:
 
 def _failed(reason: str) -> Inspection:
     hint = "try again; if it fails again, save the adapter anew with PEFT's save_pretrained"
-    fault = Fault(FaultCode.INSPECTION_FAILED, "adapter", f"no verdict: {reason}", "a verdict", hint)
+    fault = Fault(FaultCode.INSPECTION_FAILED, "adapter", None, None, f"no verdict: {reason}", "a verdict", hint)
     return Inspection((fault,))

@@ -1,7 +1,7 @@
 """What the `tailor` command says to a gateway, over HTTP like everybody else."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,13 @@ def _refused(status: int, content: bytes) -> ApiError:
         message = f"{error['message']} [{status} {error['code']}]"
     except (ValueError, KeyError, TypeError):
         return ApiError(f"The gateway answered {status}.", status=status)
-    for fault in error.get("faults", ()):
-        message += f"\n  {fault['code']}: {fault['where']}: found {fault['found']}, expected {fault['expected']}"
-        message += f" ({fault['hint']})" if fault["hint"] else ""
-    return ApiError(message, status=status, body=body)
+    return ApiError(message + listed(error.get("faults", ())), status=status, body=body)
+
+
+def listed(faults: Iterable[Mapping[str, str]]) -> str:
+    """A line for each fault of a refused adapter."""
+    lines = ""
+    for fault in faults:
+        lines += f"\n  {fault['code']}: {fault['where']}: found {fault['found']}, expected {fault['expected']}"
+        lines += f" ({fault['hint']})" if fault["hint"] else ""
+    return lines

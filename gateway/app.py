@@ -22,7 +22,7 @@ from adapter_store.errors import AdapterStoreError, StorageError
 from adapter_store.faults import Bounds as AdapterBounds
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
-from gateway.api import adapters, admin, health, keys, models, quarantine, replicas, usage
+from gateway.api import adapters, admin, base_model, health, keys, models, quarantine, replicas, usage
 from gateway.api.generation import Generation, Patience, Services, new_batches
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
@@ -61,7 +61,7 @@ from gateway.tenants import Tenants
 from gateway.usage import Ledger
 
 log = logging.getLogger("tailor.gateway")
-ROUTERS = (health, models, adapters, keys, usage, admin, replicas, quarantine)
+ROUTERS = (health, models, adapters, base_model, keys, usage, admin, replicas, quarantine)
 
 
 def create_app(settings: Settings, *, operators: socket.socket | None = None) -> Front:

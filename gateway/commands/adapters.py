@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gateway.commands.common import Json, Key, Url, pages, segment, show, show_table, tenant_client, told
+from gateway.commands.common import Json, Key, Url, fail, pages, segment, show, show_table, tenant_client, told
 from gateway.home import ConfigurationError
 
 app = typer.Typer()
@@ -41,6 +41,51 @@ def adapter_push(
         as_json,
         f"{made['name']}@{current['number']}: rank {current['rank']}, {current['bytes']:,} bytes",
     )
+
+
+@adapter_app.command("check")
+def adapter_check(
+    folder: Annotated[Path, typer.Argument(help="Folder with adapter_config.json and adapter_model.safetensors.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="What `tailor base show --json` wrote, or the base model's folder (of which config.json may do); "
+            "default: the gateway is asked."
+        ),
+    ] = None,
+    base_name: Annotated[str | None, typer.Option(help="What the server calls it; default: the folder's name.")] = None,
+    dtype: Annotated[str, typer.Option(help="In which it is served; auto: the one in config.json.")] = "auto",
+    max_rank: Annotated[int | None, typer.Option(min=1, help="Highest rank that is served.")] = None,
+    url: Url = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Check an adapter as the server would, here: every fault at once, status 1 where there is one."""
+    with told():
+        from dataclasses import asdict, replace
+
+        from adapter_store.base_description import read_base, read_description
+        from adapter_store.inspection import inspect
+
+        if base is None:
+            asked = tenant_client(url, key)
+            against, bounds = read_description(asked.call("GET", "/v1/base-model"), source=asked.url)
+        else:
+            against, bounds = read_base(base, name=base_name, dtype=dtype)
+        verdict = inspect(folder, against, bounds if max_rank is None else replace(bounds, max_rank=max_rank))
+    faults = [asdict(fault) for fault in verdict.faults]
+    result = {"fit": not faults, "base": against.name, "faults": faults}
+    if not against.fingerprint:
+        result["not_checked"] = ["fingerprint: it covers the base model's weights, which are not here"]
+    if as_json or not faults:
+        modules = " ".join(verdict.modules)
+        show(result, as_json, f"{folder}: fit to be served on {against.name}: rank {verdict.rank}, {modules}")
+    if faults and not as_json:
+        from gateway.api_client import listed
+
+        fail(f"{folder} cannot be served on {against.name}:{listed(faults)}")
+    if faults:
+        raise typer.Exit(1)
 
 
 @adapter_app.command("list")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gateway.commands.common import Json, progress, settings_of, show, show_table, told
+from gateway.commands.common import Json, Key, Url, progress, settings_of, show, show_table, tenant_client, told
 
 app = typer.Typer()
 base_app = typer.Typer(help="Base models.", no_args_is_help=True)
@@ -40,6 +40,16 @@ def train(
         )
     show(report, as_json, f"{out}: loss {report['final_loss']:.4f} after {report['steps']} steps; next: "
           f"tailor adapter push {out} --name NAME")  # fmt: skip
+
+
+@base_app.command("show")
+def base_show(url: Url = None, key: Key = None, as_json: Json = False) -> None:
+    """Show what adapters are checked against; with --json, all that `tailor adapter check --base` needs."""
+    with told():
+        found = tenant_client(url, key).call("GET", "/v1/base-model")
+    limits = ", ".join(f"{name} {limit}" for name, limit in found["limits"].items())
+    text = f"{found['name']}: {found['architecture']} in {found['dtype']}, {len(found['modules'])} layers; {limits}"
+    show(found, as_json, text)
 
 
 @base_app.command("tiny")

@@ -17,9 +17,9 @@ TAILOR = str(Path(sys.executable).parent / "tailor")
 VERBS = [
     [], ["up"], ["restart"], ["gateway"], ["replica"], ["tenant"], ["tenant", "create"], ["tenant", "list"],
     ["tenant", "update"], ["plan"], ["plan", "update"], ["key", "rotate"], ["adapter", "fallback"], ["key"],
-    ["key", "create"], ["key", "list"], ["key", "revoke"], ["adapter"], ["adapter", "push"], ["adapter", "list"],
-    ["adapter", "show"], ["adapter", "delete"], ["train"], ["base"], ["base", "tiny"], ["chat"], ["demo"],
-    ["backup"], ["restore"], ["store"], ["store", "migrate"],
+    ["key", "create"], ["key", "list"], ["key", "revoke"], ["adapter"], ["adapter", "push"], ["adapter", "check"],
+    ["adapter", "list"], ["adapter", "show"], ["adapter", "delete"], ["train"], ["base"], ["base", "tiny"],
+    ["base", "show"], ["chat"], ["demo"], ["backup"], ["restore"], ["store"], ["store", "migrate"],
 ]  # fmt: skip
 
 

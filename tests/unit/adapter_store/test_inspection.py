@@ -15,9 +15,20 @@ from hypothesis import strategies as st
 
 from adapter_store.base_model import BaseModel
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE
-from adapter_store.faults import MOST_CHARACTERS, MOST_FAULTS
+from adapter_store.faults import MOST_CHARACTERS, MOST_FAULTS, Fault
 from adapter_store.inspection import FINGERPRINT_KEY, Bounds, FaultCode, inspect
-from tests.bad_adapters import BAD, BadAdapter, Files, Tensor, floats, read
+from tests.bad_adapters import (
+    BAD,
+    BadAdapter,
+    Files,
+    Tensor,
+    body_of,
+    floats,
+    header_of,
+    pack_raw,
+    put_number,
+    read,
+)
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PATTERNS: dict[str, Any] = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.1.self_attn.v_proj": 3}}
@@ -45,9 +56,20 @@ def test_a_bad_adapter_is_refused_with_its_code(bad: BadAdapter, good: Path, bas
     assert bad.codes <= {fault.code for fault in inspection.faults}
     assert inspection.config == b""
     for fault in inspection.faults:
+        assert fault.hint
         for text in (fault.where, fault.found, fault.expected, fault.hint):
             assert text.isprintable()
+        for text in (fault.where, fault.found, fault.expected):
             assert len(text) <= MOST_CHARACTERS + 60
+        told = fault.tensor if fault.tensor is not None else fault.field
+        assert fault.where == (fault.where.partition(":")[0] if told is None else f"{file_of(fault)}:{told}")
+
+
+def file_of(fault: Fault) -> str:
+    """The file of a fault of a tensor or a field."""
+    if fault.tensor is not None or (fault.field or "").startswith("__metadata__"):
+        return WEIGHTS_FILE
+    return CONFIG_FILE
 
 
 def test_the_bad_adapters_have_names_of_their_own() -> None:
@@ -120,29 +142,74 @@ def test_the_fingerprint_decides_over_the_name(good: Path, base: BaseModel, tmp_
 
 
 def test_all_faults_come_at_once(good: Path, base: BaseModel, tmp_path: Path) -> None:
-    """Faults of the config and of both tensors are told together."""
+    """Faults of the config, of names, shapes, ranks and values are told together, each with its field or tensor."""
     files = read(good)
     files.folder = tmp_path
-    files.config |= {"use_dora": True, "lora_alpha": -1}
-    files.tensors[files.first] = floats([3, 3], 0)
+    first, second, *_ = (name for name in files.tensors if name.endswith("lora_A.weight"))
+    files.config |= {"use_dora": True, "lora_alpha": -1, "base_model_name_or_path": "another"}
+    files.tensors[first] = floats([3, 64], 0)
+    put_number(files, second, np.nan)
+    missing = second.replace("lora_A", "lora_B")
+    del files.tensors[missing]
     files.tensors["odd"] = Tensor("F32", [1], b"\0" * 4)
     files.write()
-    codes = {fault.code for fault in inspect(tmp_path, base, Bounds()).faults}
-    assert codes == {
-        FaultCode.DORA_UNSUPPORTED,
-        FaultCode.ALPHA_INVALID,
-        FaultCode.SHAPE_MISMATCH,
-        FaultCode.TENSOR_UNEXPECTED,
+    told = {(fault.code, fault.field, fault.tensor) for fault in inspect(tmp_path, base, Bounds()).faults}
+    assert told == {
+        (FaultCode.DORA_UNSUPPORTED, "use_dora", None),
+        (FaultCode.ALPHA_INVALID, "lora_alpha", None),
+        (FaultCode.BASE_MISMATCH, "base_model_name_or_path", None),
+        (FaultCode.SHAPE_MISMATCH, None, first),
+        (FaultCode.NOT_FINITE, None, second),
+        (FaultCode.TENSOR_MISSING, None, missing),
+        (FaultCode.TENSOR_UNEXPECTED, None, "odd"),
     }
 
 
-def test_the_number_of_faults_is_capped(good: Path, base: BaseModel, tmp_path: Path) -> None:
-    """A file with thousands of faults gives a short answer."""
+def test_all_faults_of_a_header_come_at_once(good: Path, base: BaseModel, tmp_path: Path) -> None:
+    """Every entry that cannot be used is told, and beside it what the others are named and shaped like."""
+    files = read(good)
+    files.folder = tmp_path
+    first, second, third, *_ = (name for name in files.tensors if name.endswith("lora_A.weight"))
+    header = header_of(files)
+    header[first]["dtype"] = "F31"
+    header[second]["data_offsets"] = [8, 4]
+    header[third]["shape"] = header[third]["shape"][::-1]
+    header["odd"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    files.raw_weights = pack_raw(json.dumps(header).encode(), body_of(files))
+    files.write()
+    told = {(fault.code, fault.tensor) for fault in inspect(tmp_path, base, Bounds()).faults}
+    assert told == {
+        (FaultCode.DTYPE_UNSUPPORTED, first),
+        (FaultCode.OFFSETS_INVALID, second),
+        (FaultCode.SHAPE_MISMATCH, third),
+        (FaultCode.TENSOR_UNEXPECTED, "odd"),
+    }
+
+
+def test_another_method_is_told_once(good: Path, base: BaseModel, tmp_path: Path) -> None:
+    """An IA3 adapter is no LoRA with a dozen faulty fields."""
+    files = read(good)
+    files.folder = tmp_path
+    files.config = {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": ["down_proj"]}
+    files.write()
+    (fault,) = inspect(tmp_path, base, Bounds()).faults
+    assert (fault.code, fault.field) == (FaultCode.NOT_LORA, "peft_type")
+    assert "peft.LoraConfig" in fault.hint
+
+
+def test_faults_past_the_cap_are_counted(good: Path, base: BaseModel, tmp_path: Path) -> None:
+    """A file with thousands of faults gives an answer of bounded length that says how many are left out."""
     files = read(good)
     files.folder = tmp_path
     files.tensors |= {f"odd{number}": Tensor("F32", [1], b"\0" * 4) for number in range(2_000)}
     files.write()
-    assert len(inspect(tmp_path, base, Bounds()).faults) == MOST_FAULTS
+    *listed, more = inspect(tmp_path, base, Bounds()).faults
+    assert len(listed) == MOST_FAULTS
+    assert (more.code, more.found) == (FaultCode.MORE_FAULTS, "1000 faults more")
+    long = {f"odd{number}" + "x" * 200: Tensor("F32", [1], b"\0" * 4) for number in range(4_000)}
+    Files(tmp_path, files.config, long).write()
+    inspection = inspect(tmp_path, base, Bounds())
+    assert sum(len(fault.where + (fault.tensor or "")) for fault in inspection.faults) < 512 << 10
 
 
 def test_a_nan_is_told_by_tensor_and_place(good: Path, base: BaseModel, tmp_path: Path) -> None:
