@@ -1,5 +1,6 @@
 """`GET /v1/base-model`: what a tenant's adapters are checked against, for checking them at home."""
 
+import msgspec
 from fastapi import APIRouter
 from pydantic import BaseModel
 
@@ -17,7 +18,7 @@ class BaseModelObject(BaseModel):
     fingerprint: str
     architecture: str
     dtype: str
-    modules: dict[str, tuple[int, int]]
+    modules: dict[str, list[int]]
     limits: dict[str, int]
 
 
@@ -25,4 +26,4 @@ class BaseModelObject(BaseModel):
 async def show_base_model(tenant_id: AdapterTenant, parts: AppParts) -> BaseModelObject:
     """The base model as adapters see it, and the bounds on them; `tailor adapter check` asks for it."""
     told = describe(parts.base, parts.inspector.bounds)
-    return BaseModelObject(**{field: getattr(told, field) for field in told.__struct_fields__})
+    return BaseModelObject(**msgspec.to_builtins(told))
