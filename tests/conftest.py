@@ -38,8 +38,8 @@ def remote(servers: Servers) -> Iterator[Place]:
 
 @pytest.fixture
 def chosen_storage(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With `--storage postgres-s3`: the settings of every gateway that the test starts."""
-    if request.config.getoption("storage") == Kind.LOCAL.value:
+    """With `--storage postgres-s3`: the settings of every gateway that the test starts, if it is not about SQLite."""
+    if request.config.getoption("storage") == Kind.LOCAL.value or request.node.get_closest_marker("local"):
         yield
         return
     place: Place = request.getfixturevalue("remote")

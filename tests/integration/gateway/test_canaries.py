@@ -182,6 +182,7 @@ async def stage(tmp_path: Path, base_folder: Path, run_replica: RunReplica) -> A
             await gateway.kill()
 
 
+@pytest.mark.local
 async def test_no_canary_is_seen_outside(stage: tuple[Stage, Collector]) -> None:
     """In the log at DEBUG, on the metrics page, in exported spans and in what tenants are answered."""
     play, collector = stage

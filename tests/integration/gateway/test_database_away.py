@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import Gateway, RunGateway, Tenant
@@ -46,6 +47,7 @@ def assert_unavailable(answer: httpx.Response) -> None:
     assert answer.json()["error"]["code"] == "storage_unavailable"
 
 
+@pytest.mark.local
 async def test_a_locked_database_holds_up_nobody_but_those_who_write(gateway: Gateway, acme: Tenant) -> None:
     """More writers than connections get 503 in bounded time; known callers do not notice, and later all is well."""
     await acme.ask("base")
@@ -62,6 +64,7 @@ async def test_a_locked_database_holds_up_nobody_but_those_who_write(gateway: Ga
     assert (await gateway.operator.post("/admin/v1/tenants", json={"name": "late-0"})).status_code == 201
 
 
+@pytest.mark.local
 async def test_a_database_that_is_away_is_not_replaced_by_an_empty_one(gateway: Gateway, acme: Tenant) -> None:
     """Moved away, everything that needs it is a 503; moved back, it goes on as before, with new keys too."""
     await acme.ask("base")
@@ -78,6 +81,7 @@ async def test_a_database_that_is_away_is_not_replaced_by_an_empty_one(gateway: 
     assert (await globex.ask("base")).status_code == 200
 
 
+@pytest.mark.local
 async def test_a_database_that_was_put_in_its_place_is_the_one_that_is_used(gateway: Gateway, acme: Tenant) -> None:
     """A copy restored from a backup: no connection goes on writing into the file that is gone."""
     database, restored = gateway.home.path / "tailor.db", gateway.home.path / "restored.db"

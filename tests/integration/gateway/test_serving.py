@@ -314,6 +314,7 @@ async def test_no_text_of_the_engine_reaches_a_tenant(acme: Tenant, replica: Fak
         assert "a-0000" not in answer.text
 
 
+@pytest.mark.local
 async def test_resolving_a_known_model_costs_no_query(gateway: Gateway, acme: Tenant, good: Path) -> None:
     """The hot path touches no database: it answers with the database gone."""
     await acme.publish(good)

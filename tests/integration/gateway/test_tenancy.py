@@ -284,6 +284,7 @@ async def test_the_last_use_of_a_key_appears(gateway: Gateway, acme: Tenant) -> 
 # the database away
 
 
+@pytest.mark.local
 async def test_cached_keys_serve_while_the_database_is_away(
     run_gateway: RunGateway, replica: FakeReplica, good: Path
 ) -> None:

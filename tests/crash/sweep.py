@@ -1,0 +1,241 @@
+"""Kills a process that works on the store before each of its file operations, and looks at what is left (D1).
+
+`python -m tests.crash.sweep FOLDER [--points N] [--all-losses] [--without FUNCTION]` prints JSON. A process of its own:
+it forks, traces and waits for children.
+"""
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import shutil
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy  # noqa: F401  imported here, once, and not after each fork
+import obstore.store  # noqa: F401
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from adapter_store import blobs as blobs_module
+from adapter_store.base_model import BaseModel
+from adapter_store.blobs import Blobs
+from adapter_store.bundle import BUNDLE_FILES, Staging
+from adapter_store.catalog import Fallback
+from adapter_store.engine import create_async_engine
+from adapter_store.faults import Bounds, Inspection
+from adapter_store.ids import TenantId
+from adapter_store.inspection import inspect
+from adapter_store.inspector import Inspector
+from adapter_store.store import AdapterStore
+from gateway.database import migrate, open_engine
+from gateway.tenants import Tenants
+from tests.bad_adapters import write_base, write_good
+from tests.crash.tracer import Durable, Loss, trace
+
+TENANT = TenantId("ten_a")
+OPERATIONS: tuple[tuple[str, ...], ...] = (
+    ("publish", "bot", "1"),
+    ("publish", "bot", "2"),  # the alias moves on
+    ("publish", "bot", "1"),  # and back
+    ("publish", "twin", "2"),  # the same files under another name
+    ("fallback", "bot"),
+    ("delete", "twin"),
+    ("tenant", "acme"),
+    ("publish", "third", "3"),
+    ("delete", "bot"),
+    ("publish", "bot", "1"),  # the name again, after its blobs went
+    ("publish", "third", "1"),
+    ("publish", "old", "3"),
+    ("delete", "third"),
+    ("publish", "old", "2"),
+    ("tenant", "globex"),
+    ("delete", "old"),
+    ("delete", "bot"),  # the last: no blob is left
+    ("publish", "bot", "2"),
+)
+SEEDS = ("1", "2", "3")
+
+
+class InProcess(Inspector):
+    """The real inspection without its child process, which would be another process to trace."""
+
+    async def inspect(self, folder: Path) -> Inspection:
+        return inspect(folder, self.base, self.bounds)
+
+
+class Home:
+    """A store on SQLite and a folder, opened anew."""
+
+    def __init__(self, path: Path, base: BaseModel, adapters: Path) -> None:
+        self.adapters = adapters
+        self.blobs_folder = path / "blobs"
+        self.staging = Staging(path / "staging")
+        self.engine: AsyncEngine = open_engine(f"sqlite+aiosqlite:///{path / 'tailor.db'}")
+        self.blobs = Blobs.open(str(self.blobs_folder))
+        self.store = AdapterStore(self.engine, self.blobs, InProcess(base, Bounds()))
+        self.tenants = Tenants(self.engine)
+
+    async def do(self, operation: tuple[str, ...]) -> None:
+        match operation:
+            case ("publish", name, seed):
+                async with self.staging.stage() as bundle:
+                    for file in BUNDLE_FILES:
+                        async with bundle.open(file) as staged:
+                            await staged.write((self.adapters / seed / file).read_bytes())
+                    await self.store.publish(TENANT, name, bundle)
+            case ("fallback", name):
+                await self.store.set_fallback(TENANT, name, Fallback.BASE)
+            case ("delete", name):
+                await self.store.delete(TENANT, name)
+            case ("tenant", name):
+                await self.tenants.create(name)
+
+    async def state(self) -> Any:
+        """What a client can see, without ids and times."""
+        found = {}
+        for adapter in await self.store.list(TENANT):
+            _, versions = await self.store.show(TENANT, adapter.name)
+            numbers = {str(version.number): version.digest for version in versions}
+            found[adapter.name] = [adapter.default.number, adapter.default.fallback.value, numbers]
+        return [found, [tenant.name for tenant in await self.tenants.page(None, 10)]]
+
+    async def faults(self, acknowledged: int, expected: list[Any]) -> list[str]:
+        """What is not as it should be after a restart."""
+        await migrate(self.engine)
+        self.staging.sweep()
+        state = await self.state()
+        if state not in expected[acknowledged : acknowledged + 2]:
+            return [f"{acknowledged} were acknowledged, and this is there: {state}"]
+        faults = []
+        named = set()
+        for adapter in await self.store.list(TENANT):
+            for version in (await self.store.show(TENANT, adapter.name))[1]:
+                for file in version.files:
+                    named.add(file.key)
+                    if not await self.blobs.exists(file.key, file.size_bytes):
+                        faults.append(f"{adapter.name}@{version.number}: {file.name} is gone or short")
+                    elif await self.blobs.sha256(file.key) != file.sha256:
+                        faults.append(f"{adapter.name}@{version.number}: {file.name} is not what was published")
+        await self.store.collect_orphans(older_than_s=-1e9)
+        folders = (self.blobs_folder, self.staging.root)
+        kept = {str(path.relative_to(root)) for root in folders for path in root.rglob("*") if path.is_file()}
+        if kept != named:
+            faults.append(f"left over: {sorted(kept - named)}, missing: {sorted(named - kept)}")
+        return faults
+
+
+def in_child(work: Callable[[], Awaitable[Any]]) -> Any:
+    """Runs it in a forked process, so that this one stays without threads; what it gives."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reads)
+        try:
+            told = json.dumps(asyncio.run(work())).encode()  # type: ignore[arg-type]
+        except BaseException as error:  # noqa: BLE001  told to the parent
+            told = json.dumps([f"it does not start again: {error!r}"]).encode()
+        with os.fdopen(writes, "wb") as pipe:
+            pipe.write(told)
+        os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads, "rb") as pipe:
+        told = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(told)
+
+
+class Sweep:
+    """`losses`: all at each point, or one in turn."""
+
+    def __init__(self, folder: Path, without: str | None) -> None:
+        self.folder = folder
+        self.without = without
+        self.base = BaseModel.read(write_base(folder / "base"))
+        self.adapters = folder / "adapters"
+        for seed in SEEDS:
+            write_good(self.adapters / seed, seed=int(seed))
+        self.template = folder / "template"
+        self.expected: list[Any] = in_child(self._rehearse)
+
+    def open(self, path: Path) -> Home:
+        return Home(path, self.base, self.adapters)
+
+    async def _rehearse(self) -> list[Any]:
+        """Makes the home that every point begins with, and notes what is there after each operation."""
+        home = self.open(self.template)
+        await migrate(home.engine)
+        await home.do(("publish", "old", "2"))
+        shutil.copytree(self.template, self.folder / "rehearsal")
+        await home.engine.dispose()
+        home = self.open(self.folder / "rehearsal")
+        states = [await home.state()]
+        for operation in OPERATIONS:
+            await home.do(operation)
+            states.append(await home.state())
+        await home.engine.dispose()
+        return states
+
+    def point(self, kill_at: int | None, losses: tuple[Loss, ...]) -> tuple[list[str], list[str]]:
+        """(the operations that were let through, what was wrong afterwards)"""
+        root = self.folder / "home"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(self.template, root)
+        durable = Durable(root)
+        reads, writes = os.pipe()
+        done = trace(lambda: self._work(root, writes), root, kill_at, durable.sync)
+        os.close(writes)
+        with os.fdopen(reads, "rb") as pipe:
+            acknowledged = len(pipe.read())
+        faults = []
+        for loss in losses:
+            left = self.folder / "left"
+            shutil.rmtree(left, ignore_errors=True)
+            durable.write_to(left, loss, seed=kill_at or 0)
+            found = in_child(lambda left=left: self.open(left).faults(acknowledged, self.expected))  # type: ignore[misc]
+            where = f"before {kill_at} (after {done[-1] if done else 'nothing'}), {loss.value}"
+            faults += [f"{where}: {fault}" for fault in found]
+        durable.close()
+        return done, faults
+
+    def _work(self, root: Path, acknowledge: int) -> None:
+        if self.without is not None:
+            setattr(blobs_module, self.without, lambda *_: None)
+        home = self.open(root)
+
+        async def work() -> None:
+            for operation in OPERATIONS:
+                await home.do(operation)
+                os.write(acknowledge, b".")
+
+        asyncio.run(work())
+        os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--points", type=int)
+    parser.add_argument("--all-losses", action="store_true")
+    parser.add_argument("--without")
+    asked = parser.parse_args()
+    create_async_engine("sqlite+aiosqlite://")
+    gc.freeze()  # forks copy what they change, and the collector changes all it looks at
+    sweep = Sweep(asked.folder.resolve(), asked.without)
+    events, faults = sweep.point(None, tuple(Loss))
+    count = len(events)
+    wanted = min(asked.points or count, count)
+    points = sorted({round(index * (count - 1) / max(1, wanted - 1)) for index in range(wanted)})
+    losses = tuple(Loss)
+    looked_at = 0
+    for number, kill_at in enumerate(points):
+        chosen = losses if asked.all_losses else (losses[number % len(losses)],)
+        faults += sweep.point(kill_at, chosen)[1]
+        looked_at += len(chosen)
+    json.dump({"operations": count, "points": len(points), "states": looked_at, "faults": faults}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
