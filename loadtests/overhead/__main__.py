@@ -20,13 +20,14 @@ from pathlib import Path
 
 import uvloop
 
+from loadtests.figures import Row, exit_code, markdown
 from loadtests.overhead.client import Target
 from loadtests.overhead.features import missing_features
 from loadtests.overhead.model_files import BASE_NAME
 from loadtests.overhead.phases import Length, Round, Watched, all_phases, median, watch
 from loadtests.overhead.processes import niceness, on_core, rss_mib, two_cores
 from loadtests.overhead.profile import profile
-from loadtests.overhead.report import Row, exit_code, load_rows, markdown, row
+from loadtests.overhead.report import load_rows, row
 from loadtests.overhead.scale import scale_rows
 from loadtests.overhead.stack import (
     CannotMeasureError,

@@ -1,22 +1,9 @@
-"""From samples to verdicts: the figures, their bounds, and how they are written."""
+"""From samples to verdicts: the figures and their bounds."""
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Final, Literal
+from typing import Final
 
+from loadtests.figures import Bound, Row
 from loadtests.overhead.phases import Round, Sample
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """What a figure must keep and what it aims at; `better` says on which side of them good is."""
-
-    must: float
-    aim: float | None
-    better: Literal["lower", "higher"]
-    text: str
-
 
 BOUNDS: Final = {
     "cpu_per_request_over_nginx": Bound(4.5, 2.5, "lower", "CPU per request ÷ nginx's"),
@@ -37,30 +24,9 @@ BOUNDS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One figure with its verdict."""
-
-    figure: str
-    value: float
-    must: float
-    aim: float | None
-    better: str
-    ok: bool
-    detail: dict[str, object]
-
-    def line(self) -> str:
-        """As one JSON object; what the figure was made of stands behind its verdict."""
-        members = asdict(self)
-        detail = members.pop("detail")
-        return json.dumps({**members, **detail}, ensure_ascii=False)
-
-
 def row(figure: str, value: float, **detail: object) -> Row:
     """The verdict on a value."""
-    bound = BOUNDS[figure]
-    ok = value <= bound.must if bound.better == "lower" else value >= bound.must
-    return Row(figure, round(value, 4), bound.must, bound.aim, bound.better, ok, detail)
+    return Row(figure, value, BOUNDS[figure], detail)
 
 
 def load_rows(samples: Round) -> list[Row]:
@@ -87,19 +53,3 @@ def _ratio(figure: str, phase: dict[str, Sample], other: str, number: str) -> Ro
 def _each(phase: dict[str, Sample], number: str) -> dict[str, float]:
     each = {f"{name}_{number}": round(float(getattr(sample, number)), 2) for name, sample in phase.items()}
     return each | {"others_share": round(max(sample.others for sample in phase.values()), 3)}
-
-
-def exit_code(rows: Iterable[Row]) -> int:
-    """1 where a must is missed."""
-    return 0 if all(one.ok for one in rows) else 1
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The table of docs/benchmarks.md."""
-    lines = ["| figure | value | must | aim |", "| --- | --- | --- | --- |"]
-    for one in rows:
-        bound = BOUNDS[one.figure]
-        sign = "≤" if one.better == "lower" else "≥"
-        aim = "" if one.aim is None else f"{sign} {one.aim:g}"
-        lines.append(f"| {bound.text} | {one.value:.4g} | {sign} {one.must:g} | {aim} |")
-    return "\n".join(lines) + "\n"

@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
+from loadtests.figures import Row
 from loadtests.overhead.processes import on_core, two_cores
-from loadtests.overhead.report import Row, row
+from loadtests.overhead.report import row
 from loadtests.overhead.stack import CannotMeasureError
 
 PROGRAM: Final = "tests.bench.scale"

@@ -13,6 +13,7 @@ import pytest
 from adapter_store.base_model import BaseModel
 from adapter_store.bundle import bundle_digest
 from adapter_store.inspection import Bounds, inspect
+from loadtests import figures
 from loadtests.overhead import mock, report
 from loadtests.overhead.client import Connection, Reply, Target, now
 from loadtests.overhead.model_files import BASE_NAME, adapter_files, write_base
@@ -184,10 +185,10 @@ def test_a_figure_on_its_bound_is_kept_and_one_past_it_is_missed() -> None:
 def test_one_missed_must_fails_the_run() -> None:
     """And a failed request is one."""
     good = report.load_rows(samples(cpu_us=15.0, per_s=980.0))
-    assert report.exit_code(good) == 0
-    assert report.exit_code([*good, report.row("memory_per_worker_mib", 90.1)]) == 1
-    assert report.exit_code(report.load_rows(samples(cpu_us=50.0, per_s=980.0))) == 1
-    assert report.exit_code(report.load_rows(samples(cpu_us=15.0, per_s=980.0, failed=1))) == 1
+    assert figures.exit_code(good) == 0
+    assert figures.exit_code([*good, report.row("memory_per_worker_mib", 90.1)]) == 1
+    assert figures.exit_code(report.load_rows(samples(cpu_us=50.0, per_s=980.0))) == 1
+    assert figures.exit_code(report.load_rows(samples(cpu_us=15.0, per_s=980.0, failed=1))) == 1
 
 
 def test_figures_compare_the_gateway_with_the_yardstick_that_is_meant() -> None:
@@ -210,7 +211,7 @@ def test_a_line_is_a_json_object_with_figure_value_must_and_ok() -> None:
 
 def test_every_figure_of_the_table_has_a_line() -> None:
     """The markdown says which way each bound goes."""
-    table = report.markdown([report.row("chunks_per_s_over_direct", 0.97), report.row("resolve_admit_rss_mib", 90)])
+    table = figures.markdown([report.row("chunks_per_s_over_direct", 0.97), report.row("resolve_admit_rss_mib", 90)])
     assert "| 0.97 | ≥ 0.95 | ≥ 0.98 |" in table
     assert "| 90 | ≤ 150 |  |" in table
 
