@@ -211,7 +211,7 @@ class AdapterStore:
             loose = await catalog.unreferenced(connection, tenant_id, [file.sha256 for file in checked.files])
         for file, path in zip(checked.files, checked.paths, strict=True):
             if file.sha256 in loose or not await self._blobs.exists(file.key, file.size_bytes):
-                await self._blobs.put(file.key, path)
+                await self._blobs.adopt(file.key, path)
 
     async def _all_stored(self, files: Collection[BlobFile]) -> bool:
         return all([await self._blobs.exists(file.key, file.size_bytes) for file in files])

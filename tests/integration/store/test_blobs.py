@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import os
 from pathlib import Path
 
 import obstore
@@ -38,6 +39,41 @@ async def test_a_blob_comes_back_as_it_was_put(size_bytes: int, blobs: Blobs, tm
     await blobs.put(key, tmp_path / "file")
     assert await blobs.exists(key, size_bytes)
     assert await blobs.sha256(key) == sha256
+
+
+@pytest.mark.parametrize("size_bytes", [1, PART_BYTES + 1])
+async def test_a_blob_outlives_the_file_that_it_was_adopted_from(size_bytes: int, blobs: Blobs, tmp_path: Path) -> None:
+    """Twice in a row too, as a publish that is repeated does it; nothing else is left in the store."""
+    sha256 = written(tmp_path / "file", bytes(size_bytes))
+    key = blob_key(TENANT, sha256)
+    for _ in range(2):
+        await blobs.adopt(key, tmp_path / "file")
+    (tmp_path / "file").unlink()
+    assert await blobs.sha256(key) == sha256
+    assert await blobs.names("adapters") == [key]
+    assert await blobs.sweep_partial(4e9) == 0
+
+
+async def test_a_folder_adopts_without_a_copy_what_lies_on_its_filesystem(tmp_path: Path) -> None:
+    """100 MB are a name more; what lies elsewhere is copied."""
+    blobs = Blobs.open(str(tmp_path / "blobs"))
+    near, far = tmp_path / "near", Path("/dev/shm") / f"tailor-{tmp_path.name}-{os.getpid()}"
+    for path in (near, far):
+        key = blob_key(TENANT, written(path, path.name.encode()))
+        await blobs.adopt(key, path)
+        assert (tmp_path / "blobs" / key).read_bytes() == path.name.encode()
+    far.unlink()
+    assert near.stat().st_nlink == 2
+
+
+@pytest.mark.parametrize("key", ["../outside", "adapters/../../outside", "/etc/hostname"])
+async def test_no_key_leads_out_of_the_folder(key: str, tmp_path: Path) -> None:
+    """A replica is told keys over HTTP."""
+    blobs = Blobs.open(str(tmp_path / "blobs"))
+    (tmp_path / "outside").write_bytes(b"secret")
+    with pytest.raises(ValueError, match="is no key"):
+        async with blobs.read(key):
+            raise AssertionError
 
 
 @pytest.mark.parametrize("size_bytes", [1, PART_BYTES + 1])

@@ -4,9 +4,10 @@ import asyncio
 import os
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from sqlalchemy import text
@@ -226,11 +227,14 @@ async def test_no_space_for_the_upload(publish: Publish, good: Path, tmp_path: P
     assert (await publish(good)).number == 1
 
 
-async def test_no_space_for_the_blob(
-    store: AdapterStore, staging: Staging, good: Path, tmp_path: Path, blobs_folder: Path
-) -> None:
-    """A disk that fills up while the blob is written: StorageFull, no blob, no row, and it recovers by itself."""
-    async with staging.stage() as bundle:
+async def test_no_space_for_the_blob(store: AdapterStore, good: Path, blobs_folder: Path) -> None:
+    """A disk that fills up while the blob is written: StorageFull, no blob, no row, and it recovers by itself.
+
+    Staged on another filesystem, so that it has to be copied.
+    """
+    async with AsyncExitStack() as held:
+        elsewhere = held.enter_context(TemporaryDirectory(dir="/dev/shm"))
+        bundle = await held.enter_async_context(Staging(Path(elsewhere)).stage())
         await stage(bundle, good)
         with file_size_limit(20_000), pytest.raises(StorageFull):
             await store.publish(TENANT, "bot", bundle)
