@@ -15,6 +15,7 @@ from sqlalchemy import (
     BigInteger,
     Column,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     MetaData,
@@ -28,7 +29,6 @@ from sqlalchemy import (
     insert,
     or_,
     select,
-    update,
 )
 
 from adapter_store.blobs import blob_key
@@ -78,6 +78,64 @@ aliases = Table(
     Column("version_id", Text, ForeignKey("versions.id", name="fk_aliases_version_id"), nullable=False),
     Column("moved_at", BigInteger, nullable=False),
     Column("fallback", Text, nullable=False, server_default="fail"),  # who answers where the version cannot
+    Column(
+        "weight", Integer, nullable=False, server_default="0"
+    ),  # of `version_id` beside `alias_shares`; 0: it is alone
+    Column("rollout_id", Text),  # the rollout that is under way
+)
+alias_shares = Table(  # what answers to an alias beside its own version, until it stands for one alone
+    "alias_shares",
+    metadata,
+    Column("adapter_id", Text, primary_key=True),
+    Column("alias", Text, primary_key=True),
+    Column("version_id", Text, ForeignKey("versions.id", name="fk_alias_shares_version_id"), primary_key=True),
+    Column("weight", Integer, nullable=False),
+    ForeignKeyConstraint(["adapter_id", "alias"], ["aliases.adapter_id", "aliases.name"], name="fk_alias_shares_alias"),
+)
+alias_moves = Table(  # who moved what when; versions by number, as JSON: [[number, weight], …]
+    "alias_moves",
+    metadata,
+    Column("adapter_id", Text, ForeignKey("adapters.id", name="fk_alias_moves_adapter_id"), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("alias", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("moved_by", Text, nullable=False),  # a key's id; empty: Tailor itself
+    Column("reason", Text, nullable=False),
+    Column("before", Text, nullable=False),
+    Column("after", Text, nullable=False),
+    Column("undone", Integer, nullable=False),  # 1: a rollback has gone past it
+    Column("at", BigInteger, nullable=False),
+)
+rollouts = Table(  # an alias on its way to another version, step by step
+    "rollouts",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("tenant_id", Text, nullable=False),
+    Column("adapter_id", Text, ForeignKey("adapters.id", name="fk_rollouts_adapter_id"), nullable=False),
+    Column("alias", Text, nullable=False),
+    Column("baseline_id", Text, nullable=False),  # no foreign keys: what has ended outlives its versions
+    Column("baseline", Integer, nullable=False),
+    Column("candidate_id", Text, nullable=False),
+    Column("candidate", Integer, nullable=False),
+    Column("policy", Text, nullable=False),  # JSON
+    Column("status", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("step", Integer, nullable=False),
+    Column("step_at", BigInteger, nullable=False),
+    Column("step_requests", BigInteger, nullable=False),  # the candidate's before this step
+    Column("started_by", Text, nullable=False),
+    Column("started_at", BigInteger, nullable=False),
+    Column("ended_at", BigInteger),
+    Index("ix_rollouts_adapter_id", "adapter_id"),
+    Index("ix_rollouts_status", "status"),
+)
+rollout_counts = Table(  # what each gateway has seen of a rollout's two versions, JSON
+    "rollout_counts",
+    metadata,
+    Column("rollout_id", Text, ForeignKey("rollouts.id", name="fk_rollout_counts_rollout_id"), primary_key=True),
+    Column("version_id", Text, primary_key=True),
+    Column("gateway", Text, primary_key=True),
+    Column("tally", Text, nullable=False),
 )
 
 
@@ -111,8 +169,8 @@ class Version:
     """An immutable set of weights; `digest` names its content.
 
     Compact, because gateways keep 100,000 of them: the two files are 64 bytes of hashes and two sizes, spelled out
-    only when `files` is asked for. `fallback` is the alias's by which the version was found; `fail` where it was found
-    by number.
+    only when `files` is asked for. `fallback` and `rollout` are the alias's by which the version was found: `fail`
+    where it was found by number, None where no rollout is under way.
     """
 
     id: VersionId
@@ -130,6 +188,7 @@ class Version:
     provenance: Provenance
     created_at: int
     fallback: Fallback = Fallback.FAIL
+    rollout: str | None = None
 
     @property
     def files(self) -> tuple[BlobFile, BlobFile]:
@@ -158,11 +217,13 @@ class Adapter:
     default: Version
 
 
-def _select_versions() -> Select[Any]:
+def select_versions() -> Select[Any]:
+    """Versions with their adapter's name: what `version_of` reads."""
     return select(versions, adapters.c.name).join(adapters, versions.c.adapter_id == adapters.c.id)
 
 
-def _version(row: Row[Any], fallback: str = Fallback.FAIL) -> Version:
+def version_of(row: Row[Any], fallback: str = Fallback.FAIL, rollout: str | None = None) -> Version:
+    """The version in a row of `select_versions`."""
     return Version(
         id=row.id,
         adapter_id=row.adapter_id,
@@ -179,6 +240,7 @@ def _version(row: Row[Any], fallback: str = Fallback.FAIL) -> Version:
         provenance=Provenance(row.provenance),
         created_at=row.created_at,
         fallback=Fallback(fallback),
+        rollout=rollout,
     )
 
 
@@ -188,31 +250,27 @@ def _modules(encoded: str) -> tuple[str, ...]:
     return tuple(intern(name) for name in json.loads(encoded))
 
 
-async def find_by_alias(
-    connection: AsyncConnection, tenant_id: TenantId, name: str, alias: str = DEFAULT_ALIAS
-) -> Version | None:
-    statement = (
-        _select_versions()
-        .add_columns(aliases.c.fallback)
-        .join(aliases, (aliases.c.adapter_id == adapters.c.id) & (aliases.c.version_id == versions.c.id))
-        .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name, aliases.c.name == alias)
-    )
-    row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else _version(row, row.fallback)
-
-
 async def find_by_number(connection: AsyncConnection, tenant_id: TenantId, name: str, number: int) -> Version | None:
-    statement = _select_versions().where(
+    statement = select_versions().where(
         adapters.c.tenant_id == tenant_id, adapters.c.name == name, versions.c.number == number
     )
     row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else _version(row)
+    return None if row is None else version_of(row)
+
+
+async def find_by_id(connection: AsyncConnection, tenant_id: TenantId, name: str, hex_id: str) -> Version | None:
+    """The version whose id ends in these hex digits."""
+    statement = select_versions().where(
+        adapters.c.tenant_id == tenant_id, adapters.c.name == name, versions.c.id == f"ver_{hex_id}"
+    )
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else version_of(row)
 
 
 async def find_previous(connection: AsyncConnection, version: Version) -> Version | None:
     """The newest older version of the same adapter that was made for the same base model."""
     statement = (
-        _select_versions()
+        select_versions()
         .where(
             versions.c.tenant_id == version.tenant_id,
             versions.c.adapter_id == version.adapter_id,
@@ -223,15 +281,15 @@ async def find_previous(connection: AsyncConnection, version: Version) -> Versio
         .limit(1)
     )
     row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else _version(row)
+    return None if row is None else version_of(row)
 
 
 async def find_by_digest(connection: AsyncConnection, tenant_id: TenantId, name: str, digest: str) -> Version | None:
-    statement = _select_versions().where(
+    statement = select_versions().where(
         adapters.c.tenant_id == tenant_id, adapters.c.name == name, versions.c.digest == digest
     )
     row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else _version(row)
+    return None if row is None else version_of(row)
 
 
 async def list_adapters(
@@ -239,7 +297,7 @@ async def list_adapters(
 ) -> tuple[Adapter, ...]:
     """The tenant's adapters by name, those that come after `after`."""
     statement = (
-        _select_versions()
+        select_versions()
         .add_columns(adapters.c.created_at.label("adapter_created_at"), aliases.c.fallback)
         .join(aliases, (aliases.c.adapter_id == adapters.c.id) & (aliases.c.version_id == versions.c.id))
         .where(adapters.c.tenant_id == tenant_id, aliases.c.name == DEFAULT_ALIAS)
@@ -252,17 +310,17 @@ async def list_adapters(
 
 
 def _adapter(row: Row[Any]) -> Adapter:
-    return Adapter(row.adapter_id, row.tenant_id, row.name, row.adapter_created_at, _version(row, row.fallback))
+    return Adapter(row.adapter_id, row.tenant_id, row.name, row.adapter_created_at, version_of(row, row.fallback))
 
 
 async def list_versions(connection: AsyncConnection, tenant_id: TenantId, name: str) -> tuple[Version, ...]:
     """Newest first."""
     statement = (
-        _select_versions()
+        select_versions()
         .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name)
         .order_by(versions.c.number.desc())
     )
-    return tuple(_version(row) for row in await connection.execute(statement))
+    return tuple(version_of(row) for row in await connection.execute(statement))
 
 
 async def find_adapter(connection: AsyncConnection, tenant_id: TenantId, name: str) -> Row[Any, Any] | None:
@@ -310,28 +368,11 @@ async def insert_version(connection: AsyncConnection, version: Version) -> None:
     )
 
 
-async def move_alias(connection: AsyncConnection, adapter_id: AdapterId, version_id: VersionId, now: int) -> bool:
-    """Points the default alias at the version; False where it already did."""
-    here = (aliases.c.adapter_id == adapter_id) & (aliases.c.name == DEFAULT_ALIAS)
-    current = (await connection.execute(select(aliases.c.version_id).where(here))).scalar_one_or_none()
-    if current == version_id:
-        return False
-    if current is None:
-        row = {"adapter_id": adapter_id, "name": DEFAULT_ALIAS, "version_id": version_id, "moved_at": now}
-        await connection.execute(insert(aliases).values(row))
-    else:
-        await connection.execute(update(aliases).where(here).values(version_id=version_id, moved_at=now))
-    return True
-
-
-async def set_fallback(connection: AsyncConnection, adapter_id: AdapterId, fallback: Fallback) -> None:
-    """Who answers where the version behind the default alias cannot."""
-    here = (aliases.c.adapter_id == adapter_id) & (aliases.c.name == DEFAULT_ALIAS)
-    await connection.execute(update(aliases).where(here).values(fallback=fallback.value))
-
-
 async def delete_adapter(connection: AsyncConnection, adapter_id: AdapterId) -> None:
-    await connection.execute(delete(aliases).where(aliases.c.adapter_id == adapter_id))
+    started = select(rollouts.c.id).where(rollouts.c.adapter_id == adapter_id)
+    await connection.execute(delete(rollout_counts).where(rollout_counts.c.rollout_id.in_(started)))
+    for table in (rollouts, alias_moves, alias_shares, aliases):
+        await connection.execute(delete(table).where(table.c.adapter_id == adapter_id))
     await connection.execute(delete(versions).where(versions.c.adapter_id == adapter_id))
     await connection.execute(delete(adapters).where(adapters.c.id == adapter_id))
 

@@ -6,6 +6,15 @@ AdapterStoreError
 ├── OtherBaseModel         the version was trained on a base model that is not served now
 ├── NameInvalid            the adapter's name breaks the rule
 ├── NameReserved           the name belongs to the base model
+├── AliasNotFound          the adapter has no such alias
+├── AliasInvalid           its name or its weights break the rule
+├── AliasKept              `default` is not removed
+├── TooManyAliases         of one adapter
+├── NothingToRollBack      the alias has no earlier place, or what it stood for is gone
+├── RolloutRunning         one rollout at a time on an alias
+├── RolloutInvalid         it leads nowhere, or its policy breaks the rule
+├── RolloutNotFound        the adapter has no such rollout
+├── RolloutOver            it has ended already
 ├── BundleTooLarge         a file passes its limit
 ├── BundleIncomplete       a file is missing or empty
 ├── BaseModelInvalid       the base model's folder cannot be read
@@ -53,6 +62,48 @@ class NameInvalid(AdapterStoreError):
 
 class NameReserved(AdapterStoreError):
     """The adapter's name is the base model's."""
+
+
+class AliasNotFound(AdapterStoreError):
+    """The adapter has no alias of that name."""
+
+    def __init__(self, name: str, alias: str) -> None:
+        super().__init__(f"adapter '{name}' has no alias {alias[:64]!r}")
+
+
+class AliasInvalid(AdapterStoreError):
+    """An alias's name or its weights break the rule that the message states."""
+
+
+class AliasKept(AdapterStoreError):
+    """The default alias goes with its adapter only."""
+
+
+class TooManyAliases(AdapterStoreError):
+    """The adapter has as many aliases as one may have."""
+
+
+class NothingToRollBack(AdapterStoreError):
+    """The alias stood for nothing before, or for what has been deleted."""
+
+
+class RolloutRunning(AdapterStoreError):
+    """The alias is on its way already, or stands for several versions."""
+
+
+class RolloutInvalid(AdapterStoreError):
+    """A rollout's target or its policy breaks the rule that the message states."""
+
+
+class RolloutNotFound(AdapterStoreError):
+    """The adapter has no rollout of that id."""
+
+    def __init__(self, rollout_id: str) -> None:
+        super().__init__(f"there is no rollout {rollout_id[:64]!r} of this adapter")
+
+
+class RolloutOver(AdapterStoreError):
+    """The rollout has ended; its status says how."""
 
 
 class BundleTooLarge(AdapterStoreError):

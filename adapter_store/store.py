@@ -14,10 +14,11 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapter_store import catalog
+from adapter_store import aliases, catalog
+from adapter_store.aliases import NOUN, MoveKind, Split, main_of, move_of
 from adapter_store.blobs import Blobs, blob_key
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, StagedBundle, bundle_digest, storage_errors
-from adapter_store.catalog import Adapter, BlobFile, Fallback, Provenance, Version
+from adapter_store.catalog import DEFAULT_ALIAS, Adapter, BlobFile, Provenance, Version
 from adapter_store.changes import record_change, take_turn
 from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.errors import (
@@ -36,8 +37,12 @@ from adapter_store.threads import in_thread
 from adapter_store.transactions import reading, writing
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-MODEL = re.compile(r"(?P<name>[a-z0-9][a-z0-9._-]{0,63})(?:@(?P<number>[1-9][0-9]{0,8}))?")
-NOUN = "adapter"
+MODEL = re.compile(
+    r"(?P<name>[a-z0-9][a-z0-9._-]{0,63})(?:@(?P<number>[1-9][0-9]{0,8})|:(?P<alias>[a-z0-9][a-z0-9._-]{0,63}))?"
+)
+FINE_TUNED = "ft:"
+FINE_TUNED_REST = re.compile(r":[a-z0-9._-]{0,64}:(?P<name>[a-z0-9][a-z0-9._-]{0,63}):(?P<id>[0-9a-f]{24})")
+"""After `ft:` and the base model's name: an organisation, which selects nothing, the adapter, the version's id."""
 CANONICAL = "canonical.json"
 PUT_TRIES = 3
 
@@ -85,41 +90,45 @@ class AdapterStore:
             undo.pop_all()
         return version
 
-    async def resolve(self, tenant_id: TenantId, model: str) -> Version:
-        """`name` → the version its default alias points to; `name@3` → that version.
+    async def resolve(self, tenant_id: TenantId, model: str) -> Version | Split:
+        """What answers for `model`.
+
+        `name` → what its alias `default` stands for, `name:staging` → that alias, `name@3` → that version, and
+        `ft:base:org:name:id` → the version of that id.
 
         Raises AdapterNotFound (missing and foreign alike), OtherBaseModel.
         """
-        parts = MODEL.fullmatch(model)
-        if parts is None:
-            raise AdapterNotFound(model)
         async with reading(self._engine) as connection:
-            if parts["number"] is None:
-                version = await catalog.find_by_alias(connection, tenant_id, parts["name"])
-            else:
-                number = int(parts["number"])
-                version = await catalog.find_by_number(connection, tenant_id, parts["name"], number)
-        if version is None:
+            found = await self._find(connection, tenant_id, model)
+        if found is None:
             raise AdapterNotFound(model)
-        if version.base_fingerprint != self._base.fingerprint:
+        if main_of(found).base_fingerprint != self._base.fingerprint:
             raise OtherBaseModel(
                 f"adapter {model!r} was made for another base model than '{self._base.name}': train it again"
             )
-        return version
+        return found
+
+    async def _find(self, connection: AsyncConnection, tenant_id: TenantId, model: str) -> Version | Split | None:
+        if model.startswith(FINE_TUNED):
+            parts = FINE_TUNED_REST.fullmatch(model.removeprefix(f"{FINE_TUNED}{self._base.name}"))
+            return (
+                None if parts is None else await catalog.find_by_id(connection, tenant_id, parts["name"], parts["id"])
+            )
+        parts = MODEL.fullmatch(model)
+        if parts is None:
+            return None
+        if parts["number"] is not None:
+            return await catalog.find_by_number(connection, tenant_id, parts["name"], int(parts["number"]))
+        return await aliases.find(connection, tenant_id, parts["name"], parts["alias"] or DEFAULT_ALIAS)
+
+    def fine_tuned_name(self, version: Version) -> str:
+        """How OpenAI would call the version: it never stands for another."""
+        return f"{FINE_TUNED}{self._base.name}::{version.adapter_name}:{version.id.removeprefix('ver_')}"
 
     async def previous(self, version: Version) -> Version | None:
         """The newest older version of the same adapter and base model. Raises StorageUnavailable."""
         async with reading(self._engine) as connection:
             return await catalog.find_previous(connection, version)
-
-    async def set_fallback(self, tenant_id: TenantId, name: str, fallback: Fallback) -> None:
-        """Declares who answers to `name` where its version cannot. Raises AdapterNotFound."""
-        async with writing(self._engine) as connection:
-            await record_change(connection, NOUN, tenant_id, name)
-            row = await catalog.find_adapter(connection, tenant_id, name)
-            if row is None:
-                raise AdapterNotFound(name)
-            await catalog.set_fallback(connection, row.id, fallback)
 
     async def list(self, tenant_id: TenantId, after: str | None = None, limit: int = 100) -> tuple[Adapter, ...]:
         """The tenant's adapters by name; the next page starts `after` the last name of this one."""
@@ -130,10 +139,10 @@ class AdapterStore:
         """The adapter and its versions, newest first. Raises AdapterNotFound."""
         async with reading(self._engine) as connection:
             row = await catalog.find_adapter(connection, tenant_id, name)
-            default = await catalog.find_by_alias(connection, tenant_id, name)
-            if row is None or default is None:
+            found = await aliases.find(connection, tenant_id, name)
+            if row is None or found is None:
                 raise AdapterNotFound(name)
-            adapter = Adapter(row.id, tenant_id, name, row.created_at, default)
+            adapter = Adapter(row.id, tenant_id, name, row.created_at, main_of(found))
             return adapter, await catalog.list_versions(connection, tenant_id, name)
 
     async def delete(self, tenant_id: TenantId, name: str) -> Sequence[Version]:
@@ -224,7 +233,8 @@ class AdapterStore:
         if version is None:
             version = await self._new_version(connection, tenant_id, name, checked, provenance, now)
             await catalog.insert_version(connection, version)
-        if await catalog.move_alias(connection, version.adapter_id, version.id, now):
+        move = move_of(version.adapter_id, DEFAULT_ALIAS, MoveKind.PUBLISH, "", "", now)
+        if await aliases.point(connection, move, [(version.id, version.number, 1)]):
             await record_change(connection, NOUN, tenant_id, name)
         return version
 

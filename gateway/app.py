@@ -15,14 +15,16 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapter_store.aliases import Aliases
 from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
 from adapter_store.bundle import Staging
 from adapter_store.errors import AdapterStoreError, StorageError
 from adapter_store.faults import Bounds as AdapterBounds
 from adapter_store.inspector import Inspector
+from adapter_store.rollouts import Rollout, Rollouts
 from adapter_store.store import AdapterStore
-from gateway.api import adapters, admin, base_model, health, keys, models, quarantine, replicas, usage
+from gateway.api import adapters, admin, aliases, base_model, health, keys, models, quarantine, replicas, usage
 from gateway.api.generation import Generation, Patience, Services, new_batches
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
@@ -53,6 +55,7 @@ from gateway.replicas.pool import ReplicaPool
 from gateway.replicas.replica import ReplicaOptions
 from gateway.replicas.roster import Roster
 from gateway.replicas.upstream import Upstream
+from gateway.rollouts import RolloutWatch
 from gateway.settings import Settings
 from gateway.telemetry.asgi import Counted, template_of
 from gateway.telemetry.metrics import Metrics
@@ -61,7 +64,7 @@ from gateway.tenants import Tenants
 from gateway.usage import Ledger
 
 log = logging.getLogger("tailor.gateway")
-ROUTERS = (health, models, adapters, base_model, keys, usage, admin, replicas, quarantine)
+ROUTERS = (health, models, adapters, aliases, base_model, keys, usage, admin, replicas, quarantine)
 
 
 def create_app(settings: Settings, *, operators: socket.socket | None = None) -> Front:
@@ -103,6 +106,7 @@ def _build(settings: Settings, home: Home) -> Parts:
     engine = open_engine(settings.database)
     inspector = Inspector(base, AdapterBounds(settings.max_lora_rank, settings.max_adapter_bytes))
     store = AdapterStore(engine, Blobs.open(settings.blobs), inspector)
+    rollouts = Rollouts(engine, base.fingerprint)
     freshness = Freshness(settings.max_staleness_s)
     key_rows = Keys(engine)
     auth = Auth(key_rows, freshness)
@@ -127,6 +131,9 @@ def _build(settings: Settings, home: Home) -> Parts:
         limits=open_limits(redis_url, used_this_month=ledger.tokens_since, timeout_s=settings.limits_timeout_s),
         ledger=ledger,
         store=store,
+        aliases=Aliases(engine, base),
+        rollouts=rollouts,
+        rollout_watch=RolloutWatch(rollouts, proof=_no_proof, on_moved=known_models.forget_tenant),
         inspector=inspector,
         staging=Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes),
         models=known_models,
@@ -142,6 +149,10 @@ def _build(settings: Settings, home: Home) -> Parts:
             freshness,
         ),
     )
+
+
+async def _no_proof(_: Rollout) -> str | None:
+    return "proved"
 
 
 def _pool(settings: Settings, roster: Roster, held_back: Quarantine, fingerprint: str, token: str) -> ReplicaPool:
@@ -187,6 +198,7 @@ def _services(parts: Parts, salt_of: Callable[[str], str]) -> Services:
         ledger=parts.ledger,
         metrics=parts.metrics,
         tracing=parts.tracing,
+        rollouts=parts.rollout_watch,
         patience=Patience(),
         batches=new_batches(),
         salt_of=salt_of,
@@ -234,6 +246,7 @@ def _lifespan(
             services.patience.watch(),
             parts.quarantine.follow(),
             parts.quarantine.write(),
+            parts.rollout_watch.follow(),
             tidy(parts.store),
         )
         tasks = [asyncio.create_task(work) for work in works]

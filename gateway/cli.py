@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-from gateway.commands import adapters, keys, openapi, quarantine, replicas, servers, storage, tenants, training, usage
+from gateway.commands import (
+    adapters,
+    aliases,
+    keys,
+    openapi,
+    quarantine,
+    replicas,
+    servers,
+    storage,
+    tenants,
+    training,
+    usage,
+)
 
 app = typer.Typer(help="One base model and a fitted adapter for every tenant.", no_args_is_help=True)
 app.add_typer(servers.app)
@@ -16,6 +28,8 @@ app.add_typer(tenants.plan_app, name="plan")
 app.add_typer(keys.app, name="key")
 app.add_typer(adapters.adapter_app, name="adapter")
 app.add_typer(adapters.app)
+app.add_typer(aliases.alias_app, name="alias")
+app.add_typer(aliases.rollout_app, name="rollout")
 app.add_typer(training.base_app, name="base")
 app.add_typer(training.app)
 app.add_typer(replicas.app, name="replicas")

@@ -6,11 +6,13 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from adapter_store.aliases import Aliases
 from adapter_store.base_model import BaseModel
 from adapter_store.bundle import Staging
 from adapter_store.engine import AsyncEngine
 from adapter_store.ids import TenantId
 from adapter_store.inspector import Inspector
+from adapter_store.rollouts import Rollouts
 from adapter_store.store import AdapterStore
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
@@ -22,6 +24,7 @@ from gateway.models import Models
 from gateway.plans import Plans
 from gateway.quarantine import Quarantine
 from gateway.replicas.pool import ReplicaPool
+from gateway.rollouts import RolloutWatch
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracing
 from gateway.tenants import ApiKey, Scope, Tenants
@@ -41,6 +44,9 @@ class Parts:
     limits: Limits
     ledger: Ledger
     store: AdapterStore
+    aliases: Aliases
+    rollouts: Rollouts
+    rollout_watch: RolloutWatch
     inspector: Inspector
     staging: Staging
     models: Models
@@ -58,6 +64,14 @@ class Parts:
 @dataclass(frozen=True, slots=True)
 class TenantAdmin:
     """A key with the scope `admin`, and the tenant that it administers."""
+
+    key: ApiKey
+    tenant_id: TenantId
+
+
+@dataclass(frozen=True, slots=True)
+class TenantKey:
+    """A key with the scope `adapters`, and its tenant."""
 
     key: ApiKey
     tenant_id: TenantId
@@ -91,7 +105,15 @@ async def publisher(request: Request, parts: AppParts) -> TenantId:
     return await parts.auth.tenant(authorization_of(request.scope), Scope.ADAPTERS)
 
 
+async def _publishing_key(request: Request, parts: AppParts) -> TenantKey:
+    key = await parts.auth.caller(authorization_of(request.scope), Scope.ADAPTERS)
+    if key.tenant_id is None:
+        raise ScopeMissing("An operator's key stands for no tenant: use a key of the tenant.")
+    return TenantKey(key, key.tenant_id)
+
+
 Operator = Annotated[ApiKey, Depends(_operator)]
 KeyAdmin = Annotated[TenantAdmin, Depends(_tenant_admin)]
 InferenceTenant = Annotated[TenantId, Depends(_reader)]
 AdapterTenant = Annotated[TenantId, Depends(publisher)]
+AdapterKey = Annotated[TenantKey, Depends(_publishing_key)]

@@ -3,15 +3,18 @@
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from adapter_store.aliases import NOUN, Split, main_of
 from adapter_store.catalog import Version
 from adapter_store.changes import Change
 from adapter_store.errors import AdapterNotFound
 from adapter_store.ids import TenantId
-from adapter_store.store import NOUN, AdapterStore
+from adapter_store.store import AdapterStore
 from gateway.errors import ModelUnknown
 from gateway.fresh_cache import SharedReads
 from gateway.freshness import Freshness
 
+Answering = Version | Split
+"""What stands for a name: one version, or several of which each request is given one."""
 _NO_TEXT: Final = chr(0xDC00)
 """Half of a pair: what clients send is UTF-8, which has none."""
 
@@ -31,13 +34,13 @@ class Models:
         self._freshness = freshness or Freshness()
         self._monotonic = self._freshness.clock
         self._half = cache_limit // 2
-        self._young: dict[TenantId, dict[str, Version]] = {}  # two generations, as in FreshCache
-        self._old: dict[TenantId, dict[str, Version]] = {}
+        self._young: dict[TenantId, dict[str, Answering]] = {}  # two generations, as in FreshCache
+        self._old: dict[TenantId, dict[str, Answering]] = {}
         self._young_names = 0
-        self._reads = SharedReads[tuple[TenantId, str], Version | None]()
+        self._reads = SharedReads[tuple[TenantId, str], Answering | None]()
 
-    def known(self, tenant_id: TenantId, model: str) -> Version | None:
-        """The version that answers for `model`, where nothing has to be asked; None: ask `resolve`."""
+    def known(self, tenant_id: TenantId, model: str) -> Answering | None:
+        """What answers for `model`, where nothing has to be asked; None: ask `resolve`."""
         names = self._young.get(tenant_id)
         if names is None:
             names = self._promoted(tenant_id)
@@ -45,8 +48,8 @@ class Models:
             return None
         return names.get(model)
 
-    async def resolve(self, tenant_id: TenantId, model: str) -> Version | None:
-        """The version that answers for `model`; None for the base model itself.
+    async def resolve(self, tenant_id: TenantId, model: str) -> Answering | None:
+        """What answers for `model`; None for the base model itself.
 
         Raises:
             ModelUnknown: the tenant has no such model; another tenant's and a missing one look the same.
@@ -67,36 +70,37 @@ class Models:
             StorageUnavailable: as in `resolve`.
         """
         name = f"{version.adapter_name}@{_NO_TEXT}{version.number}"
-        return await self._asked(version.tenant_id, name, lambda: self._store.previous(version))
+        found = await self._asked(version.tenant_id, name, lambda: self._store.previous(version))
+        return None if found is None else main_of(found)
 
     async def _asked(
-        self, tenant_id: TenantId, name: str, read: Callable[[], Awaitable[Version | None]]
-    ) -> Version | None:
-        version = self.known(tenant_id, name)
-        if version is not None:
-            return version
+        self, tenant_id: TenantId, name: str, read: Callable[[], Awaitable[Answering | None]]
+    ) -> Answering | None:
+        known = self.known(tenant_id, name)
+        if known is not None:
+            return known
         self._freshness.check()
 
-        def keep(found: Version | None) -> None:
+        def keep(found: Answering | None) -> None:
             if found is not None:
                 self._keep(tenant_id, name, found)
 
         return await self._reads.share((tenant_id, name), read, keep)
 
-    def _keep(self, tenant_id: TenantId, name: str, version: Version) -> None:
+    def _keep(self, tenant_id: TenantId, name: str, found: Answering) -> None:
         self._make_room(1)
         names = self._young.get(tenant_id)
         if names is None:
             names = self._promoted(tenant_id)
         if names is None:
-            names = self._young[version.tenant_id] = {}
+            names = self._young[tenant_id if isinstance(found, Split) else found.tenant_id] = {}
         elif len(names) >= self._half:  # a single tenant has more names than there is room for
             self._young_names -= len(names)
             names.clear()
         self._young_names += name not in names
-        names[version.adapter_name if name == version.adapter_name else name] = version  # one string for both
+        names[found.adapter_name if name == found.adapter_name else name] = found  # one string for both
 
-    def _promoted(self, tenant_id: TenantId) -> dict[str, Version] | None:
+    def _promoted(self, tenant_id: TenantId) -> dict[str, Answering] | None:
         names = self._old.pop(tenant_id, None)
         if names is not None:
             self._make_room(len(names))
@@ -117,10 +121,9 @@ class Models:
             self.forget_tenant(change.tenant_id)
             return
         self._reads.outdate()
-        version = f"{change.name}@"
         for generation in (self._young, self._old):
             names = generation.get(change.tenant_id, {})
-            for name in [name for name in names if name == change.name or name.startswith(version)]:
+            for name in [name for name, found in names.items() if found.adapter_name == change.name]:
                 del names[name]
                 self._young_names -= generation is self._young
 

@@ -31,6 +31,8 @@ def watch_parts(parts: Parts, patience: Patience) -> None:
     metrics.watch(names.OPEN_CONNECTIONS, lambda: len(parts.connections))
     metrics.watch(names.LIMITS_DEGRADED, lambda: float(parts.limits.degraded))
     metrics.watch(names.LEDGER_BACKLOG, lambda: parts.ledger.backlog)
+    metrics.watch(names.ROLLOUTS_RUNNING, lambda: parts.rollout_watch.running)
+    metrics.watch(names.ROLLOUTS_ENDED, lambda: _rollouts(parts))
     metrics.watch(names.CHANGE_FEED_AGE, lambda: max(0.0, time.monotonic() - parts.freshness.fresh_at))
 
 
@@ -40,6 +42,11 @@ def _residents(parts: Parts) -> Mapping[Labels, float]:
         for resident in member.replica.residency.residents():
             found[member.replica.id, resident.tier] += 1
     return {labels: float(count) for labels, count in found.items()}
+
+
+def _rollouts(parts: Parts) -> Mapping[Labels, float]:
+    ended = parts.rollout_watch.ended
+    return {status: float(ended[status]) for status in ("completed", "rolled_back")}
 
 
 def _loads(parts: Parts) -> Mapping[Labels, float]:

@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
-from adapter_store.catalog import Adapter, Fallback, Version
+from adapter_store.catalog import DEFAULT_ALIAS, Adapter, Fallback, Version
 from gateway.api.multipart import UploadForm
 from gateway.dependencies import AdapterTenant, AppParts, Parts, publisher
 from gateway.errors import RequestInvalid
@@ -28,9 +28,12 @@ class VersionObject(BaseModel):
     """One immutable version; `digest` is SHA-256 over its two files, `created_at` in Unix seconds.
 
     While `quarantine` is not null no engine may have it.
+    `model` and `fine_tuned_model` are two ways to ask for just this one.
     """
 
     number: int
+    model: str
+    fine_tuned_model: str
     digest: str
     bytes: int
     rank: int
@@ -110,7 +113,7 @@ async def show(name: str, tenant_id: AdapterTenant, parts: AppParts) -> AdapterW
 @router.patch("/{name}")
 async def change(name: str, body: AdapterChange, tenant_id: AdapterTenant, parts: AppParts) -> AdapterObject:
     """Declare a fallback; answers that come by it are flagged."""
-    await parts.store.set_fallback(tenant_id, name, body.fallback)
+    await parts.aliases.set_fallback(tenant_id, name, DEFAULT_ALIAS, body.fallback)
     parts.models.forget_tenant(tenant_id)
     adapter, _ = await parts.store.show(tenant_id, name)
     return _adapter(adapter, parts)
@@ -138,6 +141,8 @@ def _version(version: Version, parts: Parts) -> VersionObject:
     held = parts.quarantine.of(version.tenant_id, version.digest)
     return VersionObject(
         number=version.number,
+        model=f"{version.adapter_name}@{version.number}",
+        fine_tuned_model=parts.store.fine_tuned_name(version),
         digest=version.digest,
         bytes=version.size_bytes,
         rank=version.rank,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from random import getrandbits
 from typing import Final
 
+from adapter_store.aliases import Split
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
 from gateway.auth import Auth
@@ -38,6 +39,7 @@ from gateway.relay import BrokenOff
 from gateway.replicas.pool import Place, ReplicaPool
 from gateway.replicas.replica import Replica
 from gateway.replicas.upstream import Connection, OutOfDescriptorsError, UpstreamError
+from gateway.rollouts import RolloutWatch
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.observation import Observation
 from gateway.telemetry.tracing import Trace, Tracing
@@ -86,6 +88,7 @@ class Services:
     ledger: Ledger
     metrics: Metrics
     tracing: Tracing
+    rollouts: RolloutWatch
     patience: Patience
     batches: "Batches[_Request]"
     salt_of: Callable[[str], str]
@@ -299,11 +302,15 @@ class Generation:
         models, model = self._models, request.asked.model
         if model == models.base_name:
             return None
-        request.version = models.known(request.tenant_id, model)
-        return self._ask_for_version(request, model) if request.version is None else None
+        found = models.known(request.tenant_id, model)
+        if found is None:
+            return self._ask_for_version(request, model)
+        request.version = found.pick(request.asked.common()) if isinstance(found, Split) else found
+        return None
 
     async def _ask_for_version(self, request: _Request, model: str) -> None:
-        request.version = await self._models.resolve(request.tenant_id, model)
+        found = await self._models.resolve(request.tenant_id, model)
+        request.version = found.pick(request.asked.common()) if isinstance(found, Split) else found
 
     # where
 
@@ -345,6 +352,8 @@ class Generation:
             raise ReplicaUnavailable(
                 "The adapter cannot be loaded, and there is no version before it.", retry_after_s=5
             )
+        if version.rollout is not None:
+            self._services.rollouts.note(version, failed=True)
         request.version = previous
         request.fallback = b"x-tailor-fallback: %b\r\n" % version.fallback.encode()
 
@@ -674,6 +683,8 @@ class Generation:
     def _account(self, request: _Request) -> None:
         seen, usage, version = request.seen, request.usage, request.version
         seen.ended = time.monotonic()
+        if request.pipe is not None:
+            seen.streamed, seen.first_at = True, request.pipe.first_at
         tokens: int | None = 0
         if usage is not None:
             seen.prompt_tokens = usage.prompt_tokens
@@ -684,6 +695,8 @@ class Generation:
         elif request.at_work:
             tokens = None  # the engine never said how much it has done
         self._give_back(request, tokens)
+        if version is not None and version.rollout is not None and seen.placing_at:
+            self._note_for_rollout(request, version)
         if request.admission is not None:
             request.admission.settle(tokens)
             if self._dialect.generates and seen.placing_at:  # what no engine was asked for is no use of it
@@ -699,12 +712,25 @@ class Generation:
         seen.tenant_id = request.tenant_id
         if version is not None:
             seen.adapter_id, seen.version = version.adapter_id, version.number
-        if request.pipe is not None:
-            seen.streamed, seen.first_at = True, request.pipe.first_at
         self._services.metrics.later(seen)
         if request.trace is not None:
             seen.request_id = request.id.decode()
             request.trace.finish(seen)
+
+    def _note_for_rollout(self, request: _Request, version: Version) -> None:
+        """A version that is being tried out: whether it answered, and how fast its engine was.
+
+        Latency is a stream's first token, else the time per token: queue and load, which others cause, are not in it.
+        """
+        seen = request.seen
+        if seen.status == CLIENT_GONE:
+            return
+        latency_s: float | None = None
+        if seen.streamed:
+            latency_s = seen.first_at - seen.sent_at if seen.first_at else None
+        elif seen.completion_tokens:
+            latency_s = (seen.ended - seen.sent_at) / seen.completion_tokens
+        self._services.rollouts.note(version, failed=seen.status >= 500, latency_s=latency_s)
 
 
 STEPS: Final[tuple[Callable[[Generation, _Request], Wait | Parked | None], ...]] = (

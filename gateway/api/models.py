@@ -3,6 +3,7 @@
 from fastapi import APIRouter
 from pydantic import BaseModel
 
+from adapter_store.aliases import main_of
 from gateway.dependencies import AppParts, InferenceTenant
 from gateway.errors import ModelUnknown
 
@@ -37,7 +38,7 @@ async def show_model(model: str, tenant_id: InferenceTenant, parts: AppParts) ->
     version = await parts.models.resolve(tenant_id, model)
     if version is None:
         raise ModelUnknown(model)
-    return Model(id=model, created=version.created_at, owned_by=tenant_id)
+    return Model(id=model, created=main_of(version).created_at, owned_by=tenant_id)
 
 
 def _base(parts: AppParts) -> Model:

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Raw, Struct
 from mypy_extensions import mypyc_attr
 
+from gateway.dialects.conversation import beginning
 from gateway.dialects.fields import GATEWAY_SET, OPT_IN, REFUSED, EngineRefusal, LargeFields
 from gateway.dialects.schemas import SchemaBudget
 from gateway.errors import ContextLengthExceeded, ErrorAnswer, GatewayError, ReplicaFailed, RequestInvalid, answer
@@ -89,6 +90,12 @@ class Checked:
     def max_tokens(self) -> int:
         """Most tokens that all answers together may have."""
         return self.length * self.choices
+
+    def common(self) -> bytes:
+        """What requests of one user, or else of one conversation, have in common."""
+        if self.affinity is not None:
+            return self.affinity.encode("utf-8", "surrogatepass")
+        return beginning(self.request)
 
     def limit_output(self, most: int | None) -> None:
         """Hold the plan's ceiling of one answer.

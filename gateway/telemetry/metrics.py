@@ -60,6 +60,8 @@ READABLE: Final = (
     names.OPEN_CONNECTIONS,
     names.LIMITS_DEGRADED,
     names.LEDGER_BACKLOG,
+    names.ROLLOUTS_RUNNING,
+    names.ROLLOUTS_ENDED,
     names.CHANGE_FEED_AGE,
 )
 """What the other parts know and `Metrics.watch` attaches."""

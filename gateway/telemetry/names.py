@@ -119,6 +119,10 @@ LIMITS_DEGRADED: Final = Metric(
 LEDGER_BACKLOG: Final = Metric(
     "tailor_ledger_backlog_rows", "gauge", (), "Rows of the usage ledger that the database does not have yet."
 )
+ROLLOUTS_RUNNING: Final = Metric("tailor_rollouts_running", "gauge", (), "Aliases on their way to another version.")
+ROLLOUTS_ENDED: Final = Metric(
+    "tailor_rollouts_ended_total", "counter", ("outcome",), "Rollouts that this gateway ended: completed, rolled_back."
+)
 CHANGE_FEED_AGE: Final = Metric(
     "tailor_change_feed_age_seconds", "gauge", (), "Time since the change feed was last read: how stale caches may be."
 )

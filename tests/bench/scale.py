@@ -27,8 +27,8 @@ from adapter_store import catalog
 from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
 from adapter_store.catalog import Version
-from adapter_store.catalog import _select_versions as version_rows
-from adapter_store.catalog import _version as version_of_row
+from adapter_store.catalog import select_versions as version_rows
+from adapter_store.catalog import version_of as version_of_row
 from adapter_store.faults import Bounds
 from adapter_store.ids import TenantId
 from adapter_store.inspector import Inspector

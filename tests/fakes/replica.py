@@ -63,6 +63,10 @@ class Faults:
     """The engine dies while it loads one of these."""
     restart_s: float = 0.2
     """What an engine that has ended takes to be back."""
+    failing_digests: set[str] = field(default_factory=set)
+    """Adapters whose requests the engine answers with 500."""
+    slow_digests: dict[str, float] = field(default_factory=dict)
+    """Seconds before the head of an answer of these."""
 
 
 @dataclass
@@ -413,6 +417,10 @@ class FakeReplica:
             await asyncio.sleep(self.faults.latency_s)
         if self.faults.status is not None:
             return self._bytes(writer, self.faults.status, self.faults.status_body)
+        digest = self.adapters[name]["digest"] if name in self.adapters else ""
+        if digest in self.faults.failing_digests:
+            return self._bytes(writer, 500, self.faults.status_body)
+        await asyncio.sleep(self.faults.slow_digests.get(digest, 0.0))
         served = self._serve_record(name, body)
         try:
             if body.get("stream"):

@@ -29,6 +29,7 @@ from adapter_store.transactions import writing
 from gateway.database import api_keys
 from gateway.front import OPEN_PATHS
 from gateway.replicas.client import Alarm, Suspect
+from tests.bad_adapters import write_good
 from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, live_routes
 
@@ -59,6 +60,16 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "PATCH /v1/adapters/{name}":                 (200,  403,  404,  403,    403,     404),
     "DELETE /v1/adapters/{name}":                (204,  403,  404,  403,    403,     404),
     "GET /v1/base-model":                        (200,  403,  200,  403,    403,     200),
+    "GET /v1/adapters/{name}/aliases":           (200,  403,  404,  403,    403,     404),
+    "GET /v1/adapters/{name}/aliases/{alias}":   (200,  403,  404,  403,    403,     404),
+    "PUT /v1/adapters/{name}/aliases/{alias}":   (200,  403,  404,  403,    403,     404),
+    "DELETE /v1/adapters/{name}/aliases/{alias}": (204, 403,  404,  403,    403,     404),
+    "POST /v1/adapters/{name}/aliases/{alias}/rollback": (200, 403, 404, 403, 403,   404),
+    "GET /v1/adapters/{name}/history":           (200,  403,  404,  403,    403,     404),
+    "POST /v1/adapters/{name}/rollouts":         (201,  403,  404,  403,    403,     404),
+    "GET /v1/adapters/{name}/rollouts":          (200,  403,  404,  403,    403,     404),
+    "GET /v1/adapters/{name}/rollouts/{rollout}": (200, 403,  404,  403,    403,     404),
+    "POST /v1/adapters/{name}/rollouts/{rollout}/cancel": (200, 403, 404, 403, 403,  404),
     # scope admin
     "POST /v1/keys":                             (403,  201,  403,  201,    403,     201),
     "GET /v1/keys":                              (403,  200,  403,  200,    403,     200),
@@ -164,6 +175,25 @@ class World:
         assert made.status_code == 201, made.text
         return name
 
+    async def moving_adapter(self) -> str:
+        """With two versions and an alias `staging` that has been moved."""
+        name = await self.adapter()
+        other = {
+            **self.upload(name),
+            **_files(write_good(self.folder.parent / self.new_name("second"), seed=self.count)),
+        }
+        assert (await self.ask("POST", "/v1/adapters", "tenant", files=other)).status_code == 201
+        for version in (2, 1):
+            place = f"/v1/adapters/{name}/aliases/staging"
+            moved = await self.ask("PUT", place, "tenant", json={"version": version})
+            assert moved.status_code == 200, moved.text
+        return name
+
+    async def rollout(self, name: str) -> str:
+        begun = await self.ask("POST", f"/v1/adapters/{name}/rollouts", "tenant", json={"version": 1})
+        assert begun.status_code == 201, begun.text
+        return str(begun.json()["id"])
+
     async def key(self) -> str:
         """One of the first tenant's, of no more scopes than its admin's."""
         key_id: str = (await self._make("/admin/v1/tenants/acme/keys", {"scopes": ["admin"]}))["id"]
@@ -186,8 +216,7 @@ class World:
         return quarantine.held()[0].id
 
     def upload(self, name: str) -> dict[str, Any]:
-        files = {file.name: (file.name, file.read_bytes()) for file in self.folder.iterdir()}
-        return {"name": (None, name), **files}
+        return {"name": (None, name), **_files(self.folder)}
 
     def body_of(self, method: str, path: str, name: str) -> dict[str, Any]:
         """What httpx is given; each request makes something new where it makes something."""
@@ -196,6 +225,8 @@ class World:
         made: dict[str, Callable[[], dict[str, Any]]] = {
             "POST /v1/adapters": lambda: {"files": self.upload(self.new_name("bot"))},
             "PATCH /v1/adapters/{name}": lambda: {"json": {"fallback": "base"}},
+            "PUT /v1/adapters/{name}/aliases/{alias}": lambda: {"json": {"version": 1}},
+            "POST /v1/adapters/{name}/rollouts": lambda: {"json": {"version": 1}},
             "POST /v1/keys": lambda: {"json": {"scopes": ["admin"]}},
             "POST /admin/v1/plans": lambda: {"json": {"name": self.new_name("plan")}},
             "PATCH /admin/v1/plans/{plan}": lambda: {"json": {"weight": 2}},
@@ -209,6 +240,10 @@ class World:
         if caller in self.keys:
             more["headers"] = {"authorization": self.keys[caller].encode("latin-1")}
         return await self.client.request(method, path, **more)
+
+
+def _files(folder: Path) -> dict[str, tuple[str, bytes]]:
+    return {file.name: (file.name, file.read_bytes()) for file in folder.iterdir()}
 
 
 @pytest.fixture
@@ -229,6 +264,8 @@ class Subject:
 
 SUBJECTS: Final = (
     Subject("{model:path}", World.adapter, "bot-0"),
+    Subject("{name}/aliases", World.moving_adapter, "bot-0"),
+    Subject("{name}/rollouts", World.moving_adapter, "bot-0"),
     Subject("{name}", World.adapter, "bot-0"),
     Subject("{key_id}", World.key, "key_" + "0" * 24),
     Subject("{plan}", World.plan, "plan-0"),
@@ -253,7 +290,10 @@ async def asked(
     if subject is None:
         return "", await world.ask(method, path, caller, **world.body_of(method, path, ""))
     name = subject.missing if missing else await subject.make(world)
-    place = path.replace(subject.parameter, name) if subject.parameter else path
+    place = path.replace(subject.parameter.partition("/")[0], name) if subject.parameter else path
+    place = place.replace("{alias}", "staging")
+    if "{rollout}" in place:
+        place = place.replace("{rollout}", "rol_0" if missing else await world.rollout(name))
     return name, await world.ask(method, place, caller, **world.body_of(method, path, name))
 
 

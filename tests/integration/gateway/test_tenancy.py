@@ -11,7 +11,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from adapter_store.catalog import Fallback
+from adapter_store.catalog import Fallback, Version
 from gateway.cli import app as command
 from tests.fakes.replica import FakeReplica
 
@@ -340,7 +340,7 @@ async def test_an_adapter_declares_its_fallback(
     models, tenant_id = gateway.parts.models, (await gateway.parts.tenants.named("acme")).id
     assert models.known(tenant_id, "bot") is None
     current = await models.resolve(tenant_id, "bot")
-    assert current is not None
+    assert isinstance(current, Version)
     assert models.known(tenant_id, "bot") is current
     assert (current.number, current.fallback) == (2, Fallback.PREVIOUS)
     before = await models.previous(current)
