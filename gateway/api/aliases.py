@@ -6,9 +6,11 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, Field, model_validator
 
 from adapter_store import rollouts
-from adapter_store.aliases import MOST_REASON, MOST_SHARES, MOST_WEIGHT, Alias, Move, MoveKind
+from adapter_store.aliases import MOST_REASON, MOST_SHARES, MOST_WEIGHT, Alias, Move, MoveKind, main_of
 from adapter_store.catalog import DEFAULT_ALIAS, Fallback
-from gateway.dependencies import AdapterKey, AdapterTenant, AppParts
+from adapter_store.errors import AdapterStoreError
+from adapter_store.ids import TenantId
+from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts
 
 router = APIRouter(prefix="/v1/adapters/{name}", tags=["aliases"])
 MOST_NUMBER = 10**9
@@ -157,7 +159,9 @@ async def move_alias(name: str, alias: str, body: AliasMove, caller: AdapterKey,
     """Make an alias, or let it stand for other versions: from the answer on here, within a second everywhere.
 
     Requests that have begun end with the version that they began with. A rollout that was under way is superseded.
+    Where the old version is in an engine, the new one is brought there before the move.
     """
+    await _warm(caller.tenant_id, name, alias, [number for number, _ in body.shares], parts)
     moved = await parts.aliases.move(
         caller.tenant_id, name, alias, body.shares, moved_by=caller.key.id, reason=body.reason, fallback=body.fallback
     )
@@ -204,6 +208,7 @@ async def start_rollout(name: str, body: RolloutStart, caller: AdapterKey, parts
         caller.tenant_id, name, body.alias, body.version, body.policy, started_by=caller.key.id
     )
     parts.models.forget_tenant(caller.tenant_id)
+    await _warm(caller.tenant_id, name, body.alias, [body.version], parts)
     return _rollout(begun)
 
 
@@ -230,6 +235,16 @@ async def cancel_rollout(
     ended = await parts.rollouts.cancel(caller.tenant_id, name, rollout, by=caller.key.id, reason=reason)
     parts.models.forget_tenant(caller.tenant_id)
     return _rollout(ended)
+
+
+async def _warm(tenant_id: TenantId, name: str, alias: str, numbers: list[int], parts: Parts) -> None:
+    """What the alias is about to stand for, where its present version is; what is missing, the move itself tells."""
+    try:
+        old = main_of(await parts.store.resolve(tenant_id, f"{name}:{alias}"))
+        for number in numbers:
+            await parts.pool.prewarm(old, main_of(await parts.store.resolve(tenant_id, f"{name}@{number}")))
+    except AdapterStoreError:
+        return
 
 
 def _alias(name: str, alias: Alias) -> AliasObject:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from adapter_store.aliases import main_of
 from adapter_store.blobs import Blobs
 from adapter_store.cache import DiskCache
 from tests.fakes.replica import FakeReplica
@@ -39,7 +40,7 @@ async def test_a_replica_fetches_from_s3(
     acme = await gateway.tenant("acme")
     await acme.publish(good)
     tenant_id = (await gateway.parts.tenants.named("acme")).id
-    version = await gateway.parts.store.resolve(tenant_id, "bot")
+    version = main_of(await gateway.parts.store.resolve(tenant_id, "bot"))
     folder = await DiskCache(tmp_path / "cache", Blobs.open(remote.blobs_url), 1 << 20).fetch(
         version.digest, version.files
     )

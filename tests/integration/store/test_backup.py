@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import Connection, select, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from adapter_store.aliases import main_of
 from adapter_store.blobs import Blobs
 from adapter_store.catalog import metadata
 from adapter_store.errors import AdapterNotFound
@@ -195,7 +196,7 @@ async def test_what_is_there_is_not_overwritten(
     await publish(write_good(tmp_path / "two", seed=2))
     with pytest.raises(NotEmpty, match="--force"):
         await restore(engine, blobs, backups)
-    assert (await store.resolve(TENANT, "bot")).number == 2
+    assert main_of(await store.resolve(TENANT, "bot")).number == 2
     await restore(engine, blobs, backups, force=True)
     assert await store.resolve(TENANT, "bot") == first
     assert await rows_of(engine) == rows
