@@ -20,6 +20,7 @@ import obstore.store  # noqa: F401
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from adapter_store import blobs as blobs_module
+from adapter_store.aliases import Aliases
 from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
 from adapter_store.bundle import BUNDLE_FILES, Staging
@@ -42,6 +43,9 @@ OPERATIONS: tuple[tuple[str, ...], ...] = (
     ("publish", "bot", "1"),  # and back
     ("publish", "twin", "2"),  # the same files under another name
     ("fallback", "bot"),
+    ("move", "bot", "2"),
+    ("split", "bot"),
+    ("rollback", "bot"),
     ("delete", "twin"),
     ("tenant", "acme"),
     ("publish", "third", "3"),
@@ -76,6 +80,7 @@ class Home:
         self.engine: AsyncEngine = open_engine(f"sqlite+aiosqlite:///{path / 'tailor.db'}")
         self.blobs = Blobs.open(str(self.blobs_folder))
         self.store = AdapterStore(self.engine, self.blobs, InProcess(base, Bounds()))
+        self.aliases = Aliases(self.engine, base)
         self.tenants = Tenants(self.engine)
 
     async def do(self, operation: tuple[str, ...]) -> None:
@@ -87,7 +92,13 @@ class Home:
                             await staged.write((self.adapters / seed / file).read_bytes())
                     await self.store.publish(TENANT, name, bundle)
             case ("fallback", name):
-                await self.store.set_fallback(TENANT, name, Fallback.BASE)
+                await self.aliases.set_fallback(TENANT, name, "default", Fallback.BASE)
+            case ("move", name, number):
+                await self.aliases.move(TENANT, name, "staging", [(int(number), 1)], moved_by="key_1")
+            case ("split", name):
+                await self.aliases.move(TENANT, name, "default", [(1, 9), (2, 1)], moved_by="key_1")
+            case ("rollback", name):
+                await self.aliases.roll_back(TENANT, name, "default", moved_by="key_1")
             case ("delete", name):
                 await self.store.delete(TENANT, name)
             case ("tenant", name):
@@ -99,7 +110,11 @@ class Home:
         for adapter in await self.store.list(TENANT):
             _, versions = await self.store.show(TENANT, adapter.name)
             numbers = {str(version.number): version.digest for version in versions}
-            found[adapter.name] = [adapter.default.number, adapter.default.fallback.value, numbers]
+            names = [[alias.name, alias.shares] for alias in await self.aliases.list(TENANT, adapter.name)]
+            moves = [
+                [move.number, move.before, move.after] for move in await self.aliases.history(TENANT, adapter.name)
+            ]
+            found[adapter.name] = [adapter.default.number, adapter.default.fallback.value, numbers, names, moves]
         return [found, [tenant.name for tenant in await self.tenants.page(None, 10)]]
 
     async def faults(self, acknowledged: int, expected: list[Any]) -> list[str]:
