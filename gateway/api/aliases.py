@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from adapter_store import rollouts
 from adapter_store.aliases import MOST_REASON, MOST_SHARES, MOST_WEIGHT, Alias, Move, MoveKind, main_of
-from adapter_store.catalog import DEFAULT_ALIAS, Fallback
+from adapter_store.catalog import DEFAULT_ALIAS, Fallback, Version
 from adapter_store.errors import AdapterStoreError
 from adapter_store.ids import TenantId
 from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts
@@ -161,11 +161,12 @@ async def move_alias(name: str, alias: str, body: AliasMove, caller: AdapterKey,
     Requests that have begun end with the version that they began with. A rollout that was under way is superseded.
     Where the old version is in an engine, the new one is brought there before the move.
     """
-    await _warm(caller.tenant_id, name, alias, [number for number, _ in body.shares], parts)
+    old = await _warm(caller.tenant_id, name, alias, [number for number, _ in body.shares], parts)
     moved = await parts.aliases.move(
         caller.tenant_id, name, alias, body.shares, moved_by=caller.key.id, reason=body.reason, fallback=body.fallback
     )
     parts.models.forget_tenant(caller.tenant_id)
+    await retire_unnamed(old, parts)
     return _alias(name, moved)
 
 
@@ -182,8 +183,10 @@ async def roll_back(
 ) -> AliasObject:
     """Back to what the alias stood for before its last move; called again, before the one before that."""
     reason = body.reason if body is not None else ""
+    old = await _warm(caller.tenant_id, name, alias, [], parts)
     moved = await parts.aliases.roll_back(caller.tenant_id, name, alias, moved_by=caller.key.id, reason=reason)
     parts.models.forget_tenant(caller.tenant_id)
+    await retire_unnamed(old, parts)
     return _alias(name, moved)
 
 
@@ -237,14 +240,27 @@ async def cancel_rollout(
     return _rollout(ended)
 
 
-async def _warm(tenant_id: TenantId, name: str, alias: str, numbers: list[int], parts: Parts) -> None:
-    """What the alias is about to stand for, where its present version is; what is missing, the move itself tells."""
+async def _warm(tenant_id: TenantId, name: str, alias: str, numbers: list[int], parts: Parts) -> Version | None:
+    """Load what the alias is about to stand for where its present version is, which is returned.
+
+    What is missing, the move itself tells.
+    """
     try:
         old = main_of(await parts.store.resolve(tenant_id, f"{name}:{alias}"))
         for number in numbers:
             await parts.pool.prewarm(old, main_of(await parts.store.resolve(tenant_id, f"{name}@{number}")))
     except AdapterStoreError:
+        return None
+    return old
+
+
+async def retire_unnamed(old: Version | None, parts: Parts) -> None:
+    """Let the engines give up a version that no alias names any more, once its requests have ended."""
+    if old is None:
         return
+    named = await parts.aliases.list(old.tenant_id, old.adapter_name)
+    if all(number != old.number for alias in named for number, _ in alias.shares):
+        parts.pool.retire(old)
 
 
 def _alias(name: str, alias: Alias) -> AliasObject:

@@ -115,7 +115,8 @@ class Home:
                 [move.number, move.before, move.after] for move in await self.aliases.history(TENANT, adapter.name)
             ]
             found[adapter.name] = [adapter.default.number, adapter.default.fallback.value, numbers, names, moves]
-        return [found, [tenant.name for tenant in await self.tenants.page(None, 10)]]
+        tenants = [tenant.name for tenant in await self.tenants.page(None, 10)]
+        return json.loads(json.dumps([found, tenants]))  # lists throughout, as what it is compared with
 
     async def faults(self, acknowledged: int, expected: list[Any]) -> list[str]:
         """What is not as it should be after a restart."""
