@@ -24,7 +24,19 @@ from adapter_store.faults import Bounds as AdapterBounds
 from adapter_store.inspector import Inspector
 from adapter_store.rollouts import Rollout, Rollouts
 from adapter_store.store import AdapterStore
-from gateway.api import adapters, admin, aliases, base_model, health, keys, models, quarantine, replicas, usage
+from gateway.api import (
+    adapters,
+    admin,
+    aliases,
+    base_model,
+    health,
+    keys,
+    models,
+    quarantine,
+    replicas,
+    residency,
+    usage,
+)
 from gateway.api.generation import Generation, Patience, Services, new_batches
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
@@ -47,6 +59,7 @@ from gateway.keys import Keys
 from gateway.limits import open_limits
 from gateway.models import Models
 from gateway.operator_port import OperatorPort
+from gateway.pins import Pins
 from gateway.plans import Plans
 from gateway.quarantine import Quarantine
 from gateway.readings import watch_parts
@@ -64,7 +77,7 @@ from gateway.tenants import Tenants
 from gateway.usage import Ledger
 
 log = logging.getLogger("tailor.gateway")
-ROUTERS = (health, models, adapters, aliases, base_model, keys, usage, admin, replicas, quarantine)
+ROUTERS = (health, models, adapters, aliases, residency, base_model, keys, usage, admin, replicas, quarantine)
 
 
 def create_app(settings: Settings, *, operators: socket.socket | None = None) -> Front:
@@ -113,6 +126,7 @@ def _build(settings: Settings, home: Home) -> Parts:
     known_models = Models(store, base.name, freshness)
     held_back = Quarantine(engine)
     pool = _pool(settings, Roster(engine), held_back, base.fingerprint, home.replica_token(settings.replica_token))
+    pins = Pins(engine, store, pool.set_pins)
     ledger = Ledger(
         engine,
         home.path / "usage",
@@ -139,13 +153,14 @@ def _build(settings: Settings, home: Home) -> Parts:
         models=known_models,
         pool=pool,
         quarantine=held_back,
+        pins=pins,
         metrics=Metrics(tenants=settings.metrics_tenants, adapters=settings.metrics_adapters),
         tracing=open_tracing(os.environ, base_model=base.name, trust_parent=settings.trace_trust_parent),
         freshness=freshness,
         changes=ChangeFeed(
             open_engine(settings.database),  # its own: see there
-            [known_models.take_in, auth.take_in, pool.on_change, held_back.on_change],
-            [known_models.clear, auth.clear, pool.on_reset, held_back.on_reset],
+            [known_models.take_in, auth.take_in, pool.on_change, held_back.on_change, pins.on_change],
+            [known_models.clear, auth.clear, pool.on_reset, held_back.on_reset, pins.on_reset],
             freshness,
         ),
     )
@@ -247,6 +262,7 @@ def _lifespan(
             parts.quarantine.follow(),
             parts.quarantine.write(),
             parts.rollout_watch.follow(),
+            parts.pins.follow(),
             tidy(parts.store),
         )
         tasks = [asyncio.create_task(work) for work in works]

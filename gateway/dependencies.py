@@ -21,6 +21,7 @@ from gateway.freshness import Freshness
 from gateway.keys import Keys
 from gateway.limits import Limits
 from gateway.models import Models
+from gateway.pins import Pins
 from gateway.plans import Plans
 from gateway.quarantine import Quarantine
 from gateway.replicas.pool import ReplicaPool
@@ -52,6 +53,7 @@ class Parts:
     models: Models
     pool: ReplicaPool
     quarantine: Quarantine
+    pins: Pins
     metrics: Metrics
     tracing: Tracing
     freshness: Freshness

@@ -19,6 +19,7 @@
     │   ├── KeyIsOver                   409   what is revoked or expired is not rotated
     │   ├── LastOperatorKey             409
     │   ├── TooManyKeys                 409
+    │   ├── TooManyPins                 409
     │   ├── RateLimited                 429 + Retry-After, x-ratelimit-*
     │   │   ├── TokenRateLimited        429 + Retry-After, x-ratelimit-*
     │   │   ├── QuotaSpent              429   waiting does not help
@@ -175,6 +176,12 @@ class TooManyKeys(GatewayError):
     """The tenant has as many live keys as one may have."""
 
     status, type, code = 409, "invalid_request_error", "too_many_keys"
+
+
+class TooManyPins(GatewayError):
+    """The tenant keeps as many adapters loaded as its plan lets it."""
+
+    status, type, code = 409, "invalid_request_error", "too_many_pins"
 
 
 class RateLimited(GatewayError):

@@ -22,6 +22,10 @@ def watch_parts(parts: Parts, patience: Patience) -> None:
     metrics.watch(names.REPLICA_IN_FLIGHT, by_replica(lambda replica: replica.gate.in_flight))
     metrics.watch(names.REPLICA_WAITING, by_replica(lambda replica: replica.gate.waiting))
     metrics.watch(names.RESIDENT_ADAPTERS, lambda: _residents(parts))
+    metrics.watch(names.DISK_BYTES, by_replica(lambda replica: replica.report.disk.bytes if replica.report else 0))
+    metrics.watch(names.PREFETCHES, lambda: _prefetches(parts))
+    metrics.watch(names.QUARANTINED, lambda: parts.quarantine.count)
+    metrics.watch(names.RECYCLES, by_replica(lambda replica: replica.recycles))
     metrics.watch(names.LOADS, lambda: _loads(parts))
     metrics.watch(names.LOAD_SECONDS, by_replica(lambda replica: replica.residency.load_seconds))
     metrics.watch(names.EVICTIONS, by_replica(lambda replica: replica.residency.evictions))
@@ -41,12 +45,19 @@ def _residents(parts: Parts) -> Mapping[Labels, float]:
     for member in parts.pool.members():
         for resident in member.replica.residency.residents():
             found[member.replica.id, resident.tier] += 1
+        if member.replica.report is not None:
+            found[member.replica.id, "disk"] = member.replica.report.disk.adapters
     return {labels: float(count) for labels, count in found.items()}
 
 
 def _rollouts(parts: Parts) -> Mapping[Labels, float]:
     ended = parts.rollout_watch.ended
     return {status: float(ended[status]) for status in ("completed", "rolled_back")}
+
+
+def _prefetches(parts: Parts) -> Mapping[Labels, float]:
+    counts = parts.pool.prefetch_counts
+    return {"ok": counts["ok"], "failed": counts["failed"]}
 
 
 def _loads(parts: Parts) -> Mapping[Labels, float]:

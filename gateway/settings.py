@@ -117,6 +117,9 @@ class Settings(BaseSettings):
     # adapters
     max_lora_rank: int = Field(64, ge=1, le=512, description="highest rank served (vLLM reserves memory for it)")
     max_adapter_bytes: int = Field(2 << 30, ge=1_024, description="largest adapter upload")
+    adapter_idle_s: float = Field(
+        0, ge=0, le=604_800, description="unload an adapter without a request for so long; 0: none is; seconds"
+    )
     load_timeout_s: Seconds = Field(60, description="longest wait for an adapter to be loaded into a replica")
 
     # replicas

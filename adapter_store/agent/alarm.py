@@ -3,8 +3,8 @@
 Two alarms. `corrupted`: an answer was computed with NaN logits. Its adapter is known exactly, and whatever this engine
 computes from here on may be wrong: NaN stays in freed KV blocks (`docs/vllm.md`). `engine_died`: the engine ended by
 itself while this process lived. Suspects are the adapter whose load was under way, else those that were loaded just
-now; where the engine before died too, those among them that were suspects then. A process that is killed from outside
-leaves no word, and nobody is suspected for it.
+now; where the engine before died too, those among them that were suspects then. For an engine
+that was killed from outside (SIGKILL, SIGTERM) nobody is suspected.
 """
 
 import asyncio
@@ -61,10 +61,10 @@ class Alarms:
             latest = self._residency.latest(name for name in names if name is not None)
             self._raise("corrupted", [latest] if latest is not None else [])
 
-    def died(self) -> None:
-        """The engine has ended by itself."""
+    def died(self, *, killed: bool) -> None:
+        """The engine has ended; `killed` from outside, which is no adapter's doing."""
         if self.now is None:
-            self._raise("engine_died", self._narrowed(self._residency.under_suspicion()))
+            self._raise("engine_died", [] if killed else self._narrowed(self._residency.under_suspicion()))
 
     def _narrowed(self, suspects: list[Whose]) -> list[Whose]:
         before = self.before

@@ -1,5 +1,6 @@
 """The engine as the agent sees it: the one module that touches vLLM's objects (checked against vLLM 0.32)."""
 
+import signal
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -111,6 +112,12 @@ class Engine:
 
     def is_dead(self) -> bool:
         return bool(self._client.errored)
+
+    def was_killed(self) -> bool:
+        """Whether somebody outside has ended the engine's process: an operator, or the kernel for want of memory."""
+        manager = self._client.engine_core.resources.engine_manager
+        processes = getattr(manager, "processes", ())
+        return any(process.exitcode in (-signal.SIGKILL, -signal.SIGTERM) for process in processes)
 
     def corrupted_requests(self) -> int:
         """Requests that produced NaN logits so far (`vllm:corrupted_requests_total`)."""

@@ -87,7 +87,7 @@ async def _end_with_the_engine(engine: Engine, alarms: Alarms) -> None:
     """
     while alarms.now is None:
         if engine.is_dead():  # vLLM has no event for it
-            alarms.died()
+            alarms.died(killed=engine.was_killed())
         else:
             with suppress(TimeoutError):
                 await asyncio.wait_for(alarms.raised.wait(), ENGINE_CHECK_S)

@@ -124,6 +124,7 @@ async def delete(name: str, tenant_id: AdapterTenant, parts: AppParts) -> None:
     """Delete an adapter with all its versions: rows, files, and its place in every engine."""
     deleted = await parts.store.delete(tenant_id, name)
     parts.models.forget_tenant(tenant_id)
+    await parts.pins.forget(tenant_id, name)
     await parts.pool.unload(tenant_id, [version.digest for version in deleted])
 
 

@@ -122,6 +122,48 @@ def adapter_fallback(
     show(changed, as_json, f"{name}: fallback {changed['fallback']}")
 
 
+@adapter_app.command("warm")
+def adapter_warm(
+    name: str,
+    version: Annotated[int | None, typer.Option(help="Its number; default: what the name stands for.")] = None,
+    everywhere: Annotated[bool, typer.Option("--everywhere", help="In every replica, not in its home alone.")] = False,
+    url: Url = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Load an adapter before the first request asks for it."""
+    with told():
+        body = {"version": version, "everywhere": everywhere}
+        done = tenant_client(url, key).call("POST", f"/v1/adapters/{segment(name)}/warm", body)
+    where = ", ".join(f"{place['replica']} {place['tier']}" for place in done["replicas"])
+    show(done, as_json, f"{name}@{done['version']}: {where}")
+
+
+@adapter_app.command("where")
+def adapter_where(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
+    """Show in which replicas an adapter's versions are: device, host memory, disk."""
+    with told():
+        found = tenant_client(url, key).call("GET", f"/v1/adapters/{segment(name)}/residency")["data"]
+    rows = [{**row, "replicas": [f"{place['replica']}:{place['tier']}" for place in row["replicas"]]} for row in found]
+    show_table(found if as_json else rows, as_json, ("version", "digest", "pinned", "replicas"))
+
+
+@adapter_app.command("pin")
+def adapter_pin(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
+    """Keep an adapter loaded, within the tenant's plan."""
+    with told():
+        made = tenant_client(url, key).call("PUT", f"/v1/adapters/{segment(name)}/pin")
+    show(made, as_json, f"{name} stays loaded")
+
+
+@adapter_app.command("unpin")
+def adapter_unpin(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
+    """Let an adapter go when room is needed."""
+    with told():
+        tenant_client(url, key).call("DELETE", f"/v1/adapters/{segment(name)}/pin")
+    show({"name": name, "pinned": False}, as_json, f"{name} is not pinned any more")
+
+
 @adapter_app.command("delete")
 def adapter_delete(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
     """Delete an adapter with all its versions."""

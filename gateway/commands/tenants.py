@@ -27,6 +27,7 @@ LIMITS = (
     "max_prompt_bytes",
     "tokens_per_month",
     "loads_per_minute",
+    "pinned_adapters",
 )
 Limit = Annotated[str | None, typer.Option(metavar="N|none", show_default=False)]
 Weight = Annotated[float | None, typer.Option(help="Share of a busy server, beside others'.", show_default=False)]
@@ -109,6 +110,7 @@ def plan_create(
     max_prompt_bytes: Limit = None,
     tokens_per_month: Limit = None,
     loads_per_minute: Limit = None,
+    pinned_adapters: Limit = None,
     url: Url = None,
     key: OperatorKey = None,
     as_json: Json = False,
@@ -147,6 +149,7 @@ def plan_update(
     max_prompt_bytes: Limit = None,
     tokens_per_month: Limit = None,
     loads_per_minute: Limit = None,
+    pinned_adapters: Limit = None,
     url: Url = None,
     key: OperatorKey = None,
     as_json: Json = False,

@@ -40,6 +40,7 @@ def replica_command(
         host_adapters=settings.host_adapters,
         max_lora_rank=served_rank(settings.max_lora_rank),
         needs_null_adapter=device == "cpu",
+        idle_s=settings.adapter_idle_s,
     )
     command, environment = launch_plan(
         agent,

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,6 +41,7 @@ PREFETCH_REPLICAS: Final = 2
 """The home, and the one that is asked where that is gone or full."""
 PREFETCHES_AT_ONCE: Final = 4
 PREWARM_S: Final = 5.0
+PIN_AGAIN_S: Final = 30.0
 RETIRE_AFTER_S: Final = 30.0
 RETIRE_LOOK_S: Final = 5.0
 RETIRE_WITHIN_S: Final = 900.0
@@ -118,6 +119,8 @@ class ReplicaPool:
         self._when_loaded: list[WhenLoaded] = []
         self._prefetching = asyncio.Semaphore(PREFETCHES_AT_ONCE)
         self._prefetch_counts = {"ok": 0, "failed": 0}
+        self._pins: Mapping[Key, Version] = {}
+        self._pin_again_at: dict[Key, float] = {}
         self._connect = connect
         self._fingerprint = fingerprint
         self._options = options or ReplicaOptions()
@@ -203,6 +206,63 @@ class ReplicaPool:
         files then stay on disk for as long as there is room. Who still asks for it by its number keeps it.
         """
         self._spawn(self._retire(version, quiet_s, look_s))
+
+    async def warm(self, version: Version, plan: Plan, *, everywhere: bool, within_s: float) -> dict[str, str]:
+        """Load a version into its home, or `everywhere`; the tier by replica when it is done, or when time is over.
+
+        Tiers are `gpu`, `host`, and where it is not loaded (yet) `loading` or `failed`. Each load counts as a cold one.
+
+        Raises:
+            ReplicaUnavailable: none takes requests. AdapterQuarantined, TooManyLoads: as in `place`.
+        """
+        key = (version.tenant_id, version.digest)
+        if self._quarantine is not None:
+            self._quarantine.check(key)
+        targets = [each for each in self._replicas.values() if each.takes_requests] if everywhere else []
+        targets = targets or [self._choose(key, ())]
+        loads: dict[str, asyncio.Task[None]] = {}
+        for replica in targets:
+            if not replica.holds(key):
+                self._allow_load(version.tenant_id, plan)
+                loads[replica.id] = self._spawn(self._warm(replica, key, version))
+        if loads:
+            await asyncio.wait(loads.values(), timeout=within_s)
+        return {replica.id: _tier_after(replica, key, loads.get(replica.id)) for replica in targets}
+
+    async def tiers(self, tenant_id: TenantId, digests: Sequence[str]) -> dict[str, dict[str, str]]:
+        """Where a tenant's versions are, by digest and replica: `gpu`, `host` or `disk`; else in the blobs alone."""
+        found: dict[str, dict[str, str]] = {digest: {} for digest in digests}
+        ready = [replica for replica in self._replicas.values() if replica.state is ReplicaState.READY]
+        on_disks = await asyncio.gather(*(replica.residency.on_disk(digests) for replica in ready))
+        for replica, on_disk in zip(ready, on_disks, strict=True):
+            for digest in digests:
+                tier = replica.residency.tier_of((tenant_id, digest)) or ("disk" if digest in on_disk else None)
+                if tier is not None:
+                    found[digest][replica.id] = tier
+        return found
+
+    def set_pins(self, pins: Mapping[Key, Version]) -> None:
+        """These versions, and no others, stay loaded from now on."""
+        self._pins = pins
+        self._pin_again_at.clear()
+        for replica in self._replicas.values():
+            replica.pins = pins
+
+    def is_pinned(self, key: Key) -> bool:
+        return key in self._pins
+
+    def _keep_pins(self) -> None:
+        """Load what is pinned and nowhere; a load that has failed is tried again after a while."""
+        now = time.monotonic()
+        for key, version in self._pins.items():
+            if now < self._pin_again_at.get(key, 0.0) or any(each.holds(key) for each in self._replicas.values()):
+                continue
+            if self._quarantine is not None and self._quarantine.holds(key):
+                continue
+            home = self._router.choose(key)
+            if home is not None:
+                self._pin_again_at[key] = now + PIN_AGAIN_S
+                self._spawn(self._warm(home, key, version))
 
     async def unload(self, tenant_id: TenantId, digests: Sequence[str]) -> None:
         """Take deleted versions out of every replica, engine and disk."""
@@ -391,15 +451,18 @@ class ReplicaPool:
             return resident, False
 
         def allow() -> None:
-            wait_s = self._allowance.take(version.tenant_id, plan.loads_per_minute)
-            if wait_s:
-                raise TooManyLoads(
-                    "Your requests have asked for as many adapters that were not loaded as your plan allows in a "
-                    "minute; try again later, or keep to fewer adapters.",
-                    retry_after_s=int(wait_s) + 1,
-                )
+            self._allow_load(version.tenant_id, plan)
 
         return await replica.residency.hold(version, patient=patient, allow=allow), True
+
+    def _allow_load(self, tenant_id: TenantId, plan: Plan) -> None:
+        wait_s = self._allowance.take(tenant_id, plan.loads_per_minute)
+        if wait_s:
+            raise TooManyLoads(
+                "Your requests have asked for as many adapters that were not loaded as your plan allows in a "
+                "minute; try again later, or keep to fewer adapters.",
+                retry_after_s=int(wait_s) + 1,
+            )
 
     async def _elsewhere(self, replica: Replica, key: Key, tried: Sequence[Replica], tries: int) -> Replica:
         """The replica for another try of a load that has failed on `replica`, after a moment."""
@@ -549,6 +612,7 @@ class ReplicaPool:
             on_loaded=self._note_load,
             quarantine=self._quarantine,
         )
+        replica.pins = self._pins
         self._replicas[url] = replica
         self._router.set_hosts(self._replicas.values())
         if self._started:
@@ -578,6 +642,7 @@ class ReplicaPool:
         while True:
             await asyncio.sleep(REVIEW_S)
             self._router.review()
+            self._keep_pins()
 
     def _recount(self) -> None:
         """Where one replica alone is ready, requests go there without a choice."""
@@ -589,6 +654,13 @@ class ReplicaPool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _tier_after(replica: Replica, key: Key, load: "asyncio.Task[None] | None") -> str:
+    tier = replica.residency.tier_of(key)
+    if tier is not None:
+        return tier
+    return "failed" if load is None or load.done() else "loading"
 
 
 async def _told(tell: WhenLoaded, replica: Replica, resident: Resident) -> None:

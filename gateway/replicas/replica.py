@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -100,8 +100,11 @@ class Replica:
         self.gate = _gate(options, counters)
         self.turns = Turns(self.gate)
         self.recycles = 0
+        self.pins: Mapping[Key, Version] = {}
+        self._pins_told: tuple[str, Mapping[Key, Version]] = ("", {})
         self._quarantine = quarantine
         self._recycled = ""
+        self._corrupted = 0
         self._options = options
         self._fingerprint = fingerprint
         self._on_change = on_change
@@ -125,8 +128,8 @@ class Replica:
 
     @property
     def corrupted_requests(self) -> int:
-        """Requests whose logits were not finite, since the engine's start."""
-        return self.report.corrupted_requests if self.report is not None else 0
+        """Requests whose logits were not finite, as far as their engine said so before its end."""
+        return self._corrupted
 
     # what routing reads
 
@@ -238,8 +241,21 @@ class Replica:
             await self._restore(report, asked_at)
         else:
             self.residency.adopt(report.adapters, asked_at=asked_at)
+        await self._tell_pins(report.generation)
         self._note_health()
         return False
+
+    async def _tell_pins(self, generation: str) -> None:
+        """A new engine knows of no pins, and none is what most have."""
+        pins = self.pins
+        if self._pins_told == (generation, pins) or (not pins and not self._pins_told[1]):
+            return
+        try:
+            await self.client.pin(pins, self._options.probe_deadline_s)
+        except CONTROL_ERRORS as error:
+            log.warning("replica %s does not know what is pinned: %r", self.id, error)
+        else:
+            self._pins_told = (generation, pins)
 
     async def _recycle(self, report: ReplicaReport, alarm: Alarm) -> None:
         """An engine that has died or computed NaN is started again; its suspect is held back before it is back."""
@@ -248,6 +264,8 @@ class Replica:
             return
         self._recycled = alarm.generation
         self.recycles += 1
+        if alarm.reason == "corrupted":
+            self._corrupted += max(1, report.corrupted_requests)  # vLLM counts those that have ended
         self._tell(f"its engine ends: {alarm.reason}")
         self.client.upstream.close()  # whatever it still computes may be wrong
         self._become(ReplicaState.UNREACHABLE)
@@ -311,12 +329,14 @@ class Replica:
         return set(self.gate.open_set.keys()) if self.gate.open_set is not None else set()
 
     async def _restore(self, report: ReplicaReport, asked_at: float) -> None:
-        """Bring back what a restarted engine has forgotten, the hottest first, before it takes requests.
+        """Bring back what a restarted engine has forgotten, pinned adapters and then the hottest first, before it takes
+        requests.
 
         As many as the device holds, within the time of one load; the rest is loaded when it is asked for.
         """
         self._become(ReplicaState.RESTORING)
         held = self.residency.start_over()
+        held.sort(key=lambda version: (version.tenant_id, version.digest) not in self.pins)
         if report.last_alarm is not None:
             self._heed(report.last_alarm)
             held = _without_suspects(held, report.last_alarm)

@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -21,6 +21,7 @@ from gateway.replicas.client import CONTROL_ERRORS, AgentRefusedError, LoadRepor
 log = logging.getLogger("tailor.residency")
 PATIENCE_S: Final = 3.0
 ENGINE_ENDING: Final = "engine_ending"
+ON_DISK_S: Final = 2.0
 WORD_S: Final = 2.0
 """How long a load that met an engine's end waits before it is tried elsewhere: it may be the cause."""
 
@@ -257,6 +258,19 @@ class Residency:
                     self._residents.setdefault(
                         key, Resident(key, adapter.name, None, adapter.last_used, tier=adapter.tier)
                     )
+
+    def tier_of(self, key: Key) -> str | None:
+        """Where the engine has it, as of the last report."""
+        resident = self._residents.get(key)
+        return None if resident is None else resident.tier
+
+    async def on_disk(self, digests: Sequence[str]) -> set[str]:
+        """Which of them the replica's disk has; none where it does not say."""
+        try:
+            return await self._client.on_disk(digests, ON_DISK_S)
+        except CONTROL_ERRORS as error:
+            log.warning("a replica does not say what is on its disk: %r", error)
+            return set()
 
     def is_quiet(self, key: Key, for_s: float) -> bool:
         """Whether no gateway has asked for the adapter for so long."""

@@ -98,6 +98,19 @@ REPLICA_WAITING: Final = Metric(
 RESIDENT_ADAPTERS: Final = Metric(
     "tailor_replica_resident_adapters", "gauge", ("replica", "tier"), "Adapters that a replica holds, by tier."
 )
+DISK_BYTES: Final = Metric(
+    "tailor_replica_disk_cache_bytes", "gauge", ("replica",), "Size of the adapters on a replica's disk."
+)
+PREFETCHES: Final = Metric(
+    "tailor_adapter_prefetches_total",
+    "counter",
+    ("outcome",),
+    "Adapters brought to a disk ahead of requests.",
+)
+QUARANTINED: Final = Metric("tailor_quarantined_adapters", "gauge", (), "Adapters that no engine may load just now.")
+RECYCLES: Final = Metric(
+    "tailor_replica_recycles_total", "counter", ("replica",), "Engines that died by themselves or computed NaN."
+)
 LOADS: Final = Metric(
     "tailor_adapter_loads_total", "counter", ("replica", "outcome"), "Loads of adapters into a replica: ok, failed."
 )

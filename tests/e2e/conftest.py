@@ -26,7 +26,7 @@ from gateway.progress_bar import progress_bar
 from tests.random_adapters import save_random_adapter
 
 PROJECT = Path(__file__).parents[2]
-READY_S = 240.0
+READY_S = 420.0
 MAX_MODEL_LEN = 512
 
 

@@ -70,6 +70,10 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "GET /v1/adapters/{name}/rollouts":          (200,  403,  404,  403,    403,     404),
     "GET /v1/adapters/{name}/rollouts/{rollout}": (200, 403,  404,  403,    403,     404),
     "POST /v1/adapters/{name}/rollouts/{rollout}/cancel": (200, 403, 404, 403, 403,  404),
+    "POST /v1/adapters/{name}/warm":             (200,  403,  404,  403,    403,     404),
+    "GET /v1/adapters/{name}/residency":         (200,  403,  404,  403,    403,     404),
+    "PUT /v1/adapters/{name}/pin":               (200,  403,  404,  403,    403,     404),
+    "DELETE /v1/adapters/{name}/pin":            (204,  403,  404,  403,    403,     404),
     # scope admin
     "POST /v1/keys":                             (403,  201,  403,  201,    403,     201),
     "GET /v1/keys":                              (403,  200,  403,  200,    403,     200),
@@ -100,6 +104,9 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "POST /admin/v1/replicas/{replica}/drain":   (403,  403,  403,  403,    200,     404),
     "POST /admin/v1/replicas/{replica}/resume":  (403,  403,  403,  403,    200,     404),
     "DELETE /admin/v1/replicas/{replica}":       (403,  403,  403,  403,    204,     404),
+    "GET /admin/v1/pins":                        (403,  403,  403,  403,    200,     200),
+    "PUT /admin/v1/tenants/{tenant}/pins/{adapter}": (403, 403, 403, 403,   200,     404),
+    "DELETE /admin/v1/tenants/{tenant}/pins/{adapter}": (403, 403, 403, 403, 204,    404),
     "GET /admin/v1/quarantine":                  (403,  403,  403,  403,    200,     200),
     "DELETE /admin/v1/quarantine/{held_id}":     (403,  403,  403,  403,    204,     404),
 }
@@ -146,6 +153,7 @@ class World:
             elif caller == "expired":
                 await self._expire(key["id"])
         await self.gateway.operator.patch("/admin/v1/tenants/initech", json={"suspended": True})
+        await self.gateway.operator.patch("/admin/v1/plans/default", json={"pinned_adapters": 1_000})
         operator = self.gateway.home.operator_key()
         self.keys["operator"] = f"Bearer {operator}"
         self.keys |= {
@@ -193,6 +201,17 @@ class World:
         begun = await self.ask("POST", f"/v1/adapters/{name}/rollouts", "tenant", json={"version": 1})
         assert begun.status_code == 201, begun.text
         return str(begun.json()["id"])
+
+    async def pinned(self) -> str:
+        """An adapter of the first tenant's that an operator has pinned."""
+        name = await self.adapter()
+        assert (await self.gateway.operator.put(f"/admin/v1/tenants/acme/pins/{name}")).status_code == 200
+        return name
+
+    async def pinned_by_tenant(self) -> str:
+        name = await self.adapter()
+        assert (await self.ask("PUT", f"/v1/adapters/{name}/pin", "tenant")).status_code == 200
+        return name
 
     async def key(self) -> str:
         """One of the first tenant's, of no more scopes than its admin's."""
@@ -276,9 +295,18 @@ SUBJECTS: Final = (
 MODEL: Final = Subject("", World.adapter, "bot-0")
 
 
-def subject_of(path: str) -> Subject | None:
+PINNED: Final = {
+    "PUT /admin/v1/tenants/{tenant}/pins/{adapter}": Subject("{adapter}", World.adapter, "bot-0"),
+    "DELETE /admin/v1/tenants/{tenant}/pins/{adapter}": Subject("{adapter}", World.pinned, "bot-0"),
+    "DELETE /v1/adapters/{name}/pin": Subject("{name}", World.pinned_by_tenant, "bot-0"),
+}
+
+
+def subject_of(method: str, path: str) -> Subject | None:
     if path in HOT:
         return MODEL
+    if f"{method} {path}" in PINNED:
+        return PINNED[f"{method} {path}"]
     return next((subject for subject in SUBJECTS if subject.parameter in path), None)
 
 
@@ -286,7 +314,7 @@ async def asked(
     world: World, method: str, path: str, caller: str, *, missing: bool = False
 ) -> tuple[str, httpx.Response]:
     """The answer, and the name of what was asked for."""
-    subject = subject_of(path)
+    subject = subject_of(method, path)
     if subject is None:
         return "", await world.ask(method, path, caller, **world.body_of(method, path, ""))
     name = subject.missing if missing else await subject.make(world)
@@ -294,6 +322,8 @@ async def asked(
     place = place.replace("{alias}", "staging")
     if "{rollout}" in place:
         place = place.replace("{rollout}", "rol_0" if missing else await world.rollout(name))
+    if subject.parameter == "{adapter}":
+        place = place.replace("{tenant}", "acme")
     return name, await world.ask(method, place, caller, **world.body_of(method, path, name))
 
 
@@ -391,7 +421,7 @@ async def test_a_list_has_nothing_of_another_tenants(world: World) -> None:
             if (
                 method == "GET"
                 and path not in (*OPEN_PATHS, *EVERYBODYS)
-                and subject_of(path) is None
+                and subject_of(method, path) is None
                 and row[caller] == 200
             ):
                 answer = await world.ask(method, path, caller)

@@ -1,14 +1,19 @@
 """An adapter's way through the tiers: disk before it is asked for, engine before an alias moves, and out again."""
 
 import asyncio
+import json
 from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
 
 from adapter_store.ids import TenantId
+from gateway.cli import app
 from gateway.replicas.replica import Replica, ReplicaState
 from gateway.replicas.residency import Resident
 from tests.bad_adapters import write_good
 from tests.fakes.replica import FakeReplica
-from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant
+from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of
 from tests.integration.gateway.test_replicas import RunPool, replica_of, run_pool, version
 from tests.waiting import until
 
@@ -115,3 +120,148 @@ async def test_a_deleted_adapter_leaves_the_disk_too(
     assert (await acme.client.delete("/v1/adapters/bot")).status_code == 204
     assert not replica.adapters
     assert not replica.disk
+
+
+# warm
+
+
+async def test_a_warmed_adapter_is_there_for_its_first_request(
+    run_replica: RunReplica, run_gateway: RunGateway, tmp_path: Path
+) -> None:
+    """In its home, or everywhere; each load counts among those of the plan."""
+    replicas = [await run_replica() for _ in range(2)]
+    gateway = await run_gateway(*replicas)
+    await until(lambda: set(gateway.parts.pool.states().values()) == {ReplicaState.READY})
+    acme = await gateway.tenant("acme")
+    for seed in (1, 2):
+        assert (await acme.publish(write_good(tmp_path / f"v{seed}", seed=seed))).status_code == 201
+    done = await acme.client.post("/v1/adapters/bot/warm", json={"version": 1})
+    assert (done.status_code, done.json()["version"]) == (200, 1)
+    assert [place["tier"] for place in done.json()["replicas"]] == ["gpu"]
+    answer = await acme.ask("bot@1")
+    assert 'desc="gpu"' in answer.headers["server-timing"]
+    done = await acme.client.post("/v1/adapters/bot/warm", json={"everywhere": True})
+    assert [place["tier"] for place in done.json()["replicas"]] == ["gpu", "gpu"]
+    assert sum(len(replica.loads) for replica in replicas) == 3
+    again = await acme.client.post("/v1/adapters/bot/warm", json={"everywhere": True})
+    assert again.status_code == 200
+    assert sum(len(replica.loads) for replica in replicas) == 3
+    for body in ({"version": 3}, {"version": 9}):
+        missing = await acme.client.post("/v1/adapters/bot/warm", json=body)
+        assert missing.status_code == 404, missing.text
+    await gateway.operator.patch("/admin/v1/plans/default", json={"loads_per_minute": 1})
+    await acme.publish(write_good(tmp_path / "v3", seed=3))
+    limited = await acme.client.post("/v1/adapters/bot/warm", json={"everywhere": True})
+    assert (limited.status_code, error_of(limited)["code"]) == (429, "adapter_load_limit")
+
+
+async def test_a_slow_warm_up_answers_while_it_goes_on(
+    gateway: Gateway, replica: FakeReplica, acme: Tenant, good: Path
+) -> None:
+    """202, and loaded later; 503 where it is held back or no engine is there."""
+    digest = (await acme.publish(good)).json()["current"]["digest"]
+    replica.faults.load_delay_s = 0.5
+    slow = await acme.client.post("/v1/adapters/bot/warm", json={"wait_s": 0.05})
+    assert (slow.status_code, slow.json()["replicas"][0]["tier"]) == (202, "loading")
+    await until(lambda: bool(replica.adapters))
+    assert (await acme.client.post("/v1/adapters/bot/warm", json={})).status_code == 200
+    replica.faults.nan_digests = {digest}
+    await acme.ask()
+    await until(lambda: gateway.parts.quarantine.count == 1)
+    held = await acme.client.post("/v1/adapters/bot/warm", json={})
+    assert (held.status_code, error_of(held)["code"]) == (503, "adapter_quarantined")
+
+
+async def test_the_tiers_of_every_version_are_told(
+    gateway: Gateway, replica: FakeReplica, acme: Tenant, tmp_path: Path
+) -> None:
+    """Blob, disk, host, GPU: from published to asked for."""
+
+    async def tiers() -> list[list[str]]:
+        told = (await acme.client.get("/v1/adapters/bot/residency")).json()["data"]
+        return [[place["tier"] for place in version["replicas"]] for version in told]
+
+    await acme.publish(write_good(tmp_path / "v1", seed=1))
+    await until(lambda: len(replica.disk) == 1)
+    assert await tiers() == [["disk"]]
+    assert (await acme.ask()).status_code == 200
+    assert await tiers() == [["gpu"]]
+    await acme.publish(write_good(tmp_path / "v2", seed=2))
+    await until(lambda: len(replica.disk) == 2)
+    assert await tiers() == [["disk"], ["gpu"]]
+    for known in replica.adapters.values():
+        known["tier"] = "host"
+    seen = replica.probes
+    await until(lambda: replica.probes > seen + 2)
+    replica.disk.clear()
+    assert await tiers() == [[], ["host"]]
+
+
+# pins
+
+
+async def test_a_pinned_adapter_stays_loaded(gateway: Gateway, replica: FakeReplica, tmp_path: Path) -> None:
+    """Loaded without a request, evicted last, back first after a restart, and its successor takes its place."""
+    replica.capacity = replica.max_loras = 2
+    await replica.restart()
+    acme, globex = await gateway.tenant("acme"), await gateway.tenant("globex")
+    await gateway.operator.patch("/admin/v1/plans/default", json={"pinned_adapters": 1})
+    digest = (await acme.publish(write_good(tmp_path / "pinned", seed=1))).json()["current"]["digest"]
+    for seed in range(2, 6):
+        await globex.publish(write_good(tmp_path / f"other-{seed}", seed=seed), f"bot-{seed}")
+    assert (await acme.client.put("/v1/adapters/bot/pin")).status_code == 200
+    await until(lambda: digests_in(replica) == {digest})
+    await until(lambda: [pin["digest"] for pin in replica.pins] == [digest])
+    for seed in range(2, 6):
+        assert (await globex.ask(f"bot-{seed}")).status_code == 200
+        assert digest in digests_in(replica)
+    before = len(replica.loads)
+    await replica.restart()
+    await until(lambda: len(replica.loads) == before + 2)
+    assert next(iter(replica.adapters.values()))["digest"] == digest
+    successor = (await acme.publish(write_good(tmp_path / "next", seed=9))).json()["current"]["digest"]
+    await until(lambda: successor in digests_in(replica))
+    assert (await acme.client.delete("/v1/adapters/bot/pin")).status_code == 204
+    await until(lambda: replica.pins == [])
+
+
+def digests_in(replica: FakeReplica) -> set[str]:
+    return {known["digest"] for known in replica.adapters.values()}
+
+
+async def test_a_plan_says_how_many_a_tenant_may_pin(gateway: Gateway, acme: Tenant, tmp_path: Path) -> None:
+    """None by default; operators may pin any, and a tenant cannot take such a pin away."""
+    for seed in (1, 2):
+        await acme.publish(write_good(tmp_path / f"{seed}", seed=seed), f"bot-{seed}")
+    refused = await acme.client.put("/v1/adapters/bot-1/pin")
+    assert (refused.status_code, error_of(refused)["code"]) == (409, "too_many_pins")
+    await gateway.operator.patch("/admin/v1/plans/default", json={"pinned_adapters": 1})
+    assert (await acme.client.put("/v1/adapters/bot-1/pin")).json()["pinned_by"] == "tenant"
+    assert (await acme.client.put("/v1/adapters/bot-1/pin")).status_code == 200
+    assert (await acme.client.put("/v1/adapters/bot-2/pin")).status_code == 409
+    assert (await gateway.operator.put("/admin/v1/tenants/acme/pins/bot-2")).json()["pinned_by"] == "operator"
+    assert (await acme.client.delete("/v1/adapters/bot-2/pin")).status_code == 404
+    listed = (await gateway.operator.get("/admin/v1/pins")).json()["data"]
+    assert [row["name"] for row in listed] == ["bot-1", "bot-2"]
+    assert (await acme.client.delete("/v1/adapters/bot-1")).status_code == 204
+    listed = (await gateway.operator.get("/admin/v1/pins")).json()["data"]
+    assert [row["name"] for row in listed] == ["bot-2"]
+    assert (await gateway.operator.delete("/admin/v1/tenants/acme/pins/bot-2")).status_code == 204
+
+
+async def test_the_command_warms_and_pins(gateway: Gateway, acme: Tenant, replica: FakeReplica, good: Path) -> None:
+    """What the API does, for people."""
+    await acme.publish(good)
+    await gateway.operator.patch("/admin/v1/plans/default", json={"pinned_adapters": 1})
+    given = ["--url", gateway.url, "--key", acme.key, "--json"]
+
+    async def tailor(*words: str) -> Any:
+        done = await asyncio.to_thread(CliRunner().invoke, app, ["adapter", *words, *given])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.output)
+
+    assert (await tailor("warm", "bot"))["replicas"][0]["tier"] == "gpu"
+    assert (await tailor("pin", "bot"))["pinned_by"] == "tenant"
+    (shown,) = await tailor("where", "bot")
+    assert shown["replicas"][0]["tier"] == "gpu"
+    assert not (await tailor("unpin", "bot"))["pinned"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adapter_store.blobs import Blobs
-from adapter_store.cache import DiskCache
+from adapter_store.cache import DigestPinned, DiskCache
 from adapter_store.catalog import BlobFile, Version
 from adapter_store.errors import BlobCorrupt, StorageFull
 from tests.bad_adapters import write_good
@@ -137,6 +137,44 @@ async def test_a_restart_takes_over_and_verifies_once(root: Path, blobs: Blobs, 
     await DiskCache(root, blobs, LIMIT_BYTES).fetch(version.digest, version.files)
     assert (folder / "adapter_model.safetensors").stat().st_size == version.files[1].size_bytes
     assert list(root.iterdir()) == [folder]
+
+
+async def test_a_byte_that_changes_after_the_fetch_is_found_before_the_next_load(
+    cache: DiskCache, publish: Publish, good: Path
+) -> None:
+    """Of the same size, in a file that was verified before; the engine is given the right one."""
+    version = await publish(good)
+    cache.pin(version.digest)
+    folder = await cache.fetch(version.digest, version.files)
+    weights = folder / "adapter_model.safetensors"
+    right = weights.read_bytes()
+    for at in (0, len(right) // 2, -1):
+        rotten = bytearray(right)
+        rotten[at] ^= 1
+        weights.write_bytes(rotten)
+        await cache.fetch(version.digest, version.files)
+        assert weights.read_bytes() == right
+    assert cache.used_bytes == version.size_bytes
+
+
+async def test_files_in_use_are_never_taken_away(cache: DiskCache, publish: Publish, good: Path, blobs: Blobs) -> None:
+    """Neither released, nor where they are rotten and cannot be had anew; without a pin they go."""
+    version = await publish(good)
+    cache.pin(version.digest)
+    folder = await cache.fetch(version.digest, version.files)
+    with pytest.raises(DigestPinned):
+        await cache.release(version.digest)
+    (folder / "adapter_model.safetensors").write_bytes(b"rot")
+    await blobs.delete(version.files[1].key)
+    with pytest.raises(BlobCorrupt):
+        await cache.fetch(version.digest, version.files)
+    assert files_under(folder) == ["adapter_config.json", "adapter_model.safetensors"]
+    cache.unpin(version.digest)
+    assert await cache.release(version.digest)
+    assert not folder.exists()
+    assert not await cache.release(version.digest)
+    with pytest.raises(ValueError, match="not a digest"):
+        await cache.release("..")
 
 
 async def test_a_vanished_file_is_fetched_again(cache: DiskCache, publish: Publish, good: Path) -> None:

@@ -179,6 +179,38 @@ async def test_a_tenants_same_files_are_loaded_once() -> None:
     assert cache.pins == {"d1": 2}
 
 
+async def test_a_pinned_adapter_leaves_last() -> None:
+    """The unpinned one that was used later goes first; where all are pinned, the longest idle one does."""
+    engine, cache = Engine(), Cache()
+    adapters = residency(engine, cache)
+    await adapters.load("a-1", "d1", [], owner="t")
+    await adapters.load("a-2", "d2", [], owner="t")
+    adapters.pin([("t", "d1")])
+    await adapters.load("a-3", "d3", [], owner="t")
+    assert sorted(engine.held.values()) == ["a-1", "a-3"]
+    assert {known["name"]: known["pinned"] for known in await adapters.report()} == {"a-1": True, "a-3": False}
+    adapters.pin([("t", "d1"), ("t", "d3")])
+    await adapters.load("a-4", "d4", [], owner="t")
+    assert sorted(engine.held.values()) == ["a-3", "a-4"]
+
+
+async def test_what_is_idle_is_unloaded_and_keeps_nothing_pinned_on_disk() -> None:
+    """Neither under a request nor where it is pinned."""
+    engine, cache = Engine(), Cache()
+    adapters = residency(engine, cache, capacity=4)
+    for number in (1, 2, 3):
+        await adapters.load(f"a-{number}", f"d{number}", [], owner="t")
+    adapters.pin([("t", "d1")])
+    async with adapters.serving("a-2"):
+        await adapters.unload_idle(-1)
+        assert sorted(engine.held.values()) == ["a-1", "a-2"]
+    await adapters.unload_idle(60)
+    assert sorted(engine.held.values()) == ["a-1", "a-2"]
+    await adapters.unload_idle(-1)
+    assert sorted(engine.held.values()) == ["a-1"]
+    assert cache.pins == {"d1": 1, "d2": 0, "d3": 0}
+
+
 async def test_requests_in_flight_are_reported() -> None:
     """Several gateways on one replica learn from it how many adapters the others use."""
     adapters = residency(Engine(), Cache())
