@@ -13,12 +13,13 @@ from typing import Final
 
 from sqlalchemy import delete, func, insert, select, update
 
+from adapter_store.aliases import NOUN, main_of
 from adapter_store.catalog import Version
 from adapter_store.changes import Change, record_change, take_turn
 from adapter_store.engine import AsyncEngine
 from adapter_store.errors import AdapterNotFound, OtherBaseModel, StorageError
 from adapter_store.ids import TenantId
-from adapter_store.store import NOUN, AdapterStore
+from adapter_store.store import AdapterStore
 from adapter_store.transactions import reading, writing
 from gateway.database import pins
 from gateway.errors import ObjectUnknown, TooManyPins
@@ -142,7 +143,7 @@ class Pins:
         found: dict[Key, Version] = {}
         for row in rows:
             try:
-                version = await self._store.resolve(row.tenant_id, row.adapter)
+                version = main_of(await self._store.resolve(row.tenant_id, row.adapter))
             except (AdapterNotFound, OtherBaseModel):
                 continue
             found[row.tenant_id, version.digest] = version

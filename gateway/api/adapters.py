@@ -5,9 +5,12 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
+from adapter_store.aliases import main_of
 from adapter_store.catalog import DEFAULT_ALIAS, Adapter, Fallback, Version
+from adapter_store.errors import AdapterNotFound, OtherBaseModel
+from adapter_store.ids import TenantId
 from gateway.api.multipart import UploadForm
-from gateway.dependencies import AdapterTenant, AppParts, Parts, publisher
+from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, publisher
 from gateway.errors import RequestInvalid
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
@@ -72,20 +75,22 @@ class AdapterList(BaseModel):
 
 
 @router.post("", status_code=201)
-async def publish(request: Request, response: Response, tenant_id: AdapterTenant, parts: AppParts) -> AdapterObject:
+async def publish(request: Request, response: Response, caller: AdapterKey, parts: AppParts) -> AdapterObject:
     """Publish a version: multipart with `name`, `adapter_config.json` and `adapter_model.safetensors`.
 
     The adapter's name stands for the new version from the answer on. The same bytes again are the same version.
     """
+    tenant_id = caller.tenant_id
     async with parts.staging.stage() as bundle:
         form = UploadForm(request, bundle)
         await form.receive()
         if "name" not in form.fields:
             raise RequestInvalid("The field name is missing: it is what requests will call the adapter.", param="name")
         await publisher(request, parts)  # an upload may take long: the key may be revoked by now
+        old = await _current(tenant_id, form.fields["name"], parts)
         version = await parts.store.publish(tenant_id, form.fields["name"], bundle)
     parts.models.forget_tenant(tenant_id)
-    parts.pool.prefetch(version)
+    parts.pool.replace(old, version, caller.key.plan)
     response.headers["location"] = f"/v1/adapters/{version.adapter_name}"
     adapter, _ = await parts.store.show(tenant_id, version.adapter_name)
     return _adapter(adapter, parts)
@@ -126,6 +131,13 @@ async def delete(name: str, tenant_id: AdapterTenant, parts: AppParts) -> None:
     parts.models.forget_tenant(tenant_id)
     await parts.pins.forget(tenant_id, name)
     await parts.pool.unload(tenant_id, [version.digest for version in deleted])
+
+
+async def _current(tenant_id: TenantId, name: str, parts: Parts) -> Version | None:
+    try:
+        return main_of(await parts.store.resolve(tenant_id, name))
+    except (AdapterNotFound, OtherBaseModel):
+        return None
 
 
 def _adapter(adapter: Adapter, parts: Parts) -> AdapterObject:

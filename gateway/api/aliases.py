@@ -1,5 +1,6 @@
 """`/v1/adapters/{name}/aliases`, `/rollouts`, `/history`: the names that move, and how."""
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Query
@@ -9,8 +10,7 @@ from adapter_store import rollouts
 from adapter_store.aliases import MOST_REASON, MOST_SHARES, MOST_WEIGHT, Alias, Move, MoveKind, main_of
 from adapter_store.catalog import DEFAULT_ALIAS, Fallback, Version
 from adapter_store.errors import AdapterStoreError
-from adapter_store.ids import TenantId
-from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts
+from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, TenantKey
 
 router = APIRouter(prefix="/v1/adapters/{name}", tags=["aliases"])
 MOST_NUMBER = 10**9
@@ -161,7 +161,8 @@ async def move_alias(name: str, alias: str, body: AliasMove, caller: AdapterKey,
     Requests that have begun end with the version that they began with. A rollout that was under way is superseded.
     Where the old version is in an engine, the new one is brought there before the move.
     """
-    old = await _warm(caller.tenant_id, name, alias, [number for number, _ in body.shares], parts)
+    numbers = [number for number, _ in body.shares]
+    old = await _warm(caller, name, alias, numbers, parts)
     moved = await parts.aliases.move(
         caller.tenant_id, name, alias, body.shares, moved_by=caller.key.id, reason=body.reason, fallback=body.fallback
     )
@@ -211,7 +212,7 @@ async def start_rollout(name: str, body: RolloutStart, caller: AdapterKey, parts
         caller.tenant_id, name, body.alias, body.version, body.policy, started_by=caller.key.id
     )
     parts.models.forget_tenant(caller.tenant_id)
-    await _warm(caller.tenant_id, name, body.alias, [body.version], parts)
+    await _warm(caller, name, body.alias, [body.version], parts)
     return _rollout(begun)
 
 
@@ -240,17 +241,18 @@ async def cancel_rollout(
     return _rollout(ended)
 
 
-async def _warm(tenant_id: TenantId, name: str, alias: str, numbers: list[int], parts: Parts) -> Version | None:
-    """Load what the alias is about to stand for where its present version is, which is returned.
+async def _warm(caller: TenantKey, name: str, alias: str, numbers: list[int], parts: Parts) -> Version | None:
+    """What the alias is about to stand for, where its present version is, which is returned.
 
     What is missing, the move itself tells.
     """
+    resolve, plan = parts.store.resolve, caller.key.plan
     try:
-        old = main_of(await parts.store.resolve(tenant_id, f"{name}:{alias}"))
-        for number in numbers:
-            await parts.pool.prewarm(old, main_of(await parts.store.resolve(tenant_id, f"{name}@{number}")))
+        old = main_of(await resolve(caller.tenant_id, f"{name}:{alias}"))
+        found = [main_of(await resolve(caller.tenant_id, f"{name}@{number}")) for number in numbers]
     except AdapterStoreError:
         return None
+    await asyncio.gather(*(parts.pool.prewarm(old, new, plan=plan) for new in found))
     return old
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
+from adapter_store.aliases import main_of
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
 from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Operator, Parts
@@ -135,7 +136,7 @@ async def unpin_for_tenant(tenant: str, adapter: str, _: Operator, parts: AppPar
 
 async def _version(parts: Parts, tenant_id: TenantId, name: str, number: int | None) -> Version:
     await parts.store.show(tenant_id, name)
-    return await parts.store.resolve(tenant_id, name if number is None else f"{name}@{number}")
+    return main_of(await parts.store.resolve(tenant_id, name if number is None else f"{name}@{number}"))
 
 
 def _where(tiers: dict[str, str]) -> list[Where]:

@@ -43,7 +43,7 @@ PREFETCHES_AT_ONCE: Final = 4
 PREWARM_S: Final = 5.0
 PIN_AGAIN_S: Final = 30.0
 RETIRE_AFTER_S: Final = 30.0
-RETIRE_LOOK_S: Final = 5.0
+MOST_RETIRING: Final = 4_096
 RETIRE_WITHIN_S: Final = 900.0
 WhenLoaded = Callable[[Replica, Resident], Awaitable[None]]
 
@@ -119,6 +119,7 @@ class ReplicaPool:
         self._when_loaded: list[WhenLoaded] = []
         self._prefetching = asyncio.Semaphore(PREFETCHES_AT_ONCE)
         self._prefetch_counts = {"ok": 0, "failed": 0}
+        self._retiring: dict[Key, tuple[float, float]] = {}
         self._pins: Mapping[Key, Version] = {}
         self._pin_again_at: dict[Key, float] = {}
         self._connect = connect
@@ -183,29 +184,46 @@ class ReplicaPool:
         for replica in ready[:PREFETCH_REPLICAS]:
             self._spawn(self._prefetch(replica, version))
 
-    async def prewarm(self, old: Version | None, new: Version, *, within_s: float = PREWARM_S) -> int:
+    async def prewarm(
+        self, old: Version | None, new: Version, *, plan: Plan | None = None, within_s: float = PREWARM_S
+    ) -> int:
         """Load `new` wherever `old` is, before an alias moves from one to the other; how many replicas hold it then.
 
         Waits no longer than `within_s`; loads that take longer go on. Never raises: a load that fails is made again by
-        the first request. Where `old` is nowhere, nobody waits for `new` either, and its files are prefetched.
+        the first request. Where `old` is nowhere, nobody waits for `new` either, and its files are prefetched; so they
+        are where `plan` allows no more loads just now.
         """
         before = None if old is None else (old.tenant_id, old.digest)
         key = (new.tenant_id, new.digest)
         holders = [each for each in self._replicas.values() if before and each.takes_requests and each.holds(before)]
-        if not holders:
+        self._retiring.pop(key, None)
+        cold = [replica for replica in holders if not replica.holds(key)]
+        if not holders or not self._may_load(new.tenant_id, plan, len(cold)):
             self.prefetch(new)
             return 0
-        loads = [self._spawn(self._warm(replica, key, new)) for replica in holders]
-        await asyncio.wait(loads, timeout=within_s)
+        loads = [self._spawn(self._warm(replica, key, new)) for replica in cold]
+        if loads:
+            await asyncio.wait(loads, timeout=within_s)
         return sum(replica.holds(key) for replica in holders)
 
-    def retire(self, version: Version, *, quiet_s: float = RETIRE_AFTER_S, look_s: float = RETIRE_LOOK_S) -> None:
+    def replace(self, old: Version | None, new: Version, plan: Plan) -> None:
+        """`prewarm` and `retire` in the background, for a move that has been made."""
+        if old is not None and old.digest != new.digest:
+            self._spawn(self._replace(old, new, plan))
+        else:
+            self.prefetch(new)
+
+    def retire(self, version: Version, *, quiet_s: float = RETIRE_AFTER_S) -> None:
         """Unload a version that no alias names any more, in the background.
 
         Each replica lets it go once no gateway has asked for it for `quiet_s` and its last request has ended; its
         files then stay on disk for as long as there is room. Who still asks for it by its number keeps it.
         """
-        self._spawn(self._retire(version, quiet_s, look_s))
+        key = (version.tenant_id, version.digest)
+        self._retiring.pop(key, None)
+        self._retiring[key] = (time.monotonic() + RETIRE_WITHIN_S, quiet_s)
+        if len(self._retiring) > MOST_RETIRING:
+            del self._retiring[next(iter(self._retiring))]
 
     async def warm(self, version: Version, plan: Plan, *, everywhere: bool, within_s: float) -> dict[str, str]:
         """Load a version into its home, or `everywhere`; the tier by replica when it is done, or when time is over.
@@ -283,17 +301,19 @@ class ReplicaPool:
             done = await replica.residency.prefetch(version)
         self._prefetch_counts["ok" if done else "failed"] += 1
 
-    async def _retire(self, version: Version, quiet_s: float, look_s: float) -> None:
-        key = (version.tenant_id, version.digest)
-        until = time.monotonic() + RETIRE_WITHIN_S
-        while time.monotonic() < until:
+    async def _replace(self, old: Version, new: Version, plan: Plan) -> None:
+        await self.prewarm(old, new, plan=plan)
+        self.retire(old)
+
+    def _retire_quiet(self) -> None:
+        now = time.monotonic()
+        for key, (until, quiet_s) in list(self._retiring.items()):
             holders = [replica for replica in self._replicas.values() if replica.holds(key)]
-            if not holders:
-                return
             for replica in holders:
-                if replica.residency.is_quiet(key, quiet_s):
-                    await replica.residency.unload(version.tenant_id, [version.digest])
-            await asyncio.sleep(look_s)
+                if replica.residency.is_quiet(key, quiet_s) and key not in self._pins:
+                    self._spawn(replica.residency.unload(key[0], [key[1]]))
+            if not holders or now > until:
+                del self._retiring[key]
 
     def _take_out(self, key: Key) -> None:
         """An adapter is held back from now on."""
@@ -454,6 +474,9 @@ class ReplicaPool:
             self._allow_load(version.tenant_id, plan)
 
         return await replica.residency.hold(version, patient=patient, allow=allow), True
+
+    def _may_load(self, tenant_id: TenantId, plan: Plan | None, count: int) -> bool:
+        return plan is None or all(not self._allowance.take(tenant_id, plan.loads_per_minute) for _ in range(count))
 
     def _allow_load(self, tenant_id: TenantId, plan: Plan) -> None:
         wait_s = self._allowance.take(tenant_id, plan.loads_per_minute)
@@ -643,6 +666,7 @@ class ReplicaPool:
             await asyncio.sleep(REVIEW_S)
             self._router.review()
             self._keep_pins()
+            self._retire_quiet()
 
     def _recount(self) -> None:
         """Where one replica alone is ready, requests go there without a choice."""

@@ -81,7 +81,7 @@ async def test_a_version_nobody_asks_for_any_more_leaves_the_engine(run_replica:
     caller = await run_pool(fake)
     running = asyncio.create_task(caller.ask(version(1, "t")))
     await until(lambda: any(known["in_flight"] for known in fake.adapters.values()))
-    caller.pool.retire(version(1, "t"), quiet_s=0.2, look_s=0.05)
+    caller.pool.retire(version(1, "t"), quiet_s=0.2)
     await running
     await until(lambda: not fake.adapters)
     assert running.result().text == f"I am {version(1, 't').digest}"
@@ -120,6 +120,40 @@ async def test_a_deleted_adapter_leaves_the_disk_too(
     assert (await acme.client.delete("/v1/adapters/bot")).status_code == 204
     assert not replica.adapters
     assert not replica.disk
+
+
+async def test_a_publish_brings_the_new_version_where_the_old_one_was(
+    gateway: Gateway, replica: FakeReplica, acme: Tenant, tmp_path: Path
+) -> None:
+    """Nobody's request loads it; what was hot stays hot."""
+    await acme.publish(write_good(tmp_path / "v1", seed=1))
+    assert (await acme.ask()).status_code == 200
+    new = (await acme.publish(write_good(tmp_path / "v2", seed=2))).json()["current"]["digest"]
+    await until(lambda: new in digests_in(replica))
+    assert 'desc="gpu"' in (await acme.ask()).headers["server-timing"]
+
+
+async def test_a_move_brings_the_version_first_within_the_plan(
+    gateway: Gateway, replica: FakeReplica, acme: Tenant, tmp_path: Path
+) -> None:
+    """Past the plan's loads a minute the files alone are brought, and the alias moves all the same."""
+    digests = [
+        (await acme.publish(write_good(tmp_path / f"v{seed}", seed=seed))).json()["current"]["digest"]
+        for seed in (1, 2, 3)
+    ]
+    assert (await acme.ask()).status_code == 200
+    assert digests_in(replica) == {digests[2]}
+    moved = await acme.client.put("/v1/adapters/bot/aliases/default", json={"version": 1})
+    assert moved.status_code == 200
+    assert digests_in(replica) == {digests[2], digests[0]}
+    assert (await acme.ask()).status_code == 200
+    await gateway.operator.patch("/admin/v1/plans/default", json={"loads_per_minute": 1})
+    replica.adapters.clear()
+    await until(lambda: not gateway.parts.pool.members()[0].replica.residency.residents())
+    assert (await acme.ask()).status_code == 200
+    moved = await acme.client.put("/v1/adapters/bot/aliases/default", json={"version": 2})
+    assert moved.status_code == 200
+    assert digests_in(replica) == {digests[0]}
 
 
 # warm
@@ -184,10 +218,9 @@ async def test_the_tiers_of_every_version_are_told(
     await acme.publish(write_good(tmp_path / "v1", seed=1))
     await until(lambda: len(replica.disk) == 1)
     assert await tiers() == [["disk"]]
-    assert (await acme.ask()).status_code == 200
-    assert await tiers() == [["gpu"]]
     await acme.publish(write_good(tmp_path / "v2", seed=2))
     await until(lambda: len(replica.disk) == 2)
+    assert (await acme.ask("bot@1")).status_code == 200
     assert await tiers() == [["disk"], ["gpu"]]
     for known in replica.adapters.values():
         known["tier"] = "host"
