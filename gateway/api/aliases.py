@@ -184,7 +184,7 @@ async def roll_back(
 ) -> AliasObject:
     """Back to what the alias stood for before its last move; called again, before the one before that."""
     reason = body.reason if body is not None else ""
-    old = await _warm(caller.tenant_id, name, alias, [], parts)
+    old = await _warm(caller, name, alias, [], parts)
     moved = await parts.aliases.roll_back(caller.tenant_id, name, alias, moved_by=caller.key.id, reason=reason)
     parts.models.forget_tenant(caller.tenant_id)
     await retire_unnamed(old, parts)
