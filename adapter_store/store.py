@@ -33,6 +33,7 @@ from adapter_store.errors import (
 from adapter_store.faults import Inspection
 from adapter_store.ids import TenantId, new_version_id
 from adapter_store.inspector import Inspector
+from adapter_store.scrub import forget, known_faults
 from adapter_store.threads import in_thread
 from adapter_store.transactions import reading, writing
 
@@ -211,15 +212,18 @@ class AdapterStore:
             async with writing(self._engine) as connection:
                 await take_turn(connection)
                 if await self._all_stored(checked.files):
+                    await forget(connection, tenant_id, [file.sha256 for file in checked.files])
                     return await self._commit(connection, tenant_id, name, checked, provenance)
         raise BlobCorrupt(f"the blobs of '{name}' vanish as fast as they are stored")
 
     async def _put(self, tenant_id: TenantId, checked: _Checked) -> None:
-        """Leaves out what a version has already. A blob that none has may be torn by a power cut."""
+        """Leaves out what a version has whole already. A blob that none has may be torn by a power cut."""
+        digests = [file.sha256 for file in checked.files]
         async with reading(self._engine) as connection:
-            loose = await catalog.unreferenced(connection, tenant_id, [file.sha256 for file in checked.files])
+            loose = await catalog.unreferenced(connection, tenant_id, digests)
+            anew = {*loose, *await known_faults(connection, tenant_id, digests)}
         for file, path in zip(checked.files, checked.paths, strict=True):
-            if file.sha256 in loose or not await self._blobs.exists(file.key, file.size_bytes):
+            if file.sha256 in anew or not await self._blobs.exists(file.key, file.size_bytes):
                 await self._blobs.adopt(file.key, path)
 
     async def _all_stored(self, files: Collection[BlobFile]) -> bool:
@@ -275,6 +279,7 @@ class AdapterStore:
         async with writing(self._engine) as connection:
             await take_turn(connection)
             loose = await catalog.unreferenced(connection, tenant_id, digests)
+            await forget(connection, tenant_id, loose)
             for sha256 in loose:
                 await self._blobs.delete(blob_key(tenant_id, sha256))
         return len(loose)

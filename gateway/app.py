@@ -23,6 +23,7 @@ from adapter_store.errors import AdapterStoreError, StorageError
 from adapter_store.faults import Bounds as AdapterBounds
 from adapter_store.inspector import Inspector
 from adapter_store.rollouts import Rollout, Rollouts
+from adapter_store.scrub import Scrubber
 from adapter_store.store import AdapterStore
 from gateway.api import (
     adapters,
@@ -35,6 +36,7 @@ from gateway.api import (
     quarantine,
     replicas,
     residency,
+    storage,
     usage,
 )
 from gateway.api.generation import Generation, Patience, Services, new_batches
@@ -54,7 +56,7 @@ from gateway.errors import (
 from gateway.freshness import Freshness
 from gateway.front import SMALL_BODY_BYTES, Front
 from gateway.home import Home
-from gateway.housekeeping import tidy
+from gateway.housekeeping import scrub, tidy
 from gateway.keys import Keys
 from gateway.limits import open_limits
 from gateway.models import Models
@@ -77,7 +79,20 @@ from gateway.tenants import Tenants
 from gateway.usage import Ledger
 
 log = logging.getLogger("tailor.gateway")
-ROUTERS = (health, models, adapters, aliases, residency, base_model, keys, usage, admin, replicas, quarantine)
+ROUTERS = (
+    health,
+    models,
+    adapters,
+    aliases,
+    residency,
+    base_model,
+    keys,
+    usage,
+    admin,
+    replicas,
+    quarantine,
+    storage,
+)
 
 
 def create_app(settings: Settings, *, operators: socket.socket | None = None) -> Front:
@@ -118,7 +133,8 @@ def _build(settings: Settings, home: Home) -> Parts:
     base = BaseModel.read(folder, name=name, dtype=settings.dtype)
     engine = open_engine(settings.database)
     inspector = Inspector(base, AdapterBounds(settings.max_lora_rank, settings.max_adapter_bytes))
-    store = AdapterStore(engine, Blobs.open(settings.blobs), inspector)
+    blobs = Blobs.open(settings.blobs)
+    store = AdapterStore(engine, blobs, inspector)
     rollouts = Rollouts(engine, base.fingerprint)
     freshness = Freshness(settings.max_staleness_s)
     key_rows = Keys(engine)
@@ -148,6 +164,13 @@ def _build(settings: Settings, home: Home) -> Parts:
         aliases=Aliases(engine, base),
         rollouts=rollouts,
         rollout_watch=RolloutWatch(rollouts, proof=_no_proof, on_moved=known_models.forget_tenant),
+        scrubber=Scrubber(
+            engine,
+            blobs,
+            Blobs.open(settings.blobs_copy_url) if settings.blobs_copy_url is not None else None,
+            bytes_per_s=settings.scrub_bytes_per_s,
+            every_s=settings.scrub_every_s,
+        ),
         inspector=inspector,
         staging=Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes),
         models=known_models,
@@ -264,6 +287,7 @@ def _lifespan(
             parts.rollout_watch.follow(),
             parts.pins.follow(),
             tidy(parts.store),
+            scrub(parts.scrubber),
         )
         tasks = [asyncio.create_task(work) for work in works]
         if operators is not None:

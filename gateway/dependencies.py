@@ -13,6 +13,7 @@ from adapter_store.engine import AsyncEngine
 from adapter_store.ids import TenantId
 from adapter_store.inspector import Inspector
 from adapter_store.rollouts import Rollouts
+from adapter_store.scrub import Scrubber
 from adapter_store.store import AdapterStore
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
@@ -48,6 +49,7 @@ class Parts:
     aliases: Aliases
     rollouts: Rollouts
     rollout_watch: RolloutWatch
+    scrubber: Scrubber
     inspector: Inspector
     staging: Staging
     models: Models

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
+from adapter_store.scrub import Outcome
 from gateway.api.generation import Patience
 from gateway.dependencies import Parts
 from gateway.replicas.replica import Replica
@@ -37,6 +38,9 @@ def watch_parts(parts: Parts, patience: Patience) -> None:
     metrics.watch(names.LEDGER_BACKLOG, lambda: parts.ledger.backlog)
     metrics.watch(names.ROLLOUTS_RUNNING, lambda: parts.rollout_watch.running)
     metrics.watch(names.ROLLOUTS_ENDED, lambda: _rollouts(parts))
+    metrics.watch(names.BLOB_FAULTS, lambda: parts.scrubber.fault_count)
+    metrics.watch(names.SCRUBBED, lambda: {(outcome.value,): parts.scrubber.counts[outcome] for outcome in Outcome})
+    metrics.watch(names.SCRUBBED_BYTES, lambda: parts.scrubber.read_bytes)
     metrics.watch(names.CHANGE_FEED_AGE, lambda: max(0.0, time.monotonic() - parts.freshness.fresh_at))
 
 

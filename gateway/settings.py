@@ -31,6 +31,15 @@ class Settings(BaseSettings):
     home: Path = Field(Path(".tailor"), description="folder of database, blobs, caches, logs and secrets")
     database_url: str | None = Field(None, description="SQLAlchemy URL; default: SQLite in the home folder")
     blobs_url: str | None = Field(None, description="obstore URL of the adapters' files; default: the home folder")
+    blobs_copy_url: str | None = Field(
+        None, description="obstore URL of a second copy of them, such as a backup, from which damaged ones are repaired"
+    )
+    scrub_bytes_per_s: int = Field(
+        8 << 20, ge=0, description="how fast stored adapters are read again and compared with their digests; 0: never"
+    )
+    scrub_every_s: float = Field(
+        604_800, ge=60, description="how long after a look at a stored adapter the next one is due; seconds"
+    )
 
     # the public door
     host: str = Field("127.0.0.1", description="address to listen on; anything but loopback asks for allow_public")

@@ -71,6 +71,29 @@ def restore(
     show(asdict(done), as_json, f"{done.snapshot} {verb}: {done.rows} rows, {done.blobs} blobs")
 
 
+@store_app.command("scrub")
+def store_scrub(
+    mib_per_s: Annotated[float, typer.Option(help="Read so fast at most.", min=0.001)] = 256.0,
+    as_json: Json = False,
+) -> None:
+    """Read every stored adapter now, compare it with its digest, and repair it from TAILOR_BLOBS_COPY_URL."""
+    from adapter_store.scrub import Scrubber
+
+    async def work(settings: "Settings") -> Any:
+        copy = _blobs(settings.blobs_copy_url) if settings.blobs_copy_url is not None else None
+        async with _storage(settings) as (engine, blobs):
+            scrubber = Scrubber(engine, blobs, copy, bytes_per_s=int(mib_per_s * (1 << 20)), every_s=0)
+            return await scrubber.run(), await scrubber.faulty()
+
+    with told():
+        counts, faulty = _run(work)
+    lines = [", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "nothing is stored"]
+    lines += [f"{found.fault}: {found.tenant_id}/{found.sha256}: {' '.join(found.versions)}" for found in faulty]
+    show({"counts": counts, "faults": [asdict(found) for found in faulty]}, as_json, "\n".join(lines))
+    if faulty:
+        raise typer.Exit(1)
+
+
 @store_app.command("migrate")
 def store_migrate(
     to: Annotated[

@@ -136,6 +136,16 @@ ROLLOUTS_RUNNING: Final = Metric("tailor_rollouts_running", "gauge", (), "Aliase
 ROLLOUTS_ENDED: Final = Metric(
     "tailor_rollouts_ended_total", "counter", ("outcome",), "Rollouts that this gateway ended: completed, rolled_back."
 )
+BLOB_FAULTS: Final = Metric(
+    "tailor_blob_faults", "gauge", (), "Stored files that are damaged or gone, as they were last counted."
+)
+SCRUBBED: Final = Metric(
+    "tailor_scrubbed_blobs_total",
+    "counter",
+    ("outcome",),
+    "Stored files read again: ok, corrupt, missing, repaired, unreadable.",
+)
+SCRUBBED_BYTES: Final = Metric("tailor_scrubbed_bytes_total", "counter", (), "Bytes of stored files read again.")
 CHANGE_FEED_AGE: Final = Metric(
     "tailor_change_feed_age_seconds", "gauge", (), "Time since the change feed was last read: how stale caches may be."
 )

@@ -19,7 +19,7 @@ VERBS = [
     ["tenant", "update"], ["plan"], ["plan", "update"], ["key", "rotate"], ["adapter", "fallback"], ["key"],
     ["key", "create"], ["key", "list"], ["key", "revoke"], ["adapter"], ["adapter", "push"], ["adapter", "check"],
     ["adapter", "list"], ["adapter", "show"], ["adapter", "delete"], ["train"], ["base"], ["base", "tiny"],
-    ["base", "show"], ["chat"], ["demo"], ["backup"], ["restore"], ["store"], ["store", "migrate"],
+    ["base", "show"], ["chat"], ["demo"], ["backup"], ["restore"], ["store"], ["store", "migrate"], ["store", "scrub"],
 ]  # fmt: skip
 
 
