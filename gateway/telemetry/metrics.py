@@ -66,6 +66,9 @@ READABLE: Final = (
     names.LEDGER_BACKLOG,
     names.ROLLOUTS_RUNNING,
     names.ROLLOUTS_ENDED,
+    names.BLOB_FAULTS,
+    names.SCRUBBED,
+    names.SCRUBBED_BYTES,
     names.CHANGE_FEED_AGE,
 )
 """What the other parts know and `Metrics.watch` attaches."""
