@@ -5,8 +5,10 @@ import math
 import re
 from typing import NoReturn
 
-# A string literal (closed or not: it then runs to the end of the text) or a bracket. Possessive, so linear.
-TOKEN = re.compile(r'"(?:[^"\\]|\\.?)*+"?|[\[{]|[\]}]', re.DOTALL)
+# A string literal, closed or not (it then runs to the end of the text). Possessive, so linear.
+STRING = re.compile(rb'"(?:[^"\\]|\\.?)*+"?', re.DOTALL)
+ALIKE = bytes.maketrans(b"{}", b"[]")
+NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 MOST_DIGITS = 20
 MOST_REAL_CHARACTERS = 40
 
@@ -23,8 +25,8 @@ def parse(data: bytes, *, max_depth: int, max_items: int) -> object:
     commas (which bound the members).
     """
     try:
+        _check_size(data, max_depth, max_items)
         text = data.decode("utf-8")
-        _check_size(text, max_depth, max_items)
         return json.loads(
             text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer, parse_float=_real
         )
@@ -36,20 +38,15 @@ def parse(data: bytes, *, max_depth: int, max_items: int) -> object:
         raise JsonInvalid(str(error)) from None
 
 
-def _check_size(text: str, max_depth: int, max_items: int) -> None:
-    if text.count(",") > max_items:
+def _check_size(data: bytes, max_depth: int, max_items: int) -> None:
+    if data.count(b",") > max_items:
         raise JsonInvalid(f"more than {max_items} members")
-    depth = 0
-    for match in TOKEN.finditer(text):
-        first = text[match.start()]
-        if first in "[{":
-            depth += 1
-            if depth > max_depth:
-                raise JsonInvalid(f"nested deeper than {max_depth}")
-        elif first in "]}":
-            depth -= 1
-            if depth <= 0:  # the end of the value: megabytes of brackets after it are not worth a look
-                break
+    brackets = STRING.sub(b"", data).translate(ALIKE, NO_BRACKET)
+    for _ in range(max_depth):  # each turn takes the innermost pairs away, without a look at each of millions
+        brackets = brackets.replace(b"[]", b"")
+    # What is left without a pair in it does not close: a fault of syntax, at most twice as deep.
+    if b"[]" in brackets or brackets.count(b"[") > max_depth:
+        raise JsonInvalid(f"nested deeper than {max_depth}")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -29,6 +29,8 @@ __all__ = ["Bounds", "Fault", "FaultCode", "Inspection", "inspect"]
 FINGERPRINT_KEY = "tailor.base_fingerprint"
 PREFIX = "base_model.model."
 SIDES = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"}
+HEADER_BYTES = 256 << 10
+HEADER_BYTES_A_MODULE = 1_024
 DTYPES = frozenset({"F32", "F16", "BF16"})
 # Trained values are below 10: three orders of magnitude are left.
 MAX_MAGNITUDE = 1e3
@@ -64,7 +66,7 @@ def inspect(folder: Path, base: BaseModel, bounds: Bounds) -> Inspection:
     faults = Faults()
     members = _read_config(folder / CONFIG_FILE, bounds, faults)
     config = check_config(members, base, bounds, faults) if members is not None else None
-    header, sound = _read_weights_header(folder / WEIGHTS_FILE, bounds, faults)
+    header, sound = _read_weights_header(folder / WEIGHTS_FILE, _header_limit(base, bounds), bounds, faults)
     if members is not None:
         _check_base(members, header, base, faults)
     if header is not None:
@@ -83,12 +85,17 @@ def _read_config(path: Path, bounds: Bounds, faults: Faults) -> dict[str, object
     return read_members(path.read_bytes(), faults)
 
 
-def _read_weights_header(path: Path, bounds: Bounds, faults: Faults) -> tuple[Header | None, bool]:
+def _header_limit(base: BaseModel, bounds: Bounds) -> int:
+    """In bytes. Two tensors of a module take about 300: a base with few modules needs no megabytes read."""
+    return min(bounds.header_bytes, HEADER_BYTES + HEADER_BYTES_A_MODULE * len(base.modules))
+
+
+def _read_weights_header(path: Path, header_bytes: int, bounds: Bounds, faults: Faults) -> tuple[Header | None, bool]:
     """The header, and whether the tensors lie where it says."""
     if not _has_size(path, bounds.weights_bytes, faults):
         return None, False
     try:
-        return read_header(path, limit_bytes=bounds.header_bytes), True
+        return read_header(path, limit_bytes=header_bytes), True
     except HeaderInvalid as error:
         for fault in error.faults:
             faults.add(fault.code, path.name, fault.found, fault.expected, SAVE_AGAIN, tensor=fault.tensor)
