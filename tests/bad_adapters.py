@@ -590,7 +590,7 @@ def length_lies(name: str, code: FaultCode, length: int) -> None:
 
 length_lies("length_zero", FaultCode.NOT_SAFETENSORS, 0)
 length_lies("length_of_all_ones", FaultCode.NOT_SAFETENSORS, (1 << 64) - 1)
-length_lies("length_past_the_end", FaultCode.FILE_TRUNCATED, 3 << 20)
+length_lies("length_past_the_limit", FaultCode.NOT_SAFETENSORS, 3 << 20)
 length_lies("length_short", FaultCode.HEADER_INVALID, 50)
 
 

@@ -116,6 +116,7 @@ def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     settings = {
         "TAILOR_ADAPTER_SLOTS": "4",
         "TAILOR_HOST_ADAPTERS": "6",
+        "TAILOR_ALLOWED_FIELDS": "return_token_ids",  # to compare with PEFT token by token
         "TAILOR_PROBE_DEADLINE_S": "20",  # the machine is shared: a slow token is not a frozen engine
     }
     with real_stack(tiny_base, tmp_path_factory.mktemp("stack") / "home", **settings) as stack:
@@ -123,7 +124,7 @@ def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @contextmanager
-def real_stack(tiny_base: Path, home: Path, **more: str) -> Iterator[RealStack]:
+def real_stack(tiny_base: Path, home: Path, ready_s: float = READY_S, /, **more: str) -> Iterator[RealStack]:
     """`tailor up` on ports of its own, until the block ends."""
     output = home.parent / "up.log"
     with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
@@ -140,7 +141,7 @@ def real_stack(tiny_base: Path, home: Path, **more: str) -> Iterator[RealStack]:
         process = subprocess.Popen(command, env={**clean_environment(), **settings}, stdout=log, stderr=log)
     stack = RealStack(process, home, f"http://127.0.0.1:{port}", tiny_base, output)
     try:
-        stack.wait_ready()
+        stack.wait_ready(ready_s)
         yield stack
     finally:
         if process.poll() is None:
