@@ -15,6 +15,7 @@ AdapterStoreError
 ├── RolloutInvalid         it leads nowhere, or its policy breaks the rule
 ├── RolloutNotFound        the adapter has no such rollout
 ├── RolloutOver            it has ended already
+├── PromptsInvalid         golden prompts or a reference break their bounds
 ├── BundleTooLarge         a file passes its limit
 ├── BundleIncomplete       a file is missing or empty
 ├── BaseModelInvalid       the base model's folder cannot be read
@@ -104,6 +105,10 @@ class RolloutNotFound(AdapterStoreError):
 
 class RolloutOver(AdapterStoreError):
     """The rollout has ended; its status says how."""
+
+
+class PromptsInvalid(AdapterStoreError):
+    """Golden prompts or a reference break the bound that the message states."""
 
 
 class BundleTooLarge(AdapterStoreError):

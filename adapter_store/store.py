@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapter_store import aliases, catalog
+from adapter_store import aliases, catalog, proofs
 from adapter_store.aliases import NOUN, MoveKind, Split, main_of, move_of
 from adapter_store.blobs import Blobs, blob_key
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, StagedBundle, bundle_digest, storage_errors
@@ -33,6 +33,7 @@ from adapter_store.errors import (
 from adapter_store.faults import Inspection
 from adapter_store.ids import TenantId, new_version_id
 from adapter_store.inspector import Inspector
+from adapter_store.proofs import Reference
 from adapter_store.scrub import forget, known_faults
 from adapter_store.threads import in_thread
 from adapter_store.transactions import reading, writing
@@ -76,18 +77,28 @@ class AdapterStore:
         self._clock = clock
 
     async def publish(
-        self, tenant_id: TenantId, name: str, staged: StagedBundle, *, provenance: Provenance = Provenance.UPLOAD
+        self,
+        tenant_id: TenantId,
+        name: str,
+        staged: StagedBundle,
+        *,
+        provenance: Provenance = Provenance.UPLOAD,
+        reference: Reference | None = None,
     ) -> Version:
         """Checks the bundle and makes it the version that answers to `name`.
 
-        The same content again gives the version that is there, without a new number.
-        Raises NameInvalid, NameReserved, BundleIncomplete, AdapterRejected, StorageFull, StorageUnavailable.
+        The same content again gives the version that is there, without a new number. `reference`: what it answered
+        where it was trained, which its proof is held to.
+        Raises NameInvalid, NameReserved, BundleIncomplete, AdapterRejected, PromptsInvalid, StorageFull,
+        StorageUnavailable.
         """
         self.check_name(name)
+        if reference is not None:
+            reference.check()
         checked = await self._check(tenant_id, staged)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._undo, tenant_id, [file.sha256 for file in checked.files])
-            version = await self._put_and_commit(tenant_id, name, checked, provenance)
+            version = await self._put_and_commit(tenant_id, name, checked, provenance, reference)
             undo.pop_all()
         return version
 
@@ -204,7 +215,12 @@ class AdapterStore:
         return _Checked(inspection, bundle_digest(config_sha256, weights_sha256), files, paths)
 
     async def _put_and_commit(
-        self, tenant_id: TenantId, name: str, checked: _Checked, provenance: Provenance
+        self,
+        tenant_id: TenantId,
+        name: str,
+        checked: _Checked,
+        provenance: Provenance,
+        reference: Reference | None,
     ) -> Version:
         """A delete may remove a shared blob before the commit, which then sees it: the put is repeated."""
         for _ in range(PUT_TRIES):
@@ -213,7 +229,7 @@ class AdapterStore:
                 await take_turn(connection)
                 if await self._all_stored(checked.files):
                     await forget(connection, tenant_id, [file.sha256 for file in checked.files])
-                    return await self._commit(connection, tenant_id, name, checked, provenance)
+                    return await self._commit(connection, tenant_id, name, checked, provenance, reference)
         raise BlobCorrupt(f"the blobs of '{name}' vanish as fast as they are stored")
 
     async def _put(self, tenant_id: TenantId, checked: _Checked) -> None:
@@ -230,13 +246,20 @@ class AdapterStore:
         return all([await self._blobs.exists(file.key, file.size_bytes) for file in files])
 
     async def _commit(
-        self, connection: AsyncConnection, tenant_id: TenantId, name: str, checked: _Checked, provenance: Provenance
+        self,
+        connection: AsyncConnection,
+        tenant_id: TenantId,
+        name: str,
+        checked: _Checked,
+        provenance: Provenance,
+        reference: Reference | None,
     ) -> Version:
         now = int(self._clock())
         version = await catalog.find_by_digest(connection, tenant_id, name, checked.digest)
         if version is None:
             version = await self._new_version(connection, tenant_id, name, checked, provenance, now)
             await catalog.insert_version(connection, version)
+            await proofs.begin(connection, version, now, reference)
         move = move_of(version.adapter_id, DEFAULT_ALIAS, MoveKind.PUBLISH, "", "", now)
         if await aliases.point(connection, move, [(version.id, version.number, 1)]):
             await record_change(connection, NOUN, tenant_id, name)

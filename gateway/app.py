@@ -22,7 +22,7 @@ from adapter_store.bundle import Staging
 from adapter_store.errors import AdapterStoreError, StorageError
 from adapter_store.faults import Bounds as AdapterBounds
 from adapter_store.inspector import Inspector
-from adapter_store.rollouts import Rollout, Rollouts
+from adapter_store.rollouts import Rollouts
 from adapter_store.scrub import Scrubber
 from adapter_store.store import AdapterStore
 from gateway.api import (
@@ -33,6 +33,7 @@ from gateway.api import (
     health,
     keys,
     models,
+    proofs,
     quarantine,
     replicas,
     residency,
@@ -63,6 +64,7 @@ from gateway.models import Models
 from gateway.operator_port import OperatorPort
 from gateway.pins import Pins
 from gateway.plans import Plans
+from gateway.proofs import Policy, Proofs
 from gateway.quarantine import Quarantine
 from gateway.readings import watch_parts
 from gateway.replicas.client import ReplicaClient
@@ -85,6 +87,7 @@ ROUTERS = (
     adapters,
     aliases,
     residency,
+    proofs,
     base_model,
     keys,
     usage,
@@ -142,6 +145,7 @@ def _build(settings: Settings, home: Home) -> Parts:
     known_models = Models(store, base.name, freshness)
     held_back = Quarantine(engine)
     pool = _pool(settings, Roster(engine), held_back, base.fingerprint, home.replica_token(settings.replica_token))
+    proving = Proofs(engine, pool, dtype=base.dtype, policy=Policy(settings.proof), timeout_s=settings.proof_timeout_s)
     pins = Pins(engine, store, pool.set_pins)
     ledger = Ledger(
         engine,
@@ -163,7 +167,7 @@ def _build(settings: Settings, home: Home) -> Parts:
         store=store,
         aliases=Aliases(engine, base),
         rollouts=rollouts,
-        rollout_watch=RolloutWatch(rollouts, proof=_no_proof, on_moved=known_models.forget_tenant),
+        rollout_watch=RolloutWatch(rollouts, proof=proving.word_of, on_moved=known_models.forget_tenant),
         scrubber=Scrubber(
             engine,
             blobs,
@@ -177,20 +181,24 @@ def _build(settings: Settings, home: Home) -> Parts:
         pool=pool,
         quarantine=held_back,
         pins=pins,
+        proofs=proving,
         metrics=Metrics(tenants=settings.metrics_tenants, adapters=settings.metrics_adapters),
         tracing=open_tracing(os.environ, base_model=base.name, trust_parent=settings.trace_trust_parent),
         freshness=freshness,
         changes=ChangeFeed(
             open_engine(settings.database),  # its own: see there
-            [known_models.take_in, auth.take_in, pool.on_change, held_back.on_change, pins.on_change],
-            [known_models.clear, auth.clear, pool.on_reset, held_back.on_reset, pins.on_reset],
+            [
+                known_models.take_in,
+                auth.take_in,
+                pool.on_change,
+                held_back.on_change,
+                pins.on_change,
+                proving.on_change,
+            ],
+            [known_models.clear, auth.clear, pool.on_reset, held_back.on_reset, pins.on_reset, proving.wake],
             freshness,
         ),
     )
-
-
-async def _no_proof(_: Rollout) -> str | None:
-    return "proved"
 
 
 def _pool(settings: Settings, roster: Roster, held_back: Quarantine, fingerprint: str, token: str) -> ReplicaPool:
@@ -288,6 +296,7 @@ def _lifespan(
             parts.pins.follow(),
             tidy(parts.store),
             scrub(parts.scrubber),
+            parts.proofs.follow(),
         )
         tasks = [asyncio.create_task(work) for work in works]
         if operators is not None:

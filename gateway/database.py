@@ -31,14 +31,14 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from adapter_store import changes
+from adapter_store import changes, proofs  # noqa: F401  their tables
 from adapter_store.catalog import metadata
 from adapter_store.engine import AsyncEngine, create_async_engine
 from adapter_store.errors import AdapterStoreError
 from adapter_store.transactions import WRITES, reading, writing
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-HEAD = "0005"  # the newest file in migrations/versions; a test holds the two together
+HEAD = "0006"  # the newest file in migrations/versions; a test holds the two together
 CONNECTIONS = 4
 ANSWER_S = 10.0  # patience with PostgreSQL: one that hangs is as good as away
 PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA foreign_keys=ON")

@@ -24,6 +24,7 @@ from gateway.limits import Limits
 from gateway.models import Models
 from gateway.pins import Pins
 from gateway.plans import Plans
+from gateway.proofs import Proofs
 from gateway.quarantine import Quarantine
 from gateway.replicas.pool import ReplicaPool
 from gateway.rollouts import RolloutWatch
@@ -56,6 +57,7 @@ class Parts:
     pool: ReplicaPool
     quarantine: Quarantine
     pins: Pins
+    proofs: Proofs
     metrics: Metrics
     tracing: Tracing
     freshness: Freshness

@@ -20,6 +20,8 @@
     │   ├── LastOperatorKey             409
     │   ├── TooManyKeys                 409
     │   ├── TooManyPins                 409
+    │   ├── ProofMissing                409   an alias moves to what is proved, where that is required
+    │   ├── ProofFailed                 409
     │   ├── RateLimited                 429 + Retry-After, x-ratelimit-*
     │   │   ├── TokenRateLimited        429 + Retry-After, x-ratelimit-*
     │   │   ├── QuotaSpent              429   waiting does not help
@@ -184,6 +186,18 @@ class TooManyPins(GatewayError):
     status, type, code = 409, "invalid_request_error", "too_many_pins"
 
 
+class ProofMissing(GatewayError):
+    """An alias moves only to a version that is proved, and this one waits for it."""
+
+    status, type, code = 409, "invalid_request_error", "proof_missing"
+
+
+class ProofFailed(GatewayError):
+    """An alias moves only to a version that is proved, and this one is not."""
+
+    status, type, code = 409, "invalid_request_error", "proof_failed"
+
+
 class RateLimited(GatewayError):
     """The plan allows no more requests just now; types and codes are OpenAI's."""
 
@@ -300,6 +314,7 @@ STORE_ANSWERS: Final[dict[type[store.AdapterStoreError], Answer]] = {
     store.RolloutInvalid: Answer(400, _FAULTY, "rollout_invalid"),
     store.RolloutNotFound: Answer(404, _FAULTY, "rollout_not_found"),
     store.RolloutOver: Answer(409, _FAULTY, "rollout_over"),
+    store.PromptsInvalid: Answer(400, _FAULTY, "prompts_invalid", "prompts"),
     store.BundleTooLarge: Answer(413, _FAULTY, "adapter_too_large"),
     store.BundleIncomplete: Answer(400, _FAULTY, "adapter_incomplete"),
     store.BaseModelInvalid: Answer(500, _OURS, "internal_error"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from adapter_store.scrub import Outcome
 from gateway.api.generation import Patience
 from gateway.dependencies import Parts
+from gateway.proofs import LoadVerdict
 from gateway.replicas.replica import Replica
 from gateway.telemetry import names
 from gateway.telemetry.metrics import Labels
@@ -31,6 +32,8 @@ def watch_parts(parts: Parts, patience: Patience) -> None:
     metrics.watch(names.LOAD_SECONDS, by_replica(lambda replica: replica.residency.load_seconds))
     metrics.watch(names.EVICTIONS, by_replica(lambda replica: replica.residency.evictions))
     metrics.watch(names.CORRUPTED, by_replica(lambda replica: replica.corrupted_requests))
+    metrics.watch(names.PROOFS, lambda: {verdict: float(count) for verdict, count in parts.proofs.verdicts.items()})
+    metrics.watch(names.LOAD_CHECKS, lambda: _load_checks(parts))
     metrics.watch(names.RETRIES, lambda: pool.retry_count)
     metrics.watch(names.IN_FLIGHT, lambda: len(patience.running))
     metrics.watch(names.OPEN_CONNECTIONS, lambda: len(parts.connections))
@@ -62,6 +65,15 @@ def _rollouts(parts: Parts) -> Mapping[Labels, float]:
 def _prefetches(parts: Parts) -> Mapping[Labels, float]:
     counts = parts.pool.prefetch_counts
     return {"ok": counts["ok"], "failed": counts["failed"]}
+
+
+def _load_checks(parts: Parts) -> Mapping[Labels, float]:
+    """Zeros too: an alert sees a counter rise, not appear."""
+    return {
+        (member.replica.id, verdict.value): float(parts.proofs.checks[member.replica.id, verdict.value])
+        for member in parts.pool.members()
+        for verdict in LoadVerdict
+    }
 
 
 def _loads(parts: Parts) -> Mapping[Labels, float]:

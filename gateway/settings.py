@@ -131,6 +131,16 @@ class Settings(BaseSettings):
     )
     load_timeout_s: Seconds = Field(60, description="longest wait for an adapter to be loaded into a replica")
 
+    # proof of effect
+    proof: str = Field(
+        "flag",
+        pattern="^(off|flag|require)$",
+        description="versions are proved and flagged; require: an alias moves only to a proved one; off: neither",
+    )
+    proof_timeout_s: Seconds = Field(
+        60, description="longest time of one version's proof, the wait for its turn included"
+    )
+
     # replicas
     replicas: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="addresses of the replicas, comma-separated: http://host:port or unix:/path"

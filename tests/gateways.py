@@ -107,6 +107,7 @@ def gateway_settings(base: Path, *replicas: FakeReplica, **more: str) -> dict[st
         "TAILOR_REPLICA_TOKEN": TOKEN,
         "TAILOR_OPERATOR_PORT": "0",
         "TAILOR_PROBE_INTERVAL_S": "0.1",
+        "TAILOR_PROOF": "off",  # as in tests/integration/gateway
         **more,
     }
 

@@ -1,5 +1,6 @@
 """`/v1/adapters`: a tenant publishes, lists, shows and deletes its own adapters."""
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -8,8 +9,10 @@ from pydantic import BaseModel
 from adapter_store.aliases import main_of
 from adapter_store.catalog import DEFAULT_ALIAS, Adapter, Fallback, Version
 from adapter_store.errors import AdapterNotFound, OtherBaseModel
-from adapter_store.ids import TenantId
+from adapter_store.ids import TenantId, VersionId
+from adapter_store.proofs import UNKNOWN, Proof
 from gateway.api.multipart import UploadForm
+from gateway.api.proofs import ProofObject, proof_object
 from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, publisher
 from gateway.errors import RequestInvalid
 
@@ -43,6 +46,7 @@ class VersionObject(BaseModel):
     modules: list[str]
     created_at: int
     quarantine: QuarantineObject | None
+    proof: ProofObject
 
 
 class AdapterObject(BaseModel):
@@ -93,7 +97,7 @@ async def publish(request: Request, response: Response, caller: AdapterKey, part
     parts.pool.replace(old, version, caller.key.plan)
     response.headers["location"] = f"/v1/adapters/{version.adapter_name}"
     adapter, _ = await parts.store.show(tenant_id, version.adapter_name)
-    return _adapter(adapter, parts)
+    return _adapter(adapter, parts, await _proofs(parts, [adapter.default]))
 
 
 @router.get("")
@@ -105,14 +109,17 @@ async def list_adapters(
 ) -> AdapterList:
     """The tenant's adapters by name, a page at a time."""
     page = await parts.store.list(tenant_id, after=after, limit=limit + 1)
-    return AdapterList(data=[_adapter(adapter, parts) for adapter in page[:limit]], has_more=len(page) > limit)
+    found = await _proofs(parts, [adapter.default for adapter in page[:limit]])
+    return AdapterList(data=[_adapter(adapter, parts, found) for adapter in page[:limit]], has_more=len(page) > limit)
 
 
 @router.get("/{name}")
 async def show(name: str, tenant_id: AdapterTenant, parts: AppParts) -> AdapterWithVersions:
     """One adapter with all its versions."""
     adapter, versions = await parts.store.show(tenant_id, name)
-    return AdapterWithVersions(**_adapter(adapter, parts).model_dump(), versions=[_version(v, parts) for v in versions])
+    found = await _proofs(parts, versions)
+    shown = [_version(version, parts, found) for version in versions]
+    return AdapterWithVersions(**_adapter(adapter, parts, found).model_dump(), versions=shown)
 
 
 @router.patch("/{name}")
@@ -121,7 +128,7 @@ async def change(name: str, body: AdapterChange, tenant_id: AdapterTenant, parts
     await parts.aliases.set_fallback(tenant_id, name, DEFAULT_ALIAS, body.fallback)
     parts.models.forget_tenant(tenant_id)
     adapter, _ = await parts.store.show(tenant_id, name)
-    return _adapter(adapter, parts)
+    return _adapter(adapter, parts, await _proofs(parts, [adapter.default]))
 
 
 @router.delete("/{name}", status_code=204)
@@ -140,17 +147,21 @@ async def _current(tenant_id: TenantId, name: str, parts: Parts) -> Version | No
         return None
 
 
-def _adapter(adapter: Adapter, parts: Parts) -> AdapterObject:
+async def _proofs(parts: Parts, versions: Sequence[Version]) -> Mapping[VersionId, Proof]:
+    return await parts.proofs.statuses([version.id for version in versions])
+
+
+def _adapter(adapter: Adapter, parts: Parts, proofs: Mapping[VersionId, Proof]) -> AdapterObject:
     return AdapterObject(
         id=adapter.id,
         name=adapter.name,
         created_at=adapter.created_at,
         fallback=adapter.default.fallback,
-        current=_version(adapter.default, parts),
+        current=_version(adapter.default, parts, proofs),
     )
 
 
-def _version(version: Version, parts: Parts) -> VersionObject:
+def _version(version: Version, parts: Parts, proofs: Mapping[VersionId, Proof]) -> VersionObject:
     held = parts.quarantine.of(version.tenant_id, version.digest)
     return VersionObject(
         number=version.number,
@@ -162,4 +173,5 @@ def _version(version: Version, parts: Parts) -> VersionObject:
         modules=list(version.modules),
         created_at=version.created_at,
         quarantine=None if held is None else QuarantineObject(reason=held.reason, at=held.at, until=held.until),
+        proof=proof_object(proofs.get(version.id, UNKNOWN)),
     )

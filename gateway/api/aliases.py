@@ -162,6 +162,7 @@ async def move_alias(name: str, alias: str, body: AliasMove, caller: AdapterKey,
     Where the old version is in an engine, the new one is brought there before the move.
     """
     numbers = [number for number, _ in body.shares]
+    await parts.proofs.allow_moves(caller.tenant_id, name, numbers)
     old = await _warm(caller, name, alias, numbers, parts)
     moved = await parts.aliases.move(
         caller.tenant_id, name, alias, body.shares, moved_by=caller.key.id, reason=body.reason, fallback=body.fallback
@@ -208,6 +209,7 @@ async def history(
 @router.post("/rollouts", status_code=201)
 async def start_rollout(name: str, body: RolloutStart, caller: AdapterKey, parts: AppParts) -> RolloutObject:
     """Let an alias go to another version step by step, and back by itself where that one does worse."""
+    await parts.proofs.allow_moves(caller.tenant_id, name, [body.version])
     begun = await parts.rollouts.start(
         caller.tenant_id, name, body.alias, body.version, body.policy, started_by=caller.key.id
     )

@@ -93,8 +93,9 @@ def adapter_list(url: Url = None, key: Key = None, as_json: Json = False) -> Non
     """List the tenant's adapters."""
     with told():
         found = pages(tenant_client(url, key), "/v1/adapters", "name")
-    rows = [{**adapter["current"], **adapter} for adapter in found]
-    show_table(found if as_json else rows, as_json, ("name", "number", "rank", "bytes", "fallback", "created_at"))
+    rows = [{**_row(adapter["current"]), **adapter} for adapter in found]
+    columns = ("name", "number", "rank", "bytes", "proof", "fallback", "created_at")
+    show_table(found if as_json else rows, as_json, columns)
 
 
 @adapter_app.command("show")
@@ -105,7 +106,13 @@ def adapter_show(name: str, url: Url = None, key: Key = None, as_json: Json = Fa
     if as_json:
         show_table(found, True, ())
     else:
-        show_table(found["versions"], False, ("number", "digest", "rank", "bytes", "created_at"))
+        rows = [_row(version) for version in found["versions"]]
+        show_table(rows, False, ("number", "digest", "rank", "bytes", "proof", "created_at"))
+
+
+def _row(version: dict[str, Any]) -> dict[str, Any]:
+    """A version as a table shows it."""
+    return {**version, "proof": version["proof"]["status"]}
 
 
 @adapter_app.command("fallback")

@@ -1,16 +1,21 @@
 """The dialect a replica speaks: the agent's control calls and the head of a generation request."""
 
 import asyncio
+import math
+import secrets
 from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
 import msgspec
 
 from adapter_store.catalog import Version
+from adapter_store.proofs import Answer
 from gateway.replicas.upstream import Upstream, UpstreamError
 
 ANSWER_S: Final = 0.5
 """What an agent gets beyond the deadline it was given, to say that it passed."""
+MOST_PROMPT_TOKENS: Final = 1_024
+"""Of a golden prompt: its end, where it is longer."""
 
 
 class AgentRefusedError(Exception):
@@ -111,6 +116,23 @@ class _AgentError(msgspec.Struct):
 
 class _AgentErrorBody(msgspec.Struct):
     error: _AgentError
+
+
+class _Logprobs(msgspec.Struct):
+    """Tokens are `token_id:17`."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float | None] | None]
+
+
+class _Choice(msgspec.Struct):
+    index: int
+    logprobs: _Logprobs
+
+
+class _Completion(msgspec.Struct):
+    choices: list[_Choice]
 
 
 class ReplicaClient:
@@ -237,6 +259,46 @@ class ReplicaClient:
         """
         await self._call("POST", "recycle", msgspec.json.encode({"generation": generation}), timeout_s)
 
+    async def greedy(
+        self,
+        model: str,
+        adapter: str | None,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        tokens: int,
+        top: int,
+        priority: int,
+        context_length: int,
+    ) -> list[Answer]:
+        """The greedy answer of `tokens` tokens to each prompt, all in one request; no tenant's, and no cache's.
+
+        Raises:
+            UpstreamError, AgentRefusedError, DecodeError: there is none.
+        """
+        body = msgspec.json.encode(
+            {
+                "model": model,
+                "prompt": prompts,
+                "max_tokens": tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "logprobs": top,
+                "return_tokens_as_token_ids": True,
+                "truncate_prompt_tokens": max(1, min(MOST_PROMPT_TOKENS, context_length - tokens)),
+                "cache_salt": secrets.token_hex(16),
+            }
+        )
+        lines = b"x-request-id: %b\r\nx-vllm-priority: %d\r\n" % (secrets.token_hex(16).encode(), priority)
+        connection = await self.upstream.send(self.generation_request("/v1/completions", adapter, lines, body))
+        try:
+            answer = await connection.read_all(16 << 20)
+        finally:
+            self.upstream.release(connection)
+        if connection.status != 200:
+            raise AgentRefusedError(connection.status, _code_of(answer))
+        choices = msgspec.json.decode(answer, type=_Completion).choices
+        return [_answer(choice.logprobs) for choice in sorted(choices, key=lambda choice: choice.index)]
+
     def generation_request(self, path: str, adapter: str | None, lines: bytes, body: bytes) -> bytes:
         """Head and body of one request to the engine, as one buffer; all but the body is the gateway's own.
 
@@ -259,6 +321,28 @@ class ReplicaClient:
         if connection.status >= 400:
             raise AgentRefusedError(connection.status, _code_of(answer))
         return answer
+
+
+def _answer(told: _Logprobs) -> Answer:
+    return Answer(
+        [_token_id(token) for token in told.tokens],
+        [_number(logprob) for logprob in told.token_logprobs],
+        [
+            {_token_id(token): _number(logprob) for token, logprob in (place or {}).items()}
+            for place in told.top_logprobs
+        ],
+    )
+
+
+def _token_id(told: str) -> int:
+    try:
+        return int(told.removeprefix("token_id:"))
+    except ValueError:
+        raise msgspec.DecodeError("a token without an id") from None
+
+
+def _number(told: float | None) -> float:
+    return math.nan if told is None else told
 
 
 def _code_of(answer: bytes) -> str:

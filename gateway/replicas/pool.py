@@ -138,6 +138,8 @@ class ReplicaPool:
         self._roster_changed = asyncio.Event()
         self._started = False
         self._only: Replica | None = None
+        self._before_load: Callable[[Version], Awaitable[None]] | None = None
+        self._after_load: Callable[[Replica, str, Version], Awaitable[None]] | None = None
         for url in self._settings_urls:
             self._admit(url)
 
@@ -281,6 +283,24 @@ class ReplicaPool:
             if home is not None:
                 self._pin_again_at[key] = now + PIN_AGAIN_S
                 self._spawn(self._warm(home, key, version))
+
+    def check_loads(
+        self,
+        before: Callable[[Version], Awaitable[None]],
+        after: Callable[[Replica, str, Version], Awaitable[None]],
+    ) -> None:
+        """Have every load of every replica looked at: both may raise LoadFailed, and then no request uses it."""
+        self._before_load = before
+        self._after_load = after
+        for replica in self._replicas.values():
+            self._check_loads_of(replica)
+
+    def _check_loads_of(self, replica: Replica) -> None:
+        after = self._after_load
+        if after is None:
+            return
+        replica.residency.before_load = self._before_load
+        replica.residency.check_loaded = lambda name, version: after(replica, name, version)
 
     async def unload(self, tenant_id: TenantId, digests: Sequence[str]) -> None:
         """Take deleted versions out of every replica, engine and disk."""
@@ -636,6 +656,7 @@ class ReplicaPool:
             quarantine=self._quarantine,
         )
         replica.pins = self._pins
+        self._check_loads_of(replica)
         self._replicas[url] = replica
         self._router.set_hosts(self._replicas.values())
         if self._started:

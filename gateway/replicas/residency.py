@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -71,6 +71,9 @@ class Residency:
     """One replica's adapters. Loads are single-flight per adapter, one at a time per replica, in turn between tenants.
 
     A load that takes more than `patience_s` gives its turn away and goes on beside the next: it may hang for ever.
+
+    `before_load` may refuse a load by raising LoadFailed. `check_loaded` is told the name that a version has got in the
+    engine before any request uses it; where it raises LoadFailed, none does.
     """
 
     def __init__(
@@ -95,6 +98,9 @@ class Residency:
         self._reported: dict[str, Key] = {}
         self._waiting: Counter[Key] = Counter()
         self._turn = TenantTurns()
+        self._withheld: set[str] = set()  # names that no request may use: not looked at yet, or found wrong
+        self.before_load: Callable[[Version], Awaitable[None]] | None = None
+        self.check_loaded: Callable[[str, Version], Awaitable[None]] | None = None
         self.load_count = 0
         self.failed_loads = 0
         self.load_seconds = 0.0
@@ -204,7 +210,11 @@ class Residency:
             self._turn.give()
 
     async def _call(self, key: Key, version: Version) -> Resident:
+        if self.before_load is not None:
+            await self.before_load(version)
         name = f"a-{secrets.token_hex(16)}"
+        if self.check_loaded is not None:
+            self._withheld.add(name)  # a report may tell of it before the load is answered
         try:
             report = await self._client.load(name, version, self._load_timeout_s)
         except CONTROL_ERRORS as error:
@@ -214,7 +224,20 @@ class Residency:
                 self._on_ending()
                 await asyncio.sleep(WORD_S)  # cut short by `abandon`, once it is known whose doing the end is
             raise _not_loadable(error) from error
+        await self._look_at(report.name, version)
+        self._withheld.discard(name)
         return self._note(key, version, name, report)
+
+    async def _look_at(self, name: str, version: Version) -> None:
+        if self.check_loaded is None:
+            return
+        self._withheld.add(name)
+        try:
+            await self.check_loaded(name, version)
+        except LoadFailed:
+            self.failed_loads += 1
+            raise
+        self._withheld.discard(name)
 
     def _note(self, key: Key, version: Version, asked: str, report: LoadReport) -> Resident:
         self.load_count += 1
@@ -252,7 +275,7 @@ class Residency:
                 self.forget(resident)
                 self.evictions += 1
         for adapter in known.values():
-            if adapter.owner:
+            if adapter.owner and adapter.name not in self._withheld:
                 key = (TenantId(adapter.owner), adapter.digest)
                 if self._quarantine is None or not self._quarantine.holds(key):
                     self._residents.setdefault(
@@ -325,6 +348,7 @@ class Residency:
         """The engine is a new one: forget every name; returns what was held, the hottest first."""
         residents = sorted(self._residents.values(), key=lambda resident: resident.last_used, reverse=True)
         self._residents.clear()
+        self._withheld.clear()
         return [resident.version for resident in residents if resident.version is not None]
 
 

@@ -59,6 +59,8 @@ READABLE: Final = (
     names.LOAD_SECONDS,
     names.EVICTIONS,
     names.CORRUPTED,
+    names.PROOFS,
+    names.LOAD_CHECKS,
     names.RETRIES,
     names.IN_FLIGHT,
     names.OPEN_CONNECTIONS,

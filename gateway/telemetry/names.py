@@ -123,6 +123,18 @@ EVICTIONS: Final = Metric(
 CORRUPTED: Final = Metric(
     "tailor_corrupted_requests_total", "counter", ("replica",), "Requests whose logits were not finite, as vLLM counts."
 )
+PROOFS: Final = Metric(
+    "tailor_proofs_total",
+    "counter",
+    ("verdict",),
+    "Proofs of effect: proved, no_effect, failed, unsettled (tried again).",
+)
+LOAD_CHECKS: Final = Metric(
+    "tailor_load_checks_total",
+    "counter",
+    ("replica", "verdict"),
+    "Loads whose answers were compared with the version's fingerprint: same, mismatch, unchecked.",
+)
 RETRIES: Final = Metric("tailor_retries_total", "counter", (), "Requests sent to a second replica.")
 IN_FLIGHT: Final = Metric("tailor_in_flight_requests", "gauge", (), "Generation requests that have not ended.")
 OPEN_CONNECTIONS: Final = Metric("tailor_open_connections", "gauge", (), "Clients' connections.")

@@ -188,6 +188,7 @@ class Gateway:
             "TAILOR_REPLICAS": upstream,
             "TAILOR_REPLICA_TOKEN": TOKEN,
             "TAILOR_LOG_LEVEL": "WARNING",
+            "TAILOR_PROOF": "off",  # the mock answers no golden prompts
             "OTEL_SERVICE_NAME": "tailor-overhead",
             "OTEL_EXPORTER_OTLP_ENDPOINT": upstream,
             "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",

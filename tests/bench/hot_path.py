@@ -196,6 +196,7 @@ async def _started(folder: Path, base: Path) -> Front:
         replica_token=SecretStr(TOKEN),
         operator_port=0,
         probe_interval_s=600,
+        proof="off",
     )
     front = create_app(settings)
     lifespan = front._app._app.router.lifespan_context(front._app._app)  # type: ignore[attr-defined]

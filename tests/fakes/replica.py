@@ -20,6 +20,7 @@ from typing import Any
 
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, bundle_digest
 from tests.fakes.engine import EngineModel, Sequence
+from tests.fakes.golden import golden
 from tests.fakes.speech import COUNTING, Speech, counted, speech_of
 
 TOKEN = "fake-replica-token-0123456789"
@@ -54,6 +55,9 @@ class Faults:
     """So many loads from now on are never answered."""
     load_absent: bool = False
     """Loads are answered with 200, and the adapter is not there."""
+    load_wrong: int = 0
+    """So many loads from now on answer golden prompts with other weights than they were given."""
+    golden_nan: bool = False
     status: int | None = None
     status_body: bytes = b'{"error":{"message":"internal /secret/path a-0000","code":500}}'
     event_delay_s: float = 0.0
@@ -98,6 +102,13 @@ class FakeReplica:
     engine: EngineModel | None = None
     blobs: Path | None = None
     """Where files that are loaded must lie."""
+    without_effect: set[str] = field(default_factory=set)
+    """Digests of versions that answer golden prompts as the base does."""
+    golden: list[str] = field(default_factory=list)
+    """The `model` of each request with golden prompts, in order."""
+    golden_prompts: list[list[Any]] = field(default_factory=list)
+    golden_at_once: int = 0
+    """The most of them at a time."""
     keep_requests: bool = True
     faults: Faults = field(default_factory=Faults)
     generation: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -123,6 +134,8 @@ class FakeReplica:
     in_flight: int = 0
     violations: list[str] = field(default_factory=list)
     port: int = 0
+    _golden_now: int = 0
+    _wrong: set[str] = field(default_factory=set)
     _server: asyncio.Server | None = None
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
     _ending: asyncio.Task[None] | None = None
@@ -318,6 +331,9 @@ class FakeReplica:
         self.loads.append(name)
         self.load_times.append(time.monotonic())
         self.disk.add(digest)
+        if self.faults.load_wrong:
+            self.faults.load_wrong -= 1
+            self._wrong.add(name)
         if not self.faults.load_absent:
             self.adapters[name] = {
                 "name": name,
@@ -417,6 +433,8 @@ class FakeReplica:
             await asyncio.sleep(self.faults.latency_s)
         if self.faults.status is not None:
             return self._bytes(writer, self.faults.status, self.faults.status_body)
+        if body.get("ignore_eos"):  # no tenant's
+            return await self._golden(name, body, writer)
         digest = self.adapters[name]["digest"] if name in self.adapters else ""
         if digest in self.faults.failing_digests:
             return self._bytes(writer, 500, self.faults.status_body)
@@ -430,6 +448,18 @@ class FakeReplica:
         finally:
             served.ended_s = self.engine.now_s if self.engine is not None else 0.0
         return None
+
+    async def _golden(self, name: str | None, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        self.golden.append(body["model"])
+        self.golden_prompts.append(body["prompt"])
+        self._golden_now += 1
+        self.golden_at_once = max(self.golden_at_once, self._golden_now)
+        await asyncio.sleep(self.faults.event_delay_s)
+        self._golden_now -= 1
+        digest = self.adapters[name]["digest"] if name in self.adapters else "base"
+        seed = "base" if digest in self.without_effect else digest
+        seed += " wrong" if name in self._wrong else ""
+        self._json(writer, 200, golden(seed, body, nan=self.faults.golden_nan))
 
     def _serve_record(self, name: str | None, body: dict[str, Any]) -> Served:
         served = Served(

@@ -74,6 +74,10 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "GET /v1/adapters/{name}/residency":         (200,  403,  404,  403,    403,     404),
     "PUT /v1/adapters/{name}/pin":               (200,  403,  404,  403,    403,     404),
     "DELETE /v1/adapters/{name}/pin":            (204,  403,  404,  403,    403,     404),
+    "GET /v1/adapters/{name}/prompts":           (200,  403,  404,  403,    403,     404),
+    "PUT /v1/adapters/{name}/prompts":           (200,  403,  404,  403,    403,     404),
+    "GET /v1/adapters/{name}/versions/{number}/proof": (200, 403, 404, 403, 403, 404),
+    "POST /v1/adapters/{name}/versions/{number}/proof": (202, 403, 404, 403, 403, 404),
     # scope admin
     "POST /v1/keys":                             (403,  201,  403,  201,    403,     201),
     "GET /v1/keys":                              (403,  200,  403,  200,    403,     200),
@@ -247,6 +251,7 @@ class World:
             "PATCH /v1/adapters/{name}": lambda: {"json": {"fallback": "base"}},
             "PUT /v1/adapters/{name}/aliases/{alias}": lambda: {"json": {"version": 1}},
             "POST /v1/adapters/{name}/rollouts": lambda: {"json": {"version": 1}},
+            "PUT /v1/adapters/{name}/prompts": lambda: {"json": {"prompts": ["who are you?"]}},
             "POST /v1/keys": lambda: {"json": {"scopes": ["admin"]}},
             "POST /admin/v1/plans": lambda: {"json": {"name": self.new_name("plan")}},
             "PATCH /admin/v1/plans/{plan}": lambda: {"json": {"weight": 2}},
@@ -320,7 +325,7 @@ async def asked(
         return "", await world.ask(method, path, caller, **world.body_of(method, path, ""))
     name = subject.missing if missing else await subject.make(world)
     place = path.replace(subject.parameter.partition("/")[0], name) if subject.parameter else path
-    place = place.replace("{alias}", "staging")
+    place = place.replace("{alias}", "staging").replace("{number}", "1")
     if "{rollout}" in place:
         place = place.replace("{rollout}", "rol_0" if missing else await world.rollout(name))
     if subject.parameter == "{adapter}":

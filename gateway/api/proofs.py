@@ -1,0 +1,89 @@
+"""`/v1/adapters/{name}/…/proof` and `…/prompts`: whether a version does anything, and what that is asked with."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+from pydantic import BaseModel, Field
+
+from adapter_store.proofs import MOST_PROMPT_BYTES, MOST_PROMPTS, PROMPTS, Proof, Status
+from gateway.dependencies import AdapterTenant, AppParts
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+Number = Annotated[int, Path(ge=1, le=999_999_999)]
+
+
+class ProofObject(BaseModel):
+    """A version's badge; `checked_at` in Unix seconds, null before its first verdict."""
+
+    status: Status
+    checked_at: int | None
+    max_logprob_difference: float | None
+    prompts: int
+    reason: str | None
+
+
+class ProofOfVersion(ProofObject):
+    object: str = "proof"
+    adapter: str
+    version: int
+
+
+class GoldenPrompts(BaseModel, extra="forbid"):
+    """What proofs ask, as plain text; none: the generated ones."""
+
+    prompts: list[Annotated[str, Field(max_length=MOST_PROMPT_BYTES)]] = Field(max_length=MOST_PROMPTS)
+
+
+class GoldenPromptsObject(BaseModel):
+    """What proofs ask; `generated` where the tenant has set none."""
+
+    object: str = "golden_prompts"
+    adapter: str
+    prompts: list[str]
+    generated: bool
+
+
+@router.get("/{name}/versions/{number}/proof")
+async def show(name: str, number: Number, tenant_id: AdapterTenant, parts: AppParts) -> ProofOfVersion:
+    """A version's badge."""
+    _, proof = await parts.proofs.find(tenant_id, name, number)
+    return _of_version(name, number, proof)
+
+
+@router.post("/{name}/versions/{number}/proof", status_code=202)
+async def prove_again(name: str, number: Number, tenant_id: AdapterTenant, parts: AppParts) -> ProofOfVersion:
+    """Prove a version again, from nothing; the verdict comes later."""
+    _, proof = await parts.proofs.ask_again(tenant_id, name, number)
+    return _of_version(name, number, proof)
+
+
+@router.get("/{name}/prompts")
+async def show_prompts(name: str, tenant_id: AdapterTenant, parts: AppParts) -> GoldenPromptsObject:
+    """An adapter's golden prompts."""
+    return _prompts(name, await parts.proofs.prompts(tenant_id, name))
+
+
+@router.put("/{name}/prompts")
+async def set_prompts(name: str, body: GoldenPrompts, tenant_id: AdapterTenant, parts: AppParts) -> GoldenPromptsObject:
+    """Set an adapter's golden prompts, for the proofs that begin from now on."""
+    await parts.proofs.set_prompts(tenant_id, name, body.prompts)
+    return _prompts(name, body.prompts)
+
+
+def proof_object(proof: Proof) -> ProofObject:
+    """A badge as the API shows it."""
+    return ProofObject(
+        status=proof.status,
+        checked_at=proof.checked_at,
+        max_logprob_difference=proof.max_logprob_difference,
+        prompts=proof.prompts,
+        reason=proof.reason,
+    )
+
+
+def _of_version(name: str, number: int, proof: Proof) -> ProofOfVersion:
+    return ProofOfVersion(adapter=name, version=number, **proof_object(proof).model_dump())
+
+
+def _prompts(name: str, own: list[str] | tuple[str, ...]) -> GoldenPromptsObject:
+    return GoldenPromptsObject(adapter=name, prompts=list(own or PROMPTS), generated=not own)
