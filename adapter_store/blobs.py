@@ -192,11 +192,16 @@ class Blobs:
             return sorted([item["path"] async for page in _obstore().list(self._store, f"{prefix}/") for item in page])
 
     async def list(self) -> AsyncIterator[StoredBlob]:
+        async for path, modified_at in self.list_keys(PREFIX):
+            if (key := KEY.fullmatch(path)) is not None:
+                yield StoredBlob(TenantId(key[1]), key[2], modified_at)
+
+    async def list_keys(self, prefix: str) -> AsyncIterator[tuple[str, float]]:
+        """What lies below `prefix`: key, and when it was put, in seconds since 1970."""
         with _store_errors():
-            async for page in _obstore().list(self._store, f"{PREFIX}/"):
+            async for page in _obstore().list(self._store, f"{prefix}/"):
                 for item in page:
-                    if (key := KEY.fullmatch(item["path"])) is not None:
-                        yield StoredBlob(TenantId(key[1]), key[2], item["last_modified"].timestamp())
+                    yield item["path"], item["last_modified"].timestamp()
 
     async def sweep_partial(self, before: float) -> int:
         """Removes what puts that were interrupted before that time left in a folder or in S3; how many."""
@@ -260,7 +265,7 @@ def _fsync(path: Path) -> None:
 
 def _sweep_partial(folder: Path, before: float) -> int:
     """obstore 0.12 writes `<key>#<n>` before it renames."""
-    stale = [path for path in (folder / PREFIX).rglob("*#*") if path.stat().st_mtime < before]
+    stale = [path for path in folder.rglob("*#*") if path.stat().st_mtime < before]
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)

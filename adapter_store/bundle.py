@@ -11,11 +11,17 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterable, AsyncIterator, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
-from adapter_store.errors import BundleIncomplete, BundleTooLarge, StorageFull, StorageUnavailable
+from adapter_store.errors import (
+    AdapterStoreError,
+    BundleIncomplete,
+    BundleTooLarge,
+    StorageFull,
+    StorageUnavailable,
+)
 from adapter_store.threads import in_thread
 
 CONFIG_FILE = "adapter_config.json"
@@ -33,10 +39,13 @@ class Staging:
         self.limits = {CONFIG_FILE: config_limit_bytes, WEIGHTS_FILE: weights_limit_bytes}
 
     @asynccontextmanager
-    async def stage(self) -> AsyncIterator["StagedBundle"]:
-        """One upload's folder, removed on every way out. Raises StorageFull, StorageUnavailable."""
+    async def stage(self, limits: dict[str, int] | None = None) -> AsyncIterator["StagedBundle"]:
+        """One upload's folder, removed on every way out. `limits`: lower ones, bytes by file name.
+
+        Raises StorageFull, StorageUnavailable.
+        """
         folder, lock = self._create()  # not in a thread: a cancelled caller would lose them
-        bundle = StagedBundle(folder, self.limits)
+        bundle = StagedBundle(folder, limits or self.limits)
         try:
             yield bundle
         finally:
@@ -65,6 +74,14 @@ class StagedBundle:
         self.limits = limits
         self.sha256: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
+        self._taken_bytes = 0
+        self._most_bytes: int | None = None
+        self._refusal: AdapterStoreError | None = None
+
+    def cap(self, most_bytes: int, refusal: AdapterStoreError) -> None:
+        """From now on the files together may have so many bytes; one more, and `refusal` is raised mid-stream."""
+        self._most_bytes = most_bytes
+        self._refusal = refusal
 
     async def write(self, name: str, chunks: AsyncIterable[bytes]) -> None:
         """Writes one of the two files. Raises BundleTooLarge, BundleIncomplete, StorageError."""
@@ -75,18 +92,33 @@ class StagedBundle:
     @asynccontextmanager
     async def open(self, name: str) -> AsyncIterator["StagedFile"]:
         """The same for a parser that hands out pieces as they come."""
-        if name not in BUNDLE_FILES:
-            raise BundleIncomplete(f"a bundle has the files {' and '.join(BUNDLE_FILES)}, not {name[:80]!r}")
-        if name in self.sha256:
-            raise BundleIncomplete(f"{name} was sent twice")
-        with storage_errors():
-            file = StagedFile(self.folder / name, self.limits[name])
+        file = self.begin(name)
         try:
             yield file
             await file.flush()
         finally:
             file.close()
+        self.finish(file)
+
+    def begin(self, name: str) -> "StagedFile":
+        """The same for work in a thread: the caller closes the file, and finishes it where it is whole."""
+        if name not in BUNDLE_FILES:
+            raise BundleIncomplete(f"a bundle has the files {' and '.join(BUNDLE_FILES)}, not {name[:80]!r}")
+        if name in self.sha256:
+            raise BundleIncomplete(f"{name} was sent twice")
+        with storage_errors():
+            return StagedFile(self.folder / name, self.limits[name], self._count)
+
+    def finish(self, file: "StagedFile") -> None:
+        """The file is whole."""
+        name = file.path.name
         self.sha256[name], self.sizes[name] = file.sha256, file.size_bytes
+
+    def _count(self, size_bytes: int) -> None:
+        self._taken_bytes += size_bytes
+        if self._most_bytes is not None and self._taken_bytes > self._most_bytes:
+            assert self._refusal is not None
+            raise self._refusal
 
     def check_complete(self) -> None:
         """Raises BundleIncomplete where a file is missing or empty."""
@@ -98,8 +130,9 @@ class StagedBundle:
 class StagedFile:
     """A file being written: capped, hashed in passing, written in pieces of a MiB."""
 
-    def __init__(self, path: Path, limit_bytes: int) -> None:
+    def __init__(self, path: Path, limit_bytes: int, count: Callable[[int], None]) -> None:
         self.path = path
+        self._count = count
         self.limit_bytes = limit_bytes
         self.size_bytes = 0
         self._digest = hashlib.sha256()
@@ -111,9 +144,7 @@ class StagedFile:
         return self._digest.hexdigest()
 
     async def write(self, chunk: bytes) -> None:
-        self.size_bytes += len(chunk)
-        if self.size_bytes > self.limit_bytes:
-            raise BundleTooLarge(self.path.name, self.limit_bytes)
+        self._admit(len(chunk))
         self._pending += chunk
         if len(self._pending) >= WRITE_BYTES:
             await self.flush()
@@ -122,10 +153,25 @@ class StagedFile:
         pending, self._pending = self._pending, bytearray()
         await in_thread(self._write, pending)
 
+    def take(self, data: bytes) -> None:
+        """`write` in a thread of the caller's, at once."""
+        self._admit(len(data))
+        self._write(data)
+
+    def check_size(self, size_bytes: int) -> None:
+        """A sender says how large the file will be. Raises BundleTooLarge."""
+        if size_bytes > self.limit_bytes:
+            raise BundleTooLarge(self.path.name, self.limit_bytes)
+
     def close(self) -> None:
         self._file.close()
 
-    def _write(self, data: bytearray) -> None:
+    def _admit(self, size_bytes: int) -> None:
+        self.size_bytes += size_bytes
+        self.check_size(self.size_bytes)
+        self._count(size_bytes)
+
+    def _write(self, data: bytes | bytearray) -> None:
         self._digest.update(data)
         with storage_errors(), memoryview(data) as left:
             while left:

@@ -65,6 +65,7 @@ versions = Table(
     Column("base_fingerprint", Text, nullable=False),
     Column("provenance", Text, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    Column("published_by", Text),  # id of the key; null: published before that was kept
     UniqueConstraint("adapter_id", "number", name="uq_versions_adapter_id_number"),
     UniqueConstraint("adapter_id", "digest", name="uq_versions_adapter_id_digest"),
     Index("ix_versions_tenant_id_config_sha256", "tenant_id", "config_sha256"),
@@ -143,6 +144,7 @@ class Provenance(StrEnum):
     """How a version came to be."""
 
     UPLOAD = "upload"
+    IMPORT = "import"
     JOB = "job"
 
 
@@ -189,6 +191,7 @@ class Version:
     created_at: int
     fallback: Fallback = Fallback.FAIL
     rollout: str | None = None
+    published_by: str | None = None  # a key's id
 
     @property
     def files(self) -> tuple[BlobFile, BlobFile]:
@@ -241,6 +244,7 @@ def version_of(row: Row[Any], fallback: str = Fallback.FAIL, rollout: str | None
         created_at=row.created_at,
         fallback=Fallback(fallback),
         rollout=rollout,
+        published_by=row.published_by and intern(row.published_by),
     )
 
 
@@ -364,6 +368,7 @@ async def insert_version(connection: AsyncConnection, version: Version) -> None:
             base_fingerprint=version.base_fingerprint,
             provenance=version.provenance,
             created_at=version.created_at,
+            published_by=version.published_by,
         )
     )
 

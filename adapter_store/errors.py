@@ -18,6 +18,18 @@ AdapterStoreError
 ├── PromptsInvalid         golden prompts or a reference break their bounds
 ├── BundleTooLarge         a file passes its limit
 ├── BundleIncomplete       a file is missing or empty
+├── QuotaExceeded          the tenant has as much as its plan allows
+├── ArchiveInvalid         neither a tar, a tar.gz nor a zip, or not one that can be read as a stream
+│   ├── ArchiveTruncated   it ends too early
+│   ├── ArchiveTooDense    it unpacks to far more than it is
+│   └── MemberRefused      it has a member that does not belong in an adapter
+├── UploadNotFound         no such upload for this tenant, or it is over
+├── PartInvalid            a part of an upload has another size or checksum than it should
+├── PartConflict           the part is there with other bytes
+├── PartsMissing           an upload is completed before all its parts are there
+├── ChecksumMismatch       a file is not what was declared
+├── TooManyUploads         the tenant has as many uploads under way as one may have
+├── ImportInvalid          what is to be imported is not there, or not where imports come from
 ├── BaseModelInvalid       the base model's folder cannot be read
 ├── BlobCorrupt            stored bytes are not what their digest says, or are gone
 └── StorageError
@@ -122,6 +134,61 @@ class BundleTooLarge(AdapterStoreError):
 
 class BundleIncomplete(AdapterStoreError):
     """A file of the bundle is missing, empty or sent twice."""
+
+
+class QuotaExceeded(AdapterStoreError):
+    """The tenant has as much as its plan allows; `quota` names the plan's field."""
+
+    def __init__(self, quota: str, message: str) -> None:
+        super().__init__(message)
+        self.quota = quota
+
+
+class ArchiveInvalid(AdapterStoreError):
+    """The upload is not an archive that can be read as it comes."""
+
+
+class ArchiveTruncated(ArchiveInvalid):
+    """The archive ends too early."""
+
+
+class ArchiveTooDense(ArchiveInvalid):
+    """The archive unpacks to far more bytes than it has."""
+
+
+class MemberRefused(ArchiveInvalid):
+    """The archive has a member that is not one of an adapter's files."""
+
+
+class UploadNotFound(AdapterStoreError):
+    """The tenant has no such upload, or it is over."""
+
+    def __init__(self) -> None:
+        super().__init__("this upload does not exist, or is over: begin a new one")
+
+
+class PartInvalid(AdapterStoreError):
+    """A part is not what its number and its checksum say."""
+
+
+class PartConflict(AdapterStoreError):
+    """The part is there already, with other bytes."""
+
+
+class PartsMissing(AdapterStoreError):
+    """Parts are still to come."""
+
+
+class ChecksumMismatch(AdapterStoreError):
+    """All parts are there, and the file is not the one that was declared."""
+
+
+class TooManyUploads(AdapterStoreError):
+    """The tenant has as many uploads under way as one may have."""
+
+
+class ImportInvalid(AdapterStoreError):
+    """What is to be imported is not there, or not where imports may come from."""
 
 
 class BaseModelInvalid(AdapterStoreError):

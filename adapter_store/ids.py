@@ -6,6 +6,7 @@ from typing import NewType
 TenantId = NewType("TenantId", str)
 AdapterId = NewType("AdapterId", str)
 VersionId = NewType("VersionId", str)
+UploadId = NewType("UploadId", str)
 
 
 def new_adapter_id() -> AdapterId:
@@ -14,3 +15,7 @@ def new_adapter_id() -> AdapterId:
 
 def new_version_id() -> VersionId:
     return VersionId(f"ver_{secrets.token_hex(12)}")
+
+
+def new_upload_id() -> UploadId:
+    return UploadId(f"upl_{secrets.token_hex(12)}")

@@ -34,8 +34,10 @@ from adapter_store.faults import Inspection
 from adapter_store.ids import TenantId, new_version_id
 from adapter_store.inspector import Inspector
 from adapter_store.proofs import Reference
+from adapter_store.quota import NO_QUOTA, Kept, Quota, kept_by
 from adapter_store.scrub import forget, known_faults
 from adapter_store.threads import in_thread
+from adapter_store.together import Together
 from adapter_store.transactions import reading, writing
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -57,6 +59,20 @@ class _Checked:
     digest: str
     files: tuple[BlobFile, BlobFile]
     paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What is to be published, for whom, and within what."""
+
+    tenant_id: TenantId
+    name: str
+    checked: _Checked
+    provenance: Provenance
+    published_by: str | None
+    quota: Quota
+    reference: Reference | None
+    together: Together[Version]
 
 
 class AdapterStore:
@@ -83,24 +99,35 @@ class AdapterStore:
         staged: StagedBundle,
         *,
         provenance: Provenance = Provenance.UPLOAD,
+        published_by: str | None = None,
+        quota: Quota = NO_QUOTA,
         reference: Reference | None = None,
+        together: Together[Version] | None = None,
     ) -> Version:
         """Checks the bundle and makes it the version that answers to `name`.
 
-        The same content again gives the version that is there, without a new number. `reference`: what it answered
-        where it was trained, which its proof is held to.
-        Raises NameInvalid, NameReserved, BundleIncomplete, AdapterRejected, PromptsInvalid, StorageFull,
+        The same content again gives the version that is there, without a new number. `published_by`: id of the key.
+        `reference`: what it answered where it was trained, which its proof is held to.
+        `together`: what is written in the same transaction, or nothing is.
+        Raises NameInvalid, NameReserved, BundleIncomplete, AdapterRejected, QuotaExceeded, PromptsInvalid, StorageFull,
         StorageUnavailable.
         """
         self.check_name(name)
         if reference is not None:
             reference.check()
         checked = await self._check(tenant_id, staged)
+        quota.check_rank(checked.inspection.rank)
+        order = _Order(tenant_id, name, checked, provenance, published_by, quota, reference, together or Together())
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._undo, tenant_id, [file.sha256 for file in checked.files])
-            version = await self._put_and_commit(tenant_id, name, checked, provenance, reference)
+            version = await self._put_and_commit(order)
             undo.pop_all()
         return version
+
+    async def kept(self, tenant_id: TenantId, name: str | None) -> Kept:
+        """What the tenant has already, beside what it is about to publish as `name`; None: not known yet."""
+        async with reading(self._engine) as connection:
+            return await kept_by(connection, tenant_id, name)
 
     async def resolve(self, tenant_id: TenantId, model: str) -> Version | Split:
         """What answers for `model`.
@@ -150,12 +177,16 @@ class AdapterStore:
     async def show(self, tenant_id: TenantId, name: str) -> tuple[Adapter, tuple[Version, ...]]:
         """The adapter and its versions, newest first. Raises AdapterNotFound."""
         async with reading(self._engine) as connection:
-            row = await catalog.find_adapter(connection, tenant_id, name)
-            found = await aliases.find(connection, tenant_id, name)
-            if row is None or found is None:
-                raise AdapterNotFound(name)
-            adapter = Adapter(row.id, tenant_id, name, row.created_at, main_of(found))
+            adapter = await self.find_in(connection, tenant_id, name)
             return adapter, await catalog.list_versions(connection, tenant_id, name)
+
+    async def find_in(self, connection: AsyncConnection, tenant_id: TenantId, name: str) -> Adapter:
+        """The adapter as the caller's transaction sees it. Raises AdapterNotFound."""
+        row = await catalog.find_adapter(connection, tenant_id, name)
+        found = await aliases.find(connection, tenant_id, name)
+        if row is None or found is None:
+            raise AdapterNotFound(name)
+        return Adapter(row.id, tenant_id, name, row.created_at, main_of(found))
 
     async def delete(self, tenant_id: TenantId, name: str) -> Sequence[Version]:
         """Removes adapter, versions and the blobs that no other version has; what went.
@@ -214,23 +245,16 @@ class AdapterStore:
         paths = (canonical, staged.folder / WEIGHTS_FILE)
         return _Checked(inspection, bundle_digest(config_sha256, weights_sha256), files, paths)
 
-    async def _put_and_commit(
-        self,
-        tenant_id: TenantId,
-        name: str,
-        checked: _Checked,
-        provenance: Provenance,
-        reference: Reference | None,
-    ) -> Version:
+    async def _put_and_commit(self, order: _Order) -> Version:
         """A delete may remove a shared blob before the commit, which then sees it: the put is repeated."""
         for _ in range(PUT_TRIES):
-            await self._put(tenant_id, checked)
+            await self._put(order.tenant_id, order.checked)
             async with writing(self._engine) as connection:
                 await take_turn(connection)
-                if await self._all_stored(checked.files):
-                    await forget(connection, tenant_id, [file.sha256 for file in checked.files])
-                    return await self._commit(connection, tenant_id, name, checked, provenance, reference)
-        raise BlobCorrupt(f"the blobs of '{name}' vanish as fast as they are stored")
+                if await self._all_stored(order.checked.files):
+                    await forget(connection, order.tenant_id, [file.sha256 for file in order.checked.files])
+                    return await self._commit(connection, order)
+        raise BlobCorrupt(f"the blobs of '{order.name}' vanish as fast as they are stored")
 
     async def _put(self, tenant_id: TenantId, checked: _Checked) -> None:
         """Leaves out what a version has whole already. A blob that none has may be torn by a power cut."""
@@ -245,42 +269,37 @@ class AdapterStore:
     async def _all_stored(self, files: Collection[BlobFile]) -> bool:
         return all([await self._blobs.exists(file.key, file.size_bytes) for file in files])
 
-    async def _commit(
-        self,
-        connection: AsyncConnection,
-        tenant_id: TenantId,
-        name: str,
-        checked: _Checked,
-        provenance: Provenance,
-        reference: Reference | None,
-    ) -> Version:
+    async def _commit(self, connection: AsyncConnection, order: _Order) -> Version:
         now = int(self._clock())
-        version = await catalog.find_by_digest(connection, tenant_id, name, checked.digest)
+        await order.together.before(connection)
+        version = await catalog.find_by_digest(connection, order.tenant_id, order.name, order.checked.digest)
         if version is None:
-            version = await self._new_version(connection, tenant_id, name, checked, provenance, now)
+            await self._check_quota(connection, order)
+            version = await self._new_version(connection, order, now)
             await catalog.insert_version(connection, version)
-            await proofs.begin(connection, version, now, reference)
-        move = move_of(version.adapter_id, DEFAULT_ALIAS, MoveKind.PUBLISH, "", "", now)
+            await proofs.begin(connection, version, now, order.reference)
+        moved_by = order.published_by or ""
+        move = move_of(version.adapter_id, DEFAULT_ALIAS, MoveKind.PUBLISH, moved_by, "", now)
         if await aliases.point(connection, move, [(version.id, version.number, 1)]):
-            await record_change(connection, NOUN, tenant_id, name)
+            await record_change(connection, NOUN, order.tenant_id, order.name)
+        await order.together.after(connection, version)
         return version
 
-    async def _new_version(
-        self,
-        connection: AsyncConnection,
-        tenant_id: TenantId,
-        name: str,
-        checked: _Checked,
-        provenance: Provenance,
-        now: int,
-    ) -> Version:
-        adapter_id = await catalog.ensure_adapter(connection, tenant_id, name, now)
+    async def _check_quota(self, connection: AsyncConnection, order: _Order) -> None:
+        if order.quota.counts:
+            besides = order.together.besides_upload
+            kept = await kept_by(connection, order.tenant_id, order.name, besides_upload=besides)
+            kept.check(order.quota, sum(file.size_bytes for file in order.checked.files))
+
+    async def _new_version(self, connection: AsyncConnection, order: _Order, now: int) -> Version:
+        checked = order.checked
         config, weights = checked.files
+        adapter_id = await catalog.ensure_adapter(connection, order.tenant_id, order.name, now)
         return Version(
             id=new_version_id(),
             adapter_id=adapter_id,
-            tenant_id=tenant_id,
-            adapter_name=name,
+            tenant_id=order.tenant_id,
+            adapter_name=order.name,
             number=await catalog.next_number(connection, adapter_id),
             digest=checked.digest,
             file_hashes=bytes.fromhex(config.sha256 + weights.sha256),
@@ -289,8 +308,9 @@ class AdapterStore:
             rank=checked.inspection.rank,
             modules=checked.inspection.modules,
             base_fingerprint=self._base.fingerprint,
-            provenance=provenance,
+            provenance=order.provenance,
             created_at=now,
+            published_by=order.published_by,
         )
 
     async def _undo(self, tenant_id: TenantId, digests: Collection[str]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -41,15 +40,6 @@ class ApiClient:
 
     def close(self) -> None:
         self._http.close()
-
-    def push(self, name: str, folder: Path) -> Any:
-        """Publish the two files of `folder` as a version of `name`."""
-        with (
-            (folder / "adapter_config.json").open("rb") as config,
-            (folder / "adapter_model.safetensors").open("rb") as weights,
-        ):
-            files = {"adapter_config.json": config, "adapter_model.safetensors": weights}
-            return self.call("POST", "/v1/adapters", data={"name": name}, files=files)
 
     def chat(self, model: str, text: str, **parameters: Any) -> Iterator[str]:
         """The pieces of a streamed answer.

@@ -21,16 +21,19 @@ from adapter_store.blobs import Blobs
 from adapter_store.bundle import Staging
 from adapter_store.errors import AdapterStoreError, StorageError
 from adapter_store.faults import Bounds as AdapterBounds
+from adapter_store.imports import Imports
 from adapter_store.inspector import Inspector
 from adapter_store.rollouts import Rollouts
 from adapter_store.scrub import Scrubber
 from adapter_store.store import AdapterStore
+from adapter_store.uploads import Uploads
 from gateway.api import (
     adapters,
     admin,
     aliases,
     base_model,
     health,
+    imports,
     keys,
     models,
     proofs,
@@ -38,6 +41,7 @@ from gateway.api import (
     replicas,
     residency,
     storage,
+    uploads,
     usage,
 )
 from gateway.api.generation import Generation, Patience, Services, new_batches
@@ -58,6 +62,7 @@ from gateway.freshness import Freshness
 from gateway.front import SMALL_BODY_BYTES, Front
 from gateway.home import Home
 from gateway.housekeeping import scrub, tidy
+from gateway.idempotency import Answers
 from gateway.keys import Keys
 from gateway.limits import open_limits
 from gateway.models import Models
@@ -85,10 +90,12 @@ ROUTERS = (
     health,
     models,
     adapters,
+    uploads,
     aliases,
     residency,
     proofs,
     base_model,
+    imports,
     keys,
     usage,
     admin,
@@ -177,6 +184,10 @@ def _build(settings: Settings, home: Home) -> Parts:
         ),
         inspector=inspector,
         staging=Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes),
+        uploads=Uploads(engine, blobs, part_bytes=settings.upload_part_bytes, expiry_s=settings.upload_expiry_s),
+        imports=Imports(blobs, settings.import_root),
+        answers=Answers(engine),
+        stall_s=settings.upload_stall_s,
         models=known_models,
         pool=pool,
         quarantine=held_back,
@@ -294,7 +305,7 @@ def _lifespan(
             parts.quarantine.write(),
             parts.rollout_watch.follow(),
             parts.pins.follow(),
-            tidy(parts.store),
+            tidy(parts.store, parts.uploads, parts.answers),
             scrub(parts.scrubber),
             parts.proofs.follow(),
         )

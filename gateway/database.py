@@ -31,14 +31,15 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from adapter_store import changes, proofs  # noqa: F401  their tables
+from adapter_store import changes, proofs, uploads  # noqa: F401  their tables
 from adapter_store.catalog import metadata
 from adapter_store.engine import AsyncEngine, create_async_engine
 from adapter_store.errors import AdapterStoreError
 from adapter_store.transactions import WRITES, reading, writing
+from gateway import idempotency  # noqa: F401  its table
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-HEAD = "0006"  # the newest file in migrations/versions; a test holds the two together
+HEAD = "0007"  # the newest file in migrations/versions; a test holds the two together
 CONNECTIONS = 4
 ANSWER_S = 10.0  # patience with PostgreSQL: one that hangs is as good as away
 PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA foreign_keys=ON")
@@ -67,6 +68,10 @@ plans = Table(  # null: no limit
     Column("loads_per_minute", BigInteger),
     Column("created_at", BigInteger, nullable=False),
     Column("pinned_adapters", BigInteger, nullable=False, server_default="0"),  # the one that is never null
+    Column("max_adapters", BigInteger),
+    Column("max_versions", BigInteger),
+    Column("max_stored_bytes", BigInteger),
+    Column("max_rank", BigInteger),
 )
 api_keys = Table(
     "api_keys",

@@ -25,6 +25,7 @@ from gateway.home import ConfigurationError, Home
 from gateway.listening import bind
 from gateway.local_training import cached_tiny_base, train_adapter
 from gateway.progress_bar import progress_bar
+from gateway.push import Push
 from gateway.replicas.launch import device_of
 from gateway.settings import Settings
 from gateway.stack import running_stack
@@ -185,7 +186,8 @@ def _publish(url: str, home: Home, customer: Customer) -> None:
     if customer.model in with_old:
         client.call("DELETE", f"/v1/adapters/{customer.model}")
     begin = time.monotonic()
-    client.push(customer.model, home.path / "demo" / customer.name / "adapter")
+    folder = home.path / "demo" / customer.name / "adapter"
+    Push(client, customer.model, folder, stage=lambda *_: lambda _: None).run()
     question = customer.task.heldout[0].messages[-1]["content"]
     next(piece for piece in client.chat(customer.model, question, temperature=0) if piece)
     customer.upload_to_first_token_s = time.monotonic() - begin

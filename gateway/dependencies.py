@@ -11,14 +11,17 @@ from adapter_store.base_model import BaseModel
 from adapter_store.bundle import Staging
 from adapter_store.engine import AsyncEngine
 from adapter_store.ids import TenantId
+from adapter_store.imports import Imports
 from adapter_store.inspector import Inspector
 from adapter_store.rollouts import Rollouts
 from adapter_store.scrub import Scrubber
 from adapter_store.store import AdapterStore
+from adapter_store.uploads import Uploads
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
 from gateway.errors import ScopeMissing, authorization_of
 from gateway.freshness import Freshness
+from gateway.idempotency import Answers
 from gateway.keys import Keys
 from gateway.limits import Limits
 from gateway.models import Models
@@ -53,6 +56,10 @@ class Parts:
     scrubber: Scrubber
     inspector: Inspector
     staging: Staging
+    uploads: Uploads
+    imports: Imports
+    answers: Answers
+    stall_s: float
     models: Models
     pool: ReplicaPool
     quarantine: Quarantine

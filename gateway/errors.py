@@ -22,6 +22,7 @@
     │   ├── TooManyPins                 409
     │   ├── ProofMissing                409   an alias moves to what is proved, where that is required
     │   ├── ProofFailed                 409
+    │   ├── KeyReused                   409   an Idempotency-Key of another request
     │   ├── RateLimited                 429 + Retry-After, x-ratelimit-*
     │   │   ├── TokenRateLimited        429 + Retry-After, x-ratelimit-*
     │   │   ├── QuotaSpent              429   waiting does not help
@@ -198,6 +199,12 @@ class ProofFailed(GatewayError):
     status, type, code = 409, "invalid_request_error", "proof_failed"
 
 
+class KeyReused(GatewayError):
+    """An Idempotency-Key names one request."""
+
+    status, type, code = 409, "invalid_request_error", "idempotency_key_reused"
+
+
 class RateLimited(GatewayError):
     """The plan allows no more requests just now; types and codes are OpenAI's."""
 
@@ -317,6 +324,18 @@ STORE_ANSWERS: Final[dict[type[store.AdapterStoreError], Answer]] = {
     store.PromptsInvalid: Answer(400, _FAULTY, "prompts_invalid", "prompts"),
     store.BundleTooLarge: Answer(413, _FAULTY, "adapter_too_large"),
     store.BundleIncomplete: Answer(400, _FAULTY, "adapter_incomplete"),
+    store.QuotaExceeded: Answer(403, "insufficient_quota", "quota_exceeded"),
+    store.ArchiveInvalid: Answer(400, _FAULTY, "archive_invalid"),
+    store.ArchiveTruncated: Answer(400, _FAULTY, "archive_truncated"),
+    store.ArchiveTooDense: Answer(413, _FAULTY, "archive_too_large"),
+    store.MemberRefused: Answer(400, _FAULTY, "archive_member_refused"),
+    store.UploadNotFound: Answer(404, _FAULTY, "not_found"),
+    store.PartInvalid: Answer(400, _FAULTY, "part_invalid"),
+    store.PartConflict: Answer(409, _FAULTY, "part_conflict"),
+    store.PartsMissing: Answer(409, _FAULTY, "parts_missing"),
+    store.ChecksumMismatch: Answer(409, _FAULTY, "checksum_mismatch"),
+    store.TooManyUploads: Answer(409, _FAULTY, "too_many_uploads"),
+    store.ImportInvalid: Answer(400, _FAULTY, "import_invalid"),
     store.BaseModelInvalid: Answer(500, _OURS, "internal_error"),
     store.BlobCorrupt: Answer(503, _OURS, "adapter_unavailable", None, 60),
     store.StorageFull: Answer(507, _OURS, "storage_full", None, 60),
@@ -381,7 +400,8 @@ def _store_answer(error: store.AdapterStoreError) -> ErrorAnswer:
     if isinstance(error, store.AdapterRejected):
         body = _Body(RejectedEnvelope(message, found.type, found.param, found.code, error.faults))
     else:
-        body = _Body(Envelope(message, found.type, found.param, found.code))
+        param = error.quota if isinstance(error, store.QuotaExceeded) else found.param
+        body = _Body(Envelope(message, found.type, param, found.code))
     return _answer(found.status, msgspec.json.encode(body), found.retry_after_s)
 
 

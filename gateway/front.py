@@ -1,5 +1,6 @@
 """The gateway's front door: which requests go the short way, and what all others must show before FastAPI sees them."""
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
@@ -16,6 +17,8 @@ from gateway.protocol import Out
 
 OPEN_PATHS: Final = ("/health", "/ready")
 UPLOAD_PATH: Final = "/v1/adapters"
+UPLOADS: Final = re.compile(rf"{UPLOAD_PATH}(?:/[^/]+/versions|/[^/]+/uploads/[^/]+/[^/]+/[0-9]+)?")
+"""Paths whose handlers read the body themselves, as it comes."""
 SMALL_BODY_BYTES: Final = 65_536
 
 
@@ -52,7 +55,7 @@ class Front:
                     raise RequestInvalid("Paths and queries have no NUL characters.")  # PostgreSQL cannot hold one
             except (GatewayError, AdapterStoreError) as error:
                 return await send_error(send, error)
-            if path != UPLOAD_PATH:
+            if not UPLOADS.fullmatch(path):
                 receive = _bounded(receive)
         return await self._app(scope, receive, send)
 

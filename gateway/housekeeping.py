@@ -1,30 +1,27 @@
-"""What a gateway tidies up now and then: blobs that a crash left without a row, and blobs that rotted."""
+"""What a gateway tidies up now and then: what crashes left, what is over, and blobs that rotted."""
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 
 from adapter_store.errors import AdapterStoreError
 from adapter_store.scrub import FAULTS, Outcome, Scrubber
 from adapter_store.store import AdapterStore
+from adapter_store.uploads import Uploads
+from gateway.idempotency import Answers
 
 log = logging.getLogger("tailor.housekeeping")
 EVERY_S = 3_600.0
 ORPHANS_AFTER_S = 86_400.0  # far above the longest upload, so that no publish under way is raced
 
 
-async def tidy(store: AdapterStore) -> None:
+async def tidy(store: AdapterStore, uploads: Uploads, answers: Answers) -> None:
     """Tidy every hour, for ever; meant to run as one task."""
     while True:
         await asyncio.sleep(EVERY_S)
-        try:
-            removed = await store.collect_orphans(ORPHANS_AFTER_S)
-        except AdapterStoreError as error:
-            log.warning("orphans were not collected: %s", error)
-        except Exception:  # tidying must never end
-            log.exception("orphans were not collected")
-        else:
-            if removed:
-                log.info("%d orphaned blobs removed", removed)
+        await _tidied("orphaned blobs", lambda: store.collect_orphans(ORPHANS_AFTER_S))
+        await _tidied("parts of uploads that are over", uploads.sweep)
+        await _tidied("kept answers", answers.sweep)
 
 
 async def scrub(scrubber: Scrubber) -> None:
@@ -43,3 +40,15 @@ async def scrub(scrubber: Scrubber) -> None:
         else:
             if any(outcome in found for outcome in (*FAULTS, Outcome.REPAIRED)):
                 log.warning("stored adapters were checked: %s", ", ".join(f"{n} {name}" for name, n in found.items()))
+
+
+async def _tidied(what: str, sweep: Callable[[], Awaitable[int]]) -> None:
+    try:
+        removed = await sweep()
+    except AdapterStoreError as error:
+        log.warning("%s were not removed: %s", what, error)
+    except Exception:  # tidying must never end
+        log.exception("%s were not removed", what)
+    else:
+        if removed:
+            log.info("%d %s removed", removed, what)

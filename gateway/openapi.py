@@ -82,6 +82,24 @@ REQUEST_ID: Final = {
 }
 
 
+IMPORT_PATH: Final = "/admin/v1/tenants/{tenant}/adapters/{name}/import"
+UPLOAD_IN_PARTS: Final = f"{UPLOAD_PATH}/{{name}}/uploads"
+PUBLISHING: Final = (
+    UPLOAD_PATH,
+    f"{UPLOAD_PATH}/{{name}}/versions",
+    UPLOAD_IN_PARTS,
+    f"{UPLOAD_IN_PARTS}/{{upload}}/complete",
+    IMPORT_PATH,
+)
+IDEMPOTENCY_KEY: Final = {
+    "name": "idempotency-key",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "pattern": "^[!-~]{1,255}$"},
+    "description": "Sent again with the same key, a request has one effect and gets the same answer, for a day.",
+}
+
+
 def document() -> Json:
     """The whole API."""
     from gateway.app import ROUTERS
@@ -123,10 +141,13 @@ def _complete(path: str, method: str, operation: Json) -> None:
     statuses = {400, 401, 403, 404, 500, 503}
     if method != "get":
         statuses |= {408, 409, 413, 507}
-    if path == UPLOAD_PATH and method == "post":
-        operation["requestBody"] = _UPLOAD
-        answers["201"]["headers"] = {"location": _text_header("The adapter's path.")}
+    if path in _UPLOADS and method in ("post", "put"):
+        operation["requestBody"] = _UPLOADS[path]
+    if path in PUBLISHING and method == "post":
         answers["422"] = _error(422, "RejectedError")
+        if path != IMPORT_PATH:
+            answers["201"]["headers"] = {"location": _text_header("The adapter's path.", required=False)}
+            operation.setdefault("parameters", []).append(IDEMPOTENCY_KEY)
     if path.endswith("/usage"):
         answers["200"]["content"]["text/csv"] = {"schema": {"type": "string"}}
         answers["200"]["headers"] = {
@@ -235,18 +256,30 @@ _TAGS: Final = {
     "replicas": "Scope `operator`.",
     "health": "Open to all.",
 }
-_UPLOAD: Final[Json] = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["name", *BUNDLE_FILES],
-                "properties": {
-                    "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"},
-                    **{name: {"type": "string", "format": "binary"} for name in BUNDLE_FILES},
-                },
-            }
-        }
+_BYTES: Final[Json] = {"schema": {"type": "string", "format": "binary"}}
+
+
+def _form(*more: str) -> Json:
+    """The two files, or an archive of them, with these fields."""
+    named = {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]{0,63}$"}
+    files = dict.fromkeys((*BUNDLE_FILES, "archive"), _BYTES["schema"])
+    told = {"type": "object", "required": list(more), "properties": {**dict.fromkeys(more, named), **files}}
+    return {"schema": {**told, "anyOf": [{"required": list(BUNDLE_FILES)}, {"required": ["archive"]}]}}
+
+
+_UPLOADS: Final[Json] = {
+    UPLOAD_PATH: {"required": True, "content": {"multipart/form-data": _form("name")}},
+    f"{UPLOAD_PATH}/{{name}}/versions": {
+        "required": True,
+        "content": {
+            "multipart/form-data": _form(),
+            "application/x-tar": _BYTES,
+            "application/gzip": _BYTES,
+            "application/zip": _BYTES,
+        },
+    },
+    f"{UPLOAD_PATH}/{{name}}/uploads/{{upload}}/{{file}}/{{number}}": {
+        "required": True,
+        "content": {"application/octet-stream": _BYTES},
     },
 }

@@ -11,6 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from adapter_store.changes import record_change, take_turn
 from adapter_store.engine import AsyncConnection, AsyncEngine
+from adapter_store.quota import Quota
 from adapter_store.transactions import reading, writing
 from gateway.database import plans, tenants
 from gateway.errors import NameTaken, ObjectUnknown, PlanInUse
@@ -36,6 +37,15 @@ class Plan:
     tokens_per_month: int | None = None
     loads_per_minute: int | None = None
     pinned_adapters: int = 0
+    max_adapters: int | None = None
+    max_versions: int | None = None
+    max_stored_bytes: int | None = None
+    max_rank: int | None = None
+
+    @property
+    def quota(self) -> Quota:
+        """What the store is to hold the tenant to."""
+        return Quota(self.max_adapters, self.max_versions, self.max_stored_bytes, self.max_rank)
 
 
 COLUMNS: Final = tuple(plans.c[field.name].label(f"plan_{field.name}") for field in fields(Plan))

@@ -129,6 +129,14 @@ class Settings(BaseSettings):
     adapter_idle_s: float = Field(
         0, ge=0, le=604_800, description="unload an adapter without a request for so long; 0: none is; seconds"
     )
+    upload_stall_s: Seconds = Field(30, description="an upload that brings nothing for so long is cut")
+    upload_part_bytes: int = Field(16 << 20, ge=1_024, le=1 << 30, description="size of a resumable upload's parts")
+    upload_expiry_s: int = Field(
+        86_400, ge=60, le=30 * 86_400, description="an upload without a new part for so long is dropped; seconds"
+    )
+    import_root: Path | None = Field(
+        None, description="folder below which operators may import adapters from; default: nowhere"
+    )
     load_timeout_s: Seconds = Field(60, description="longest wait for an adapter to be loaded into a replica")
 
     # proof of effect

@@ -1,20 +1,26 @@
 """`/v1/adapters`: a tenant publishes, lists, shows and deletes its own adapters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
-from adapter_store.aliases import main_of
-from adapter_store.catalog import DEFAULT_ALIAS, Adapter, Fallback, Version
-from adapter_store.errors import AdapterNotFound, OtherBaseModel
-from adapter_store.ids import TenantId, VersionId
-from adapter_store.proofs import UNKNOWN, Proof
+from adapter_store.archives import ARCHIVE_TYPES, ArchiveFile
+from adapter_store.bundle import StagedBundle
+from adapter_store.catalog import DEFAULT_ALIAS, Adapter, Fallback, Provenance, Version
+from adapter_store.engine import AsyncConnection
+from adapter_store.errors import AdapterStoreError
+from adapter_store.ids import VersionId
+from adapter_store.proofs import UNKNOWN, Proof, find_all
+from gateway.api.body import Body
 from gateway.api.multipart import UploadForm
 from gateway.api.proofs import ProofObject, proof_object
-from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, publisher
-from gateway.errors import RequestInvalid
+from gateway.api.publishing import Publication, Respond, as_response, hold_to_quota, once, publish_bundle, request_of
+from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, TenantKey
+from gateway.errors import GatewayError, RequestInvalid
+from gateway.idempotency import Repeated
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
@@ -33,7 +39,8 @@ class QuarantineObject(BaseModel):
 class VersionObject(BaseModel):
     """One immutable version; `digest` is SHA-256 over its two files, `created_at` in Unix seconds.
 
-    While `quarantine` is not null no engine may have it.
+    `provenance`: how it came, by `upload`, `import` or `job`; `published_by`: the id of the key that sent it. While
+    `quarantine` is not null no engine may have it.
     `model` and `fine_tuned_model` are two ways to ask for just this one.
     """
 
@@ -44,9 +51,18 @@ class VersionObject(BaseModel):
     bytes: int
     rank: int
     modules: list[str]
+    provenance: Provenance
+    published_by: str | None
     created_at: int
     quarantine: QuarantineObject | None
     proof: ProofObject
+
+
+class PublishedVersion(VersionObject):
+    """The answer to an upload: the version, and the adapter whose name stands for it."""
+
+    object: str = "adapter.version"
+    adapter: str
 
 
 class AdapterObject(BaseModel):
@@ -78,26 +94,80 @@ class AdapterList(BaseModel):
     has_more: bool
 
 
-@router.post("", status_code=201)
-async def publish(request: Request, response: Response, caller: AdapterKey, parts: AppParts) -> AdapterObject:
-    """Publish a version: multipart with `name`, `adapter_config.json` and `adapter_model.safetensors`.
+@router.post("", status_code=201, response_model=AdapterObject)
+async def publish(request: Request, asker: AdapterKey, parts: AppParts) -> Response:
+    """Publish a version: multipart with `name` and the two files, or `name` and an `archive` of them.
 
     The adapter's name stands for the new version from the answer on. The same bytes again are the same version.
     """
-    tenant_id = caller.tenant_id
-    async with parts.staging.stage() as bundle:
-        form = UploadForm(request, bundle)
+
+    async def respond(connection: AsyncConnection, version: Version) -> tuple[str, AdapterObject]:
+        adapter = await parts.store.find_in(connection, asker.tenant_id, version.adapter_name)
+        found = await find_all(connection, [adapter.default.id])
+        return f"/v1/adapters/{version.adapter_name}", adapter_object(adapter, parts, found)
+
+    async def receive(body: Body, bundle: StagedBundle) -> str:
+        form = UploadForm(request, body, bundle, has_name=True)
         await form.receive()
         if "name" not in form.fields:
             raise RequestInvalid("The field name is missing: it is what requests will call the adapter.", param="name")
-        await publisher(request, parts)  # an upload may take long: the key may be revoked by now
-        old = await _current(tenant_id, form.fields["name"], parts)
-        version = await parts.store.publish(tenant_id, form.fields["name"], bundle)
-    parts.models.forget_tenant(tenant_id)
-    parts.pool.replace(old, version, caller.key.plan)
-    response.headers["location"] = f"/v1/adapters/{version.adapter_name}"
-    adapter, _ = await parts.store.show(tenant_id, version.adapter_name)
-    return _adapter(adapter, parts, await _proofs(parts, [adapter.default]))
+        return form.fields["name"]
+
+    return await _upload(request, asker, parts, None, receive, respond)
+
+
+@router.post("/{name}/versions", status_code=201, response_model=PublishedVersion)
+async def publish_version(name: str, request: Request, asker: AdapterKey, parts: AppParts) -> Response:
+    """Publish a version: multipart with the two files or an `archive` of them, or a tar, tar.gz or zip as the body."""
+
+    async def respond(connection: AsyncConnection, version: Version) -> tuple[str, PublishedVersion]:
+        found = await find_all(connection, [version.id])
+        return f"/v1/adapters/{name}", published_version(version, parts, found)
+
+    async def receive(body: Body, bundle: StagedBundle) -> str:
+        kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
+        if kind in ARCHIVE_TYPES:
+            await _receive_archive(body, bundle)
+        else:
+            await UploadForm(request, body, bundle, has_name=False).receive()
+        return name
+
+    return await _upload(request, asker, parts, name, receive, respond)
+
+
+async def _upload(
+    request: Request,
+    asker: TenantKey,
+    parts: Parts,
+    name: str | None,
+    receive: Callable[[Body, StagedBundle], Awaitable[str]],
+    respond: Respond,
+) -> Response:
+    """From a body to an answer; `receive` gives the adapter's name, where it is not known before."""
+    body = Body(request.receive, stall_s=parts.stall_s)
+    async with parts.staging.stage() as bundle:
+        try:
+            repeat = once(request, parts, asker.tenant_id)
+            if name is not None:
+                parts.store.check_name(name)
+            await hold_to_quota(parts, asker, name, bundle, repeat)
+            name = await receive(body, bundle)
+        except (GatewayError, AdapterStoreError):
+            await body.discard()
+            raise
+        publication = Publication(repeat, request_of(request.scope["route"].path, name, bundle), respond)
+        try:
+            await repeat.check(publication.request_sha256)
+            return await publish_bundle(request, parts, asker, name, bundle, publication)
+        except Repeated as repeated:
+            return as_response(repeated.kept)
+
+
+async def _receive_archive(body: Body, bundle: StagedBundle) -> None:
+    with closing(ArchiveFile(bundle)) as archive:
+        async for piece in body.pieces():
+            await archive.write(piece)
+        await archive.finish()
 
 
 @router.get("")
@@ -110,7 +180,9 @@ async def list_adapters(
     """The tenant's adapters by name, a page at a time."""
     page = await parts.store.list(tenant_id, after=after, limit=limit + 1)
     found = await _proofs(parts, [adapter.default for adapter in page[:limit]])
-    return AdapterList(data=[_adapter(adapter, parts, found) for adapter in page[:limit]], has_more=len(page) > limit)
+    return AdapterList(
+        data=[adapter_object(adapter, parts, found) for adapter in page[:limit]], has_more=len(page) > limit
+    )
 
 
 @router.get("/{name}")
@@ -118,8 +190,8 @@ async def show(name: str, tenant_id: AdapterTenant, parts: AppParts) -> AdapterW
     """One adapter with all its versions."""
     adapter, versions = await parts.store.show(tenant_id, name)
     found = await _proofs(parts, versions)
-    shown = [_version(version, parts, found) for version in versions]
-    return AdapterWithVersions(**_adapter(adapter, parts, found).model_dump(), versions=shown)
+    shown = [version_object(version, parts, found) for version in versions]
+    return AdapterWithVersions(**adapter_object(adapter, parts, found).model_dump(), versions=shown)
 
 
 @router.patch("/{name}")
@@ -128,7 +200,7 @@ async def change(name: str, body: AdapterChange, tenant_id: AdapterTenant, parts
     await parts.aliases.set_fallback(tenant_id, name, DEFAULT_ALIAS, body.fallback)
     parts.models.forget_tenant(tenant_id)
     adapter, _ = await parts.store.show(tenant_id, name)
-    return _adapter(adapter, parts, await _proofs(parts, [adapter.default]))
+    return adapter_object(adapter, parts, await _proofs(parts, [adapter.default]))
 
 
 @router.delete("/{name}", status_code=204)
@@ -140,28 +212,21 @@ async def delete(name: str, tenant_id: AdapterTenant, parts: AppParts) -> None:
     await parts.pool.unload(tenant_id, [version.digest for version in deleted])
 
 
-async def _current(tenant_id: TenantId, name: str, parts: Parts) -> Version | None:
-    try:
-        return main_of(await parts.store.resolve(tenant_id, name))
-    except (AdapterNotFound, OtherBaseModel):
-        return None
-
-
 async def _proofs(parts: Parts, versions: Sequence[Version]) -> Mapping[VersionId, Proof]:
     return await parts.proofs.statuses([version.id for version in versions])
 
 
-def _adapter(adapter: Adapter, parts: Parts, proofs: Mapping[VersionId, Proof]) -> AdapterObject:
+def adapter_object(adapter: Adapter, parts: Parts, proofs: Mapping[VersionId, Proof]) -> AdapterObject:
     return AdapterObject(
         id=adapter.id,
         name=adapter.name,
         created_at=adapter.created_at,
         fallback=adapter.default.fallback,
-        current=_version(adapter.default, parts, proofs),
+        current=version_object(adapter.default, parts, proofs),
     )
 
 
-def _version(version: Version, parts: Parts, proofs: Mapping[VersionId, Proof]) -> VersionObject:
+def version_object(version: Version, parts: Parts, proofs: Mapping[VersionId, Proof]) -> VersionObject:
     held = parts.quarantine.of(version.tenant_id, version.digest)
     return VersionObject(
         number=version.number,
@@ -171,7 +236,13 @@ def _version(version: Version, parts: Parts, proofs: Mapping[VersionId, Proof]) 
         bytes=version.size_bytes,
         rank=version.rank,
         modules=list(version.modules),
+        provenance=version.provenance,
+        published_by=version.published_by,
         created_at=version.created_at,
         quarantine=None if held is None else QuarantineObject(reason=held.reason, at=held.at, until=held.until),
         proof=proof_object(proofs.get(version.id, UNKNOWN)),
     )
+
+
+def published_version(version: Version, parts: Parts, proofs: Mapping[VersionId, Proof]) -> PublishedVersion:
+    return PublishedVersion(adapter=version.adapter_name, **version_object(version, parts, proofs).model_dump())

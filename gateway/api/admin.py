@@ -75,6 +75,10 @@ class PlanLimits(BaseModel, extra="forbid"):
     tokens_per_month: Bound | None = None
     loads_per_minute: Bound | None = None
     pinned_adapters: Annotated[int, Field(ge=0, le=65_536)] = 0
+    max_adapters: Bound | None = None
+    max_versions: Bound | None = None
+    max_stored_bytes: Bound | None = None
+    max_rank: Bound | None = None
 
 
 class NewPlan(PlanLimits):

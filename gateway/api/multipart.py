@@ -1,16 +1,16 @@
 """An adapter's upload as `multipart/form-data`, streamed: no part is ever whole in memory."""
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from typing import TYPE_CHECKING, Final
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from adapter_store.archives import ArchiveFile
 from adapter_store.bundle import BUNDLE_FILES, StagedBundle, StagedFile
-from adapter_store.errors import AdapterStoreError
-from gateway.api.body import discard_body, receive_in_time
+from gateway.api.body import Body
 from gateway.errors import RequestInvalid
 
 if TYPE_CHECKING:
@@ -19,28 +19,34 @@ if TYPE_CHECKING:
 FIELD_LIMIT_BYTES: Final = 1_024
 HEADER_LIMIT_BYTES: Final = 4_096
 PART_LIMIT: Final = 8
+ARCHIVE: Final = "archive"
 
 
 class UploadForm:
-    """Parses a body as it comes: the two files go to the staged bundle, short text fields into `fields`."""
+    """Parses a body as it comes: files and archives go to the staged bundle, short text fields into `fields`."""
 
-    def __init__(self, request: Request, bundle: StagedBundle) -> None:
+    def __init__(self, request: Request, body: Body, bundle: StagedBundle, *, has_name: bool) -> None:
+        """`has_name`: the form says what the adapter is called."""
         kind, options = parse_options_header(request.headers.get("content-type", ""))
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or not boundary:
             raise RequestInvalid(
-                f"Send multipart/form-data with the field name and the files {' and '.join(BUNDLE_FILES)}.",
+                f"Send multipart/form-data with {self._told(has_name)}, or an archive of them.",
                 code="content_type_invalid",
             )
         self.fields: dict[str, str] = {}
-        self._receive = request.receive
-        self._more = True  # whether more of the body is to come
+        self._has_name = has_name
+        self._body = body
         self._bundle = bundle
         self._events: list[tuple[str, bytes]] = []
         try:
             self._parser = MultipartParser(boundary, self._callbacks())
         except FormParserError as error:
             raise RequestInvalid("The multipart boundary is too long.", code="multipart_invalid") from error
+
+    @staticmethod
+    def _told(has_name: bool) -> str:
+        return f"{'the field name and ' if has_name else ''}the files {' and '.join(BUNDLE_FILES)}"
 
     def _callbacks(self) -> "MultipartCallbacks":
         return {
@@ -67,26 +73,16 @@ class UploadForm:
             The store's BundleTooLarge, StorageFull, …: as they come, mid-stream.
         """
         state = _Part()
-        try:
-            async with AsyncExitStack() as part:
-                async for event, data in self._parsed():
-                    await self._take(event, data, state, part)
-        except (RequestInvalid, AdapterStoreError):
-            if self._more:
-                await discard_body(self._receive)
-            raise
+        async with AsyncExitStack() as part:
+            async for event, data in self._parsed():
+                await self._take(event, data, state, part)
         if not state.ended:
             raise RequestInvalid("The upload broke off: its last part is not whole.", code="upload_incomplete")
 
     async def _parsed(self) -> AsyncIterator[tuple[str, bytes]]:
-        while self._more:
-            message = await receive_in_time(self._receive)
-            if message["type"] == "http.disconnect":
-                self._more = False
-                return
-            self._more = message.get("more_body", False)
+        async for piece in self._body.pieces():
             try:
-                self._parser.write(message.get("body", b""))
+                self._parser.write(piece)
             except FormParserError as error:
                 raise RequestInvalid("The multipart body is broken.", code="multipart_invalid") from error
             events, self._events = self._events, []
@@ -105,22 +101,28 @@ class UploadForm:
                 state.end_header()
             case "headers":
                 name, filename = state.disposition()
-                if name in BUNDLE_FILES or filename in BUNDLE_FILES:
+                if name == ARCHIVE:
+                    state.archive = part.enter_context(closing(ArchiveFile(self._bundle)))
+                elif name in BUNDLE_FILES or filename in BUNDLE_FILES:
                     target = name if name in BUNDLE_FILES else filename
                     state.file = await part.enter_async_context(self._bundle.open(target))
-                elif name != "name":
+                elif name != "name" or not self._has_name:
                     raise RequestInvalid(
-                        f"The form has a part '{name[:64]}': send name, {' and '.join(BUNDLE_FILES)}.",
+                        f"The form has a part '{name[:64]}': send {self._told(self._has_name)}, or one {ARCHIVE}.",
                         param=name[:64],
                         code="unknown_parameter",
                     )
                 state.name = name
             case "data" if state.file is not None:
                 await state.file.write(data)
+            case "data" if state.archive is not None:
+                await state.archive.write(data)
             case "data":
                 state.add_text(data)
             case "end":
-                if state.file is None:
+                if state.archive is not None:
+                    await state.archive.finish()
+                elif state.file is None:
                     self.fields[state.name] = state.text()
                 await part.aclose()
                 state.ended = True
@@ -137,6 +139,7 @@ class _Part:
     def _clear(self) -> None:
         self.name = ""
         self.file: StagedFile | None = None
+        self.archive: ArchiveFile | None = None
         self._header = b""
         self._value = b""
         self._headers: dict[bytes, bytes] = {}

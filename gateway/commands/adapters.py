@@ -6,7 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from gateway.commands.common import Json, Key, Url, fail, pages, segment, show, show_table, tenant_client, told
+from gateway.commands.common import (
+    Json,
+    Key,
+    OperatorKey,
+    Url,
+    fail,
+    operator_client,
+    pages,
+    segment,
+    show,
+    show_table,
+    tenant_client,
+    told,
+)
 from gateway.home import ConfigurationError
 
 app = typer.Typer()
@@ -29,18 +42,46 @@ def adapter_push(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Publish an adapter: checked, stored, and served from the next request on."""
+    """Publish an adapter: checked, stored, and served from the next request on.
+
+    A large one goes in parts: broken off, the same command again goes on where it was.
+    """
+    from gateway.push import FILES, Push, shown
+
     with told():
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
+        for file in FILES:
             if not (folder / file).is_file():
                 raise ConfigurationError(f"{folder / file} does not exist: name the folder that PEFT saved.")
-        made = tenant_client(url, key).push(name or folder.resolve().name, folder)
-    current = made["current"]
-    show(
-        made,
-        as_json,
-        f"{made['name']}@{current['number']}: rank {current['rank']}, {current['bytes']:,} bytes",
-    )
+        client = tenant_client(url, key)
+        with shown() as stage:
+            made = Push(client, segment(name or folder.resolve().name), folder, stage=stage).run()
+    show(made, as_json, _published(made))
+
+
+@adapter_app.command("import")
+def adapter_import(
+    tenant: Annotated[str, typer.Argument(help="The tenant's name or id.")],
+    name: Annotated[str, typer.Argument(help="What requests will call it.")],
+    folder: Annotated[
+        str | None, typer.Option(help="Folder on the server, below TAILOR_IMPORT_ROOT.", show_default=False)
+    ] = None,
+    blobs: Annotated[str | None, typer.Option(help="Below imports/ in the blob store.", show_default=False)] = None,
+    url: Url = None,
+    key: OperatorKey = None,
+    as_json: Json = False,
+) -> None:
+    """Publish for a tenant what lies on the server or in the blob store (with an operator's key)."""
+    place = {"folder": folder} if folder is not None else {"blobs": blobs}
+    with told():
+        if (folder is None) == (blobs is None):
+            raise ConfigurationError("Name one of --folder and --blobs.")
+        path = f"/admin/v1/tenants/{segment(tenant)}/adapters/{segment(name)}/import"
+        made = operator_client(url, key).call("POST", path, place)
+    show(made, as_json, _published(made))
+
+
+def _published(version: dict[str, Any]) -> str:
+    return f"{version['adapter']}@{version['number']}: rank {version['rank']}, {version['bytes']:,} bytes"
 
 
 @adapter_app.command("check")

@@ -28,6 +28,10 @@ LIMITS = (
     "tokens_per_month",
     "loads_per_minute",
     "pinned_adapters",
+    "max_adapters",
+    "max_versions",
+    "max_stored_bytes",
+    "max_rank",
 )
 Limit = Annotated[str | None, typer.Option(metavar="N|none", show_default=False)]
 Weight = Annotated[float | None, typer.Option(help="Share of a busy server, beside others'.", show_default=False)]
@@ -111,6 +115,10 @@ def plan_create(
     tokens_per_month: Limit = None,
     loads_per_minute: Limit = None,
     pinned_adapters: Limit = None,
+    max_adapters: Limit = None,
+    max_versions: Limit = None,
+    max_stored_bytes: Limit = None,
+    max_rank: Limit = None,
     url: Url = None,
     key: OperatorKey = None,
     as_json: Json = False,
@@ -150,6 +158,10 @@ def plan_update(
     tokens_per_month: Limit = None,
     loads_per_minute: Limit = None,
     pinned_adapters: Limit = None,
+    max_adapters: Limit = None,
+    max_versions: Limit = None,
+    max_stored_bytes: Limit = None,
+    max_rank: Limit = None,
     url: Url = None,
     key: OperatorKey = None,
     as_json: Json = False,

@@ -14,6 +14,7 @@ Nobody else gets further than the door: no key, a malformed, unknown, revoked or
 """
 
 import json
+import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -78,6 +79,13 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "PUT /v1/adapters/{name}/prompts":           (200,  403,  404,  403,    403,     404),
     "GET /v1/adapters/{name}/versions/{number}/proof": (200, 403, 404, 403, 403, 404),
     "POST /v1/adapters/{name}/versions/{number}/proof": (202, 403, 404, 403, 403, 404),
+    "POST /v1/adapters/{name}/versions":         (201,  403,  201,  403,    403,     201),
+    "POST /v1/adapters/{name}/uploads":          (201,  403,  201,  403,    403,     201),
+    "GET /v1/adapters/{name}/uploads":           (200,  403,  200,  403,    403,     200),
+    "GET /v1/adapters/{name}/uploads/{upload}":  (200,  403,  404,  403,    403,     404),
+    "DELETE /v1/adapters/{name}/uploads/{upload}": (204, 403, 404,  403,    403,     404),
+    "POST /v1/adapters/{name}/uploads/{upload}/complete": (201, 403, 404, 403, 403,  404),
+    "PUT /v1/adapters/{name}/uploads/{upload}/{file}/{number}": (200, 403, 404, 403, 403, 404),
     # scope admin
     "POST /v1/keys":                             (403,  201,  403,  201,    403,     201),
     "GET /v1/keys":                              (403,  200,  403,  200,    403,     200),
@@ -98,6 +106,7 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "PATCH /admin/v1/tenants/{tenant}":          (403,  403,  403,  403,    200,     404),
     "POST /admin/v1/tenants/{tenant}/keys":      (403,  403,  403,  403,    201,     404),
     "GET /admin/v1/tenants/{tenant}/keys":       (403,  403,  403,  403,    200,     404),
+    "POST /admin/v1/tenants/{tenant}/adapters/{name}/import": (403, 403, 403, 403, 201, 404),
     "POST /admin/v1/keys":                       (403,  403,  403,  403,    201,     201),
     "GET /admin/v1/keys":                        (403,  403,  403,  403,    200,     200),
     "POST /admin/v1/keys/{key_id}/rotate":       (403,  403,  403,  403,    201,     404),
@@ -218,6 +227,35 @@ class World:
         assert (await self.ask("PUT", f"/v1/adapters/{name}/pin", "tenant")).status_code == 200
         return name
 
+    async def upload_in_parts(self) -> str:
+        """One with all its parts; what it is called in a path, from its adapter's name on."""
+        name = self.new_name("bot")
+        made = await self.ask("POST", f"/v1/adapters/{name}/uploads", "tenant", json=self.declared())
+        assert made.status_code == 201, made.text
+        place = f"{name}/uploads/{made.json()['id']}"
+        for file in self.folder.iterdir():
+            sent = await self.ask("PUT", f"/v1/adapters/{place}/{file.name}/1", "tenant", **self.part(file))
+            assert sent.status_code == 200, sent.text
+        return place
+
+    async def part_of_an_upload(self) -> str:
+        return f"{await self.upload_in_parts()}/adapter_config.json/1"
+
+    async def importing_tenant(self) -> str:
+        """A tenant, and the adapter that is to be imported for it."""
+        lies = self.gateway.home.path / "blobs" / "imports" / "spare"
+        shutil.copytree(self.folder, lies, dirs_exist_ok=True)
+        return f"{await self.tenant()}/adapters/bot"
+
+    def declared(self) -> dict[str, Any]:
+        files = [(file.name, file.read_bytes()) for file in self.folder.iterdir()]
+        told = [{"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in files]
+        return {"files": told}
+
+    def part(self, file: Path) -> dict[str, Any]:
+        data = file.read_bytes()
+        return {"content": data, "headers": {"x-content-sha256": sha256(data).hexdigest()}}
+
     async def key(self) -> str:
         """One of the first tenant's, of no more scopes than its admin's."""
         key_id: str = (await self._make("/admin/v1/tenants/acme/keys", {"scopes": ["admin"]}))["id"]
@@ -242,12 +280,21 @@ class World:
     def upload(self, name: str) -> dict[str, Any]:
         return {"name": (None, name), **_files(self.folder)}
 
+    def files(self) -> dict[str, Any]:
+        return _files(self.folder)
+
     def body_of(self, method: str, path: str, name: str) -> dict[str, Any]:
         """What httpx is given; each request makes something new where it makes something."""
         if path in HOT and method == "POST":
             return {"json": {"model": name, **HOT[path]}}
         made: dict[str, Callable[[], dict[str, Any]]] = {
             "POST /v1/adapters": lambda: {"files": self.upload(self.new_name("bot"))},
+            "POST /v1/adapters/{name}/versions": lambda: {"files": self.files()},
+            "POST /v1/adapters/{name}/uploads": lambda: {"json": self.declared()},
+            "PUT /v1/adapters/{name}/uploads/{upload}/{file}/{number}": lambda: self.part(
+                self.folder / "adapter_config.json"
+            ),
+            "POST /admin/v1/tenants/{tenant}/adapters/{name}/import": lambda: {"json": {"blobs": "spare"}},
             "PATCH /v1/adapters/{name}": lambda: {"json": {"fallback": "base"}},
             "PUT /v1/adapters/{name}/aliases/{alias}": lambda: {"json": {"version": 1}},
             "POST /v1/adapters/{name}/rollouts": lambda: {"json": {"version": 1}},
@@ -263,7 +310,7 @@ class World:
 
     async def ask(self, method: str, path: str, caller: str, **more: Any) -> httpx.Response:
         if caller in self.keys:
-            more["headers"] = {"authorization": self.keys[caller].encode("latin-1")}
+            more["headers"] = {**more.get("headers", {}), "authorization": self.keys[caller].encode("latin-1")}
         return await self.client.request(method, path, **more)
 
 
@@ -285,12 +332,22 @@ class Subject:
     parameter: str
     make: Callable[[World], Awaitable[str]]
     missing: str
+    is_whole: bool = False  # the parameter is all that `make` gives, not only what comes before its first slash
 
 
 SUBJECTS: Final = (
     Subject("{model:path}", World.adapter, "bot-0"),
     Subject("{name}/aliases", World.moving_adapter, "bot-0"),
     Subject("{name}/rollouts", World.moving_adapter, "bot-0"),
+    Subject(
+        "{name}/uploads/{upload}/{file}/{number}",
+        World.part_of_an_upload,
+        "bot-0/uploads/upl_" + "0" * 24 + "/adapter_config.json/1",
+        is_whole=True,
+    ),
+    Subject("{name}/versions", World.adapter, "bot-of-nobody"),  # who asks for one that is missing makes it
+    Subject("{name}/uploads/{upload}", World.upload_in_parts, "bot-0/uploads/upl_" + "0" * 24, is_whole=True),
+    Subject("{tenant}/adapters/{name}", World.importing_tenant, "tnt_" + "0" * 24 + "/adapters/bot", is_whole=True),
     Subject("{name}", World.adapter, "bot-0"),
     Subject("{key_id}", World.key, "key_" + "0" * 24),
     Subject("{plan}", World.plan, "plan-0"),
@@ -324,7 +381,8 @@ async def asked(
     if subject is None:
         return "", await world.ask(method, path, caller, **world.body_of(method, path, ""))
     name = subject.missing if missing else await subject.make(world)
-    place = path.replace(subject.parameter.partition("/")[0], name) if subject.parameter else path
+    parameter = subject.parameter if subject.is_whole else subject.parameter.partition("/")[0]
+    place = path.replace(parameter, name) if parameter else path
     place = place.replace("{alias}", "staging").replace("{number}", "1")
     if "{rollout}" in place:
         place = place.replace("{rollout}", "rol_0" if missing else await world.rollout(name))
