@@ -6,6 +6,7 @@ it forks, traces and waits for children.
 
 import argparse
 import asyncio
+import errno
 import gc
 import json
 import os
@@ -26,6 +27,7 @@ from adapter_store.blobs import Blobs
 from adapter_store.bundle import BUNDLE_FILES, Staging
 from adapter_store.catalog import Fallback
 from adapter_store.engine import create_async_engine
+from adapter_store.errors import StorageError
 from adapter_store.faults import Bounds, Inspection
 from adapter_store.ids import TenantId
 from adapter_store.inspection import inspect
@@ -34,7 +36,7 @@ from adapter_store.store import AdapterStore
 from gateway.database import migrate, open_engine
 from gateway.tenants import Tenants
 from tests.bad_adapters import write_base, write_good
-from tests.crash.tracer import Durable, Loss, trace
+from tests.crash.tracer import Durable, Loss, Trouble, trace
 
 TENANT = TenantId("ten_a")
 OPERATIONS: tuple[tuple[str, ...], ...] = (
@@ -60,6 +62,10 @@ OPERATIONS: tuple[tuple[str, ...], ...] = (
     ("delete", "bot"),  # the last: no blob is left
     ("publish", "bot", "2"),
 )
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
+WIDTHS = (1, 30)  # operations that fail: one, and as many as an upload has
+TRIES = 60
+REFUSED = "-"
 SEEDS = ("1", "2", "3")
 
 
@@ -216,6 +222,61 @@ class Sweep:
         durable.close()
         return done, faults
 
+    def trouble(self, trouble: Trouble) -> tuple[int, list[str]]:
+        """How often an operation on the store was refused, and what was wrong then or after all worked again."""
+        root = self.folder / "home"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(self.template, root)
+        reads, writes = os.pipe()
+        done = trace(lambda: self._work_on(root, writes), root, None, lambda _: None, trouble)
+        os.close(writes)
+        with os.fdopen(reads, "rb") as pipe:
+            told = pipe.read().decode().splitlines()
+        faults = [line for line in told if line != REFUSED]
+        faults += in_child(lambda: self.open(root).faults(len(OPERATIONS), self.expected))
+        hit = done[trouble.first] if trouble.first < len(done) else "nothing"
+        where = f"{os.strerror(trouble.errno)}, {trouble.count} from {trouble.first} ({hit})"
+        return told.count(REFUSED), [f"{where}: {line}" for line in faults]
+
+    def _work_on(self, root: Path, tell: int) -> None:
+        """Does each operation until it succeeds; tells what fails otherwise than it may."""
+        home = self.open(root)
+
+        async def state() -> Any:
+            for _ in range(TRIES):
+                try:
+                    return await home.state()
+                except StorageError:
+                    continue
+            return "it does not answer"
+
+        async def settle(number: int, operation: tuple[str, ...]) -> str | None:
+            for _ in range(TRIES):
+                try:
+                    await home.do(operation)
+                except StorageError:
+                    os.write(tell, f"{REFUSED}\n".encode())
+                    now = await state()
+                    if now == self.expected[number + 1]:
+                        return None
+                    if now != self.expected[number]:
+                        return f"{operation} was refused, and this is there: {now}"
+                except Exception as error:  # noqa: BLE001  told
+                    return f"{operation}: {error!r}"
+                else:
+                    return None
+            return f"{operation} does not recover"
+
+        async def work() -> None:
+            for number, operation in enumerate(OPERATIONS):
+                fault = await settle(number, operation)
+                if fault is not None:
+                    os.write(tell, f"{fault}\n".encode())
+                    return
+
+        asyncio.run(work())
+        os._exit(0)
+
     def _work(self, root: Path, acknowledge: int) -> None:
         if self.without is not None:
             setattr(blobs_module, self.without, lambda *_: None)
@@ -235,6 +296,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--points", type=int)
     parser.add_argument("--all-losses", action="store_true")
+    parser.add_argument("--errors", action="store_true", help="let operations fail instead of killing")
     parser.add_argument("--without")
     asked = parser.parse_args()
     create_async_engine("sqlite+aiosqlite://")
@@ -246,11 +308,19 @@ def main() -> None:
     points = sorted({round(index * (count - 1) / max(1, wanted - 1)) for index in range(wanted)})
     losses = tuple(Loss)
     looked_at = 0
+    refused = 0
+    if asked.errors:
+        for number, first in enumerate(points):
+            width = WIDTHS[number % len(WIDTHS)]
+            count, found = sweep.trouble(Trouble(first, width, ERRORS[number % len(ERRORS)]))
+            refused, faults = refused + count, faults + found
+        points, looked_at = points[:0], len(points)
     for number, kill_at in enumerate(points):
         chosen = losses if asked.all_losses else (losses[number % len(losses)],)
         faults += sweep.point(kill_at, chosen)[1]
         looked_at += len(chosen)
-    json.dump({"operations": count, "points": len(points), "states": looked_at, "faults": faults}, sys.stdout)
+    figures = {"operations": len(events), "points": len(points), "states": looked_at, "refused": refused}
+    json.dump({**figures, "faults": faults}, sys.stdout)
 
 
 if __name__ == "__main__":

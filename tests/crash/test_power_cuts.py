@@ -1,4 +1,4 @@
-"""D1: a kill or a power cut at any point of upload, publish, alias flip and delete leaves all or nothing.
+"""D1 and D2: a kill or a power cut at any point of upload, publish, alias flip and delete leaves all or nothing.
 
 A child works on a real store (SQLite, a folder) and is stopped before each of its operations on files: SQLite's,
 obstore's and our own. What is left then is opened again: it must be the state after the last acknowledged operation or
@@ -18,7 +18,8 @@ import pytest
 pytestmark = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="traces system calls of Linux on x86-64"
 )
-QUICK_POINTS = 40
+QUICK_POINTS = 30
+QUICK_TROUBLES = 9
 FULL_POINTS = 500
 
 
@@ -34,7 +35,7 @@ async def sweep(folder: Path, *options: str) -> dict[str, Any]:
 
 
 async def test_what_was_acknowledged_survives(tmp_path: Path) -> None:
-    """40 of the more than 500 points, one kind of loss at each in turn; and all kinds of loss at the end."""
+    """30 of the more than 500 points, one kind of loss at each in turn; and all kinds of loss at the end."""
     found = await sweep(tmp_path, "--points", str(QUICK_POINTS))
     assert found["faults"] == []
     assert (found["points"], found["states"]) == (QUICK_POINTS, QUICK_POINTS)
@@ -48,6 +49,26 @@ async def test_what_was_acknowledged_survives_at_every_point(tmp_path: Path) -> 
     found = await sweep(tmp_path, "--all-losses")
     assert found["faults"] == []
     assert found["points"] == found["operations"] >= FULL_POINTS
+
+
+async def test_what_fails_is_refused_whole_and_recovers_by_itself(tmp_path: Path) -> None:
+    """D2: no space, EIO or a read-only disk at 9 of the points, for one operation or for thirty.
+
+    Each is told as StorageError (507 or 503), leaves all or nothing, and succeeds when it is repeated afterwards, in
+    the same process.
+    """
+    found = await sweep(tmp_path, "--points", str(QUICK_TROUBLES), "--errors")
+    assert found["faults"] == []
+    assert found["refused"] >= QUICK_TROUBLES
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7_200)
+async def test_what_fails_at_any_point_is_refused_whole_and_recovers_by_itself(tmp_path: Path) -> None:
+    """D2 at every point, at least 500."""
+    found = await sweep(tmp_path, "--errors")
+    assert found["faults"] == []
+    assert found["states"] >= FULL_POINTS
 
 
 async def test_a_store_that_does_not_sync_is_found_out(tmp_path: Path) -> None:

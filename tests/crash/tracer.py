@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-SEIZE, CONT, GETREGS = 0x4206, 7, 12
+SEIZE, CONT, GETREGS, SETREGS = 0x4206, 7, 12, 13
+RAX, ORIG_RAX = 10, 15
 OPTIONS = 0x8 | 0x80 | 0x100000  # threads too, the filter's stops, killed with the tracer
 EVENT_SECCOMP, EVENT_STOP = 7, 128
 WALL = 0x40000000
@@ -44,6 +45,18 @@ class Loss(StrEnum):
     UNSYNCED = "power cut: no name and no byte that was not synced"
     BYTES = "power cut: all names, but only bytes that were synced"
     SOME = "power cut: of names and bytes that were not synced some, by chance"
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """So many operations from number `first` on fail with this error instead of taking effect."""
+
+    first: int
+    count: int
+    errno: int
+
+    def covers(self, number: int) -> bool:
+        return self.first <= number < self.first + self.count
 
 
 @dataclass
@@ -112,7 +125,13 @@ class Durable:
             os.close(held)
 
 
-def trace(work: Callable[[], None], root: Path, kill_at: int | None, on_sync: Callable[[Path], None]) -> list[str]:
+def trace(
+    work: Callable[[], None],
+    root: Path,
+    kill_at: int | None,
+    on_sync: Callable[[Path], None],
+    trouble: Trouble | None = None,
+) -> list[str]:
     """Runs `work` in a child; its operations on files below `root`, by name.
 
     The child is killed before the operation number `kill_at` takes effect. `on_sync` is told of each path that is
@@ -141,6 +160,8 @@ def trace(work: Callable[[], None], root: Path, kill_at: int | None, on_sync: Ca
         if len(done) == kill_at:
             os.kill(child, signal.SIGKILL)
             continue
+        if trouble is not None and trouble.covers(len(done)):
+            _refuse(thread, trouble.errno)
         done.append(f"{name} {path.relative_to(root)}")
         if name in SYNCS:
             on_sync(path)
@@ -172,9 +193,9 @@ def _event(thread: int, root: Path) -> tuple[str, Path] | None:
     """The call that the thread is about to make, where it changes something below `root`."""
     registers = (ctypes.c_ulonglong * 27)()
     _ptrace(GETREGS, thread, ctypes.addressof(registers))
-    number, first, second, third = registers[15], registers[14], registers[13], registers[12]
+    number, first, second, third = registers[ORIG_RAX], registers[14], registers[13], registers[12]
     name, kind = CALLS[number]
-    if name == "openat" and not third & (os.O_CREAT | os.O_TRUNC):
+    if name == "openat" and not third & (os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_RDWR):
         return None
     try:
         if kind == DESCRIPTOR:
@@ -189,6 +210,15 @@ def _event(thread: int, root: Path) -> tuple[str, Path] | None:
     except OSError:
         return None
     return (name, path) if path.is_relative_to(root) else None
+
+
+def _refuse(thread: int, errno: int) -> None:
+    """The call is left out, and the thread told that it failed."""
+    registers = (ctypes.c_ulonglong * 27)()
+    _ptrace(GETREGS, thread, ctypes.addressof(registers))
+    registers[ORIG_RAX] = (1 << 64) - 1
+    registers[RAX] = (1 << 64) - errno
+    _ptrace(SETREGS, thread, ctypes.addressof(registers))
 
 
 def _text(thread: int, address: int) -> str:

@@ -10,12 +10,15 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from adapter_store.catalog import metadata
+from adapter_store.catalog import Version, metadata
 from adapter_store.changes import KEPT, changes_since, last_change, record_change, take_turn
 from adapter_store.errors import StorageUnavailable
 from adapter_store.ids import TenantId
+from adapter_store.store import AdapterStore
 from adapter_store.transactions import reading, writing
 from gateway.database import HEAD, MIGRATIONS, downgrade, migrate, open_engine
+from tests.integration.store.conftest import TENANT, Publish
+from tests.storage import Place
 
 
 def schema(connection: Connection) -> set[str]:
@@ -79,6 +82,36 @@ async def test_many_processes_may_migrate_at_once(tmp_path: Path) -> None:
     async with reading(engines[0]) as connection:
         assert (await connection.execute(text("SELECT version_num FROM alembic_version"))).all() == [(HEAD,)]
     await asyncio.gather(*(engine.dispose() for engine in engines))
+
+
+MIGRATE = "import asyncio, sys; from gateway.database import *; asyncio.run(migrate(open_engine(sys.argv[1])))"
+
+
+async def test_processes_that_start_at_once_migrate_once(engine: AsyncEngine, place: Place) -> None:
+    """Three processes on a database of the first schema with rows in it: all succeed, the rows are there, once."""
+    await downgrade(engine, "0001")
+    async with writing(engine) as connection:
+        await connection.execute(text("INSERT INTO tenants (id, name, created_at) VALUES ('t', 'acme', 7)"))
+    processes = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", MIGRATE, place.database_url) for _ in range(3)
+    ]
+    assert await asyncio.gather(*(process.wait() for process in processes)) == [0, 0, 0]
+    async with reading(engine) as connection:
+        assert (await connection.execute(text("SELECT version_num FROM alembic_version"))).all() == [(HEAD,)]
+        assert (await connection.execute(text("SELECT name, plan FROM tenants"))).all() == [("acme", "default")]
+
+
+async def test_adapters_survive_the_way_back_and_forward(
+    engine: AsyncEngine, publish: Publish, store: AdapterStore, good: Path
+) -> None:
+    """Down to the first schema and up again: what that could hold is as it was, and can be asked for."""
+    version = await publish(good)
+    await downgrade(engine, "0001")
+    await migrate(engine)
+    found = await store.resolve(TENANT, "bot@1")
+    assert isinstance(found, Version)
+    assert (found.id, found.digest, found.files) == (version.id, version.digest, version.files)
+    assert [adapter.name for adapter in await store.list(TENANT)] == ["bot"]
 
 
 async def test_writers_wait_their_turn(engine: AsyncEngine) -> None:
