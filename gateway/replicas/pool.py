@@ -496,7 +496,11 @@ class ReplicaPool:
         return await replica.residency.hold(version, patient=patient, allow=allow), True
 
     def _may_load(self, tenant_id: TenantId, plan: Plan | None, count: int) -> bool:
-        return plan is None or all(not self._allowance.take(tenant_id, plan.loads_per_minute) for _ in range(count))
+        if plan is not None:
+            for _ in range(count):
+                if self._allowance.take(tenant_id, plan.loads_per_minute):
+                    return False
+        return True
 
     def _allow_load(self, tenant_id: TenantId, plan: Plan) -> None:
         wait_s = self._allowance.take(tenant_id, plan.loads_per_minute)
