@@ -101,6 +101,7 @@ class Residency:
         self._residents: dict[str, Resident] = {}
         self._pending: dict[str, tuple[str, asyncio.Future[Loaded]]] = {}
         self._used: set[str] = set()
+        self._leaving: set[asyncio.Future[None]] = set()
         self._turn = asyncio.Lock()
         self._fetching = asyncio.Semaphore(FETCHES_AT_ONCE)
         self._pinned: frozenset[Whose] = frozenset()
@@ -232,6 +233,13 @@ class Residency:
             raise AdapterUnknownError(name)
         resident.leaving = True
         self._engine.hide(name)
+        # a task of its own: a caller that goes away must not leave the adapter half-way out
+        work = asyncio.ensure_future(self._drain(resident))
+        self._leaving.add(work)
+        work.add_done_callback(self._leaving.discard)
+        await asyncio.shield(work)
+
+    async def _drain(self, resident: Resident) -> None:
         await resident.idle.wait()
         async with self._turn:
             await self._remove(resident)
@@ -264,7 +272,7 @@ class Residency:
                 resident.idle.set()
 
     async def report(self) -> list[dict[str, object]]:
-        """Every resident adapter with its tier, as `GET /tailor/state` shows it."""
+        """Every resident adapter with its tier, those on their way out too, as `GET /tailor/state` shows it."""
         device, _ = await self._engine.residency()
         return self._report(device)
 
@@ -296,7 +304,7 @@ class Residency:
                 "last_used": resident.last_used,
                 "in_flight": resident.in_flight,
                 "pinned": self._is_pinned(resident),
+                "leaving": resident.leaving,
             }
             for resident in self._residents.values()
-            if not resident.leaving
         ]

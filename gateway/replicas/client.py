@@ -45,7 +45,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
 class ResidentAdapter(msgspec.Struct, frozen=True):
     """One adapter that a replica holds; `owner` and `digest` are what the loading gateway said of it.
 
-    `in_flight` counts every gateway's requests.
+    `in_flight` counts every gateway's requests; one that is `leaving` takes no more.
     """
 
     name: str
@@ -56,6 +56,7 @@ class ResidentAdapter(msgspec.Struct, frozen=True):
     digest: str = ""
     in_flight: int = 0
     pinned: bool = False
+    leaving: bool = False
 
 
 class DiskFacts(msgspec.Struct, frozen=True):

@@ -297,9 +297,7 @@ class FakeReplica:
 
     async def _adapter(self, method: str, name: str, body: bytes, writer: asyncio.StreamWriter) -> None:
         if method == "DELETE":
-            known = self.adapters.pop(name, None)
-            self._json(writer, 204 if known else 404, {} if known else {"error": {"code": "adapter_unknown"}})
-            return None
+            return await self._unload(name, writer)
         asked = json.loads(body)
         self._check_files(name, asked["files"])
         hashes = {file["name"]: file["sha256"] for file in asked["files"]}
@@ -343,9 +341,20 @@ class FakeReplica:
                 "owner": asked["owner"],
                 "digest": digest,
                 "in_flight": 0,
+                "leaving": False,
             }
         self._json(writer, 200, {"name": name, "tier": "gpu", "fetch_s": 0.0, "load_s": 0.0})
         return None
+
+    async def _unload(self, name: str, writer: asyncio.StreamWriter) -> None:
+        known = self.adapters.get(name)
+        if known is None or known["leaving"]:
+            return self._json(writer, 404, {"error": {"code": "adapter_unknown"}})
+        known["leaving"] = True
+        while known["in_flight"]:
+            await asyncio.sleep(0.005)
+        self.adapters.pop(name, None)
+        return self._json(writer, 204, {})
 
     def _check_files(self, name: str, files: list[dict[str, Any]]) -> None:
         if {file["name"] for file in files} != {CONFIG_FILE, WEIGHTS_FILE}:
@@ -380,7 +389,7 @@ class FakeReplica:
         if path in COUNTING:
             return await self._count(path, body, reader, writer)
         name = headers.get("x-tailor-adapter")
-        if name is not None and name != self.null_adapter and name not in self.adapters:
+        if name is not None and name != self.null_adapter and not self._takes_requests(name):
             return self._json(writer, 404, {"error": {"code": "adapter_unknown"}})
         known = self.adapters.get(name or "", {})
         if known and known["digest"] in self.faults.nan_digests:
@@ -396,6 +405,9 @@ class FakeReplica:
             self.in_flight -= 1
             if known:
                 known["in_flight"] -= 1
+
+    def _takes_requests(self, name: str) -> bool:
+        return name in self.adapters and not self.adapters[name]["leaving"]
 
     async def _count(
         self, path: str, body: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
