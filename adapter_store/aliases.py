@@ -218,11 +218,8 @@ class Aliases:
             await record_change(connection, NOUN, tenant_id, name)
             adapter_id = await _adapter_id(connection, tenant_id, name)
             found = await _one(connection, adapter_id, name, alias)
-            await _end_rollout(connection, adapter_id, alias, int(self._clock()))
-            for table, column in ((alias_shares, alias_shares.c.alias), (aliases, aliases.c.name)):
-                await connection.execute(delete(table).where(table.c.adapter_id == adapter_id, column == alias))
             move = _Move(adapter_id, alias, MoveKind.REMOVE, moved_by, reason[:MOST_REASON], int(self._clock()))
-            await _note(connection, move, found.shares, ())
+            await _remove(connection, move, found)
 
     async def set_fallback(self, tenant_id: TenantId, name: str, alias: str, fallback: Fallback) -> Alias:
         """Declares who answers where the alias's version cannot. Raises AdapterNotFound, AliasNotFound."""
@@ -329,6 +326,43 @@ async def point(connection: AsyncConnection, move: _Move, target: Target) -> boo
     await _write(connection, move, target, is_new=current is None)
     await _note(connection, move, before, after)
     return True
+
+
+async def standing_for(connection: AsyncConnection, version: Version) -> tuple[Alias, ...]:
+    """The aliases that stand for the version, with any share."""
+    found = await _aliases(connection, version.adapter_id)
+    return tuple(alias for alias in found if any(number == version.number for number, _ in alias.shares))
+
+
+async def take_off(
+    connection: AsyncConnection, version: Version, left: Sequence[Version], moved_by: str, now: int
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Lets no alias stand for a version that is erased: each with the numbers of what it stands for then.
+
+    `left` are the adapter's other versions, newest first. An alias goes on with its other shares; `default` without
+    any falls to the newest, another one goes.
+    """
+    by_number = {other.number: other for other in left}
+    done = []
+    for alias in await standing_for(connection, version):
+        others = [(number, weight) for number, weight in alias.shares if number != version.number]
+        if not others and alias.name == DEFAULT_ALIAS and left:
+            others = [(left[0].number, 1)]
+        kind = MoveKind.MOVE if others else MoveKind.REMOVE
+        move = _Move(version.adapter_id, alias.name, kind, moved_by, f"version {version.number} was erased", now)
+        if others:
+            await point(connection, move, [(by_number[number].id, number, weight) for number, weight in others])
+        else:
+            await _remove(connection, move, alias)
+        done.append((alias.name, tuple(number for number, _ in others)))
+    return done
+
+
+async def _remove(connection: AsyncConnection, move: _Move, alias: Alias) -> None:
+    await _end_rollout(connection, move.adapter_id, alias.name, move.at)
+    for table, column in ((alias_shares, alias_shares.c.alias), (aliases, aliases.c.name)):
+        await connection.execute(delete(table).where(table.c.adapter_id == move.adapter_id, column == alias.name))
+    await _note(connection, move, alias.shares, ())
 
 
 async def _write(connection: AsyncConnection, move: _Move, target: Target, *, is_new: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     Column,
+    ColumnElement,
     ForeignKey,
     ForeignKeyConstraint,
     Index,
@@ -25,10 +26,10 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     delete,
-    func,
     insert,
     or_,
     select,
+    update,
 )
 
 from adapter_store.blobs import blob_key
@@ -46,6 +47,7 @@ adapters = Table(
     Column("tenant_id", Text, nullable=False),
     Column("name", Text, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    Column("last_number", Integer, nullable=False, server_default="0"),  # of a version, there or erased
     UniqueConstraint("tenant_id", "name", name="uq_adapters_tenant_id_name"),
 )
 versions = Table(
@@ -345,9 +347,15 @@ async def ensure_adapter(connection: AsyncConnection, tenant_id: TenantId, name:
     return adapter_id
 
 
-async def next_number(connection: AsyncConnection, adapter_id: AdapterId) -> int:
-    statement = select(func.coalesce(func.max(versions.c.number), 0) + 1).where(versions.c.adapter_id == adapter_id)
-    return int((await connection.execute(statement)).scalar_one())
+async def take_number(connection: AsyncConnection, adapter_id: AdapterId) -> int:
+    """The adapter's next version number; none is given twice, though versions are erased."""
+    bump = (
+        update(adapters)
+        .where(adapters.c.id == adapter_id)
+        .values(last_number=adapters.c.last_number + 1)
+        .returning(adapters.c.last_number)
+    )
+    return int((await connection.execute(bump)).scalar_one())
 
 
 async def insert_version(connection: AsyncConnection, version: Version) -> None:
@@ -374,12 +382,29 @@ async def insert_version(connection: AsyncConnection, version: Version) -> None:
 
 
 async def delete_adapter(connection: AsyncConnection, adapter_id: AdapterId) -> None:
-    started = select(rollouts.c.id).where(rollouts.c.adapter_id == adapter_id)
-    await connection.execute(delete(rollout_counts).where(rollout_counts.c.rollout_id.in_(started)))
-    for table in (rollouts, alias_moves, alias_shares, aliases):
-        await connection.execute(delete(table).where(table.c.adapter_id == adapter_id))
-    await connection.execute(delete(versions).where(versions.c.adapter_id == adapter_id))
-    await connection.execute(delete(adapters).where(adapters.c.id == adapter_id))
+    """With every row of every table that refers to it or to one of its versions."""
+    await _delete_with_references(connection, adapters, adapters.c.id == adapter_id)
+
+
+async def delete_version(connection: AsyncConnection, version_id: VersionId) -> None:
+    """With every row of every table that refers to it: an alias too, where the caller has not moved it."""
+    await _delete_with_references(connection, versions, versions.c.id == version_id)
+
+
+async def _delete_with_references(connection: AsyncConnection, table: Table, where: ColumnElement[bool]) -> None:
+    doomed = {table: where}
+    for other in metadata.sorted_tables:  # what is referred to comes before what refers to it
+        parts = [
+            column.in_(select(key.elements[0].column).where(doomed[key.referred_table]))
+            for key in other.foreign_key_constraints
+            for column in key.columns
+            if len(key.columns) == 1 and key.referred_table in doomed
+        ]
+        if parts:
+            doomed[other] = or_(*parts)
+    for other in reversed(metadata.sorted_tables):
+        if other in doomed:
+            await connection.execute(delete(other).where(doomed[other]))
 
 
 async def unreferenced(connection: AsyncConnection, tenant_id: TenantId, digests: Collection[str]) -> Sequence[str]:

@@ -31,12 +31,16 @@ AdapterStoreError
 ├── TooManyUploads         the tenant has as many uploads under way as one may have
 ├── ImportInvalid          what is to be imported is not there, or not where imports come from
 ├── BaseModelInvalid       the base model's folder cannot be read
+├── VersionInUse           an alias stands for it, or requests run on it
+├── ErasureNotFound        no such erasure of this tenant
+├── SignatureInvalid       a signed statement is not what was signed, or by whom
 ├── BlobCorrupt            stored bytes are not what their digest says, or are gone
 └── StorageError
     ├── StorageFull        no space, or the quota is used up
     └── StorageUnavailable database or blob store does not answer; try again
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -193,6 +197,28 @@ class ImportInvalid(AdapterStoreError):
 
 class BaseModelInvalid(AdapterStoreError):
     """The base model's folder is not one that adapters can be checked against."""
+
+
+class VersionInUse(AdapterStoreError):
+    """Aliases stand for the version, or requests are running on it; without force it stays."""
+
+    def __init__(self, name: str, number: int | None, aliases: Sequence[str], running: int = 0) -> None:
+        what = f"adapter '{name}'" if number is None else f"version {number} of '{name}'"
+        by = [f"the alias{'es' * (len(aliases) > 1)} {', '.join(aliases)}"] if aliases else []
+        by += [f"{running} request{'s' * (running > 1)} running on it"] if running else []
+        hint = "move the aliases first, or repeat" if aliases else "wait, or repeat"
+        super().__init__(f"{what} is in use by {' and '.join(by)}: {hint} with force=true")
+
+
+class ErasureNotFound(AdapterStoreError):
+    """The tenant has no erasure of that id."""
+
+    def __init__(self, erasure_id: str) -> None:
+        super().__init__(f"there is no erasure {erasure_id[:64]!r}")
+
+
+class SignatureInvalid(AdapterStoreError):
+    """What is shown as signed was changed, or signed with another key."""
 
 
 class BlobCorrupt(AdapterStoreError):

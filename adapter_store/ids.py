@@ -13,6 +13,11 @@ def new_adapter_id() -> AdapterId:
     return AdapterId(f"adp_{secrets.token_hex(12)}")
 
 
+def new_erasure_id(now: int) -> str:
+    """Ids sort by the time at which they were made."""
+    return f"ers_{now:010x}{secrets.token_hex(8)}"
+
+
 def new_version_id() -> VersionId:
     return VersionId(f"ver_{secrets.token_hex(12)}")
 

@@ -9,7 +9,7 @@ import hashlib
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, StagedBundle, bundle
 from adapter_store.catalog import DEFAULT_ALIAS, Adapter, BlobFile, Provenance, Version
 from adapter_store.changes import record_change, take_turn
 from adapter_store.engine import AsyncConnection, AsyncEngine
+from adapter_store.erasure import Erasure, Erasures
 from adapter_store.errors import (
     AdapterNotFound,
     AdapterRejected,
@@ -31,11 +32,12 @@ from adapter_store.errors import (
     StorageError,
 )
 from adapter_store.faults import Inspection
-from adapter_store.ids import TenantId, new_version_id
+from adapter_store.ids import TenantId, VersionId, new_version_id
 from adapter_store.inspector import Inspector
 from adapter_store.proofs import Reference
 from adapter_store.quota import NO_QUOTA, Kept, Quota, kept_by
 from adapter_store.scrub import forget, known_faults
+from adapter_store.signing import Signer, VersionSignature, sign_version, signatures_of
 from adapter_store.threads import in_thread
 from adapter_store.together import Together
 from adapter_store.transactions import reading, writing
@@ -84,13 +86,17 @@ class AdapterStore:
         blobs: Blobs,
         inspector: Inspector,
         *,
+        signer: Signer | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`signer` None: versions are published without a signature."""
         self._engine = engine
         self._blobs = blobs
         self._inspector = inspector
         self._base = inspector.base
+        self._signer = signer
         self._clock = clock
+        self.erasures = Erasures(engine, blobs, signer, clock=clock)
 
     async def publish(
         self,
@@ -104,7 +110,7 @@ class AdapterStore:
         reference: Reference | None = None,
         together: Together[Version] | None = None,
     ) -> Version:
-        """Checks the bundle and makes it the version that answers to `name`.
+        """Checks the bundle and makes it the version that answers to `name`, signed.
 
         The same content again gives the version that is there, without a new number. `published_by`: id of the key.
         `reference`: what it answered where it was trained, which its proof is held to.
@@ -188,20 +194,16 @@ class AdapterStore:
             raise AdapterNotFound(name)
         return Adapter(row.id, tenant_id, name, row.created_at, main_of(found))
 
-    async def delete(self, tenant_id: TenantId, name: str) -> Sequence[Version]:
-        """Removes adapter, versions and the blobs that no other version has; what went.
+    async def signatures(self, versions: Collection[Version]) -> dict[VersionId, VersionSignature]:
+        """Who published the versions, and the signature of that; those from before there were signatures lack one."""
+        async with reading(self._engine) as connection:
+            return await signatures_of(connection, [version.id for version in versions])
 
-        Raises AdapterNotFound.
-        """
-        async with writing(self._engine) as connection:
-            await record_change(connection, NOUN, tenant_id, name)
-            row = await catalog.find_adapter(connection, tenant_id, name)
-            if row is None:
-                raise AdapterNotFound(name)
-            gone = await catalog.list_versions(connection, tenant_id, name)
-            await catalog.delete_adapter(connection, row.id)
-        await self._drop_unreferenced(tenant_id, {file.sha256 for v in gone for file in v.files})
-        return gone
+    async def delete(self, tenant_id: TenantId, name: str) -> Erasure:
+        """Erases the adapter here; what replicas hold of it is the gateway's to erase. Raises AdapterNotFound."""
+        erasure = await self.erasures.request(tenant_id, name)
+        await self.erasures.drop_blobs(erasure)
+        return await self.erasures.complete(erasure.id)
 
     async def collect_orphans(self, older_than_s: float) -> int:
         """Removes blobs of that age that no version names, left by crashes; how many.
@@ -247,6 +249,8 @@ class AdapterStore:
 
     async def _put_and_commit(self, order: _Order) -> Version:
         """A delete may remove a shared blob before the commit, which then sees it: the put is repeated."""
+        if self._signer is not None:
+            await self._signer.ready()
         for _ in range(PUT_TRIES):
             await self._put(order.tenant_id, order.checked)
             async with writing(self._engine) as connection:
@@ -278,6 +282,8 @@ class AdapterStore:
             version = await self._new_version(connection, order, now)
             await catalog.insert_version(connection, version)
             await proofs.begin(connection, version, now, order.reference)
+            if self._signer is not None:
+                await sign_version(connection, self._signer, version)
         moved_by = order.published_by or ""
         move = move_of(version.adapter_id, DEFAULT_ALIAS, MoveKind.PUBLISH, moved_by, "", now)
         if await aliases.point(connection, move, [(version.id, version.number, 1)]):
@@ -300,7 +306,7 @@ class AdapterStore:
             adapter_id=adapter_id,
             tenant_id=order.tenant_id,
             adapter_name=order.name,
-            number=await catalog.next_number(connection, adapter_id),
+            number=await catalog.take_number(connection, adapter_id),
             digest=checked.digest,
             file_hashes=bytes.fromhex(config.sha256 + weights.sha256),
             config_bytes=config.size_bytes,

@@ -25,6 +25,7 @@ from adapter_store.imports import Imports
 from adapter_store.inspector import Inspector
 from adapter_store.rollouts import Rollouts
 from adapter_store.scrub import Scrubber
+from adapter_store.signing import Signer
 from adapter_store.store import AdapterStore
 from adapter_store.uploads import Uploads
 from gateway.api import (
@@ -32,6 +33,7 @@ from gateway.api import (
     admin,
     aliases,
     base_model,
+    erasures,
     health,
     imports,
     keys,
@@ -50,6 +52,7 @@ from gateway.change_feed import ChangeFeed
 from gateway.database import migrate, open_engine
 from gateway.dependencies import Parts
 from gateway.dialects import Bounds, all_dialects
+from gateway.erasing import Eraser
 from gateway.errors import (
     BodyTooLarge,
     GatewayError,
@@ -96,6 +99,7 @@ ROUTERS = (
     proofs,
     base_model,
     imports,
+    erasures,
     keys,
     usage,
     admin,
@@ -144,7 +148,8 @@ def _build(settings: Settings, home: Home) -> Parts:
     engine = open_engine(settings.database)
     inspector = Inspector(base, AdapterBounds(settings.max_lora_rank, settings.max_adapter_bytes))
     blobs = Blobs.open(settings.blobs)
-    store = AdapterStore(engine, blobs, inspector)
+    signer = Signer(engine, home.signing_key(settings.signing_key))
+    store = AdapterStore(engine, blobs, inspector, signer=signer)
     rollouts = Rollouts(engine, base.fingerprint)
     freshness = Freshness(settings.max_staleness_s)
     key_rows = Keys(engine)
@@ -154,6 +159,8 @@ def _build(settings: Settings, home: Home) -> Parts:
     pool = _pool(settings, Roster(engine), held_back, base.fingerprint, home.replica_token(settings.replica_token))
     proving = Proofs(engine, pool, dtype=base.dtype, policy=Policy(settings.proof), timeout_s=settings.proof_timeout_s)
     pins = Pins(engine, store, pool.set_pins)
+    eraser = Eraser(store.erasures, pool)
+    pool.on_state(eraser.wake)
     ledger = Ledger(
         engine,
         home.path / "usage",
@@ -182,6 +189,9 @@ def _build(settings: Settings, home: Home) -> Parts:
             bytes_per_s=settings.scrub_bytes_per_s,
             every_s=settings.scrub_every_s,
         ),
+        signer=signer,
+        erasures=store.erasures,
+        eraser=eraser,
         inspector=inspector,
         staging=Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes),
         uploads=Uploads(engine, blobs, part_bytes=settings.upload_part_bytes, expiry_s=settings.upload_expiry_s),
@@ -205,8 +215,17 @@ def _build(settings: Settings, home: Home) -> Parts:
                 held_back.on_change,
                 pins.on_change,
                 proving.on_change,
+                eraser.on_change,
             ],
-            [known_models.clear, auth.clear, pool.on_reset, held_back.on_reset, pins.on_reset, proving.wake],
+            [
+                known_models.clear,
+                auth.clear,
+                pool.on_reset,
+                held_back.on_reset,
+                pins.on_reset,
+                proving.wake,
+                eraser.wake,
+            ],
             freshness,
         ),
     )
@@ -308,6 +327,7 @@ def _lifespan(
             tidy(parts.store, parts.uploads, parts.answers),
             scrub(parts.scrubber),
             parts.proofs.follow(),
+            parts.eraser.follow(),
         )
         tasks = [asyncio.create_task(work) for work in works]
         if operators is not None:

@@ -10,6 +10,7 @@ import typer
 from gateway.commands import (
     adapters,
     aliases,
+    erasures,
     keys,
     openapi,
     proofs,
@@ -33,6 +34,7 @@ app.add_typer(adapters.adapter_app, name="adapter")
 app.add_typer(adapters.app)
 app.add_typer(aliases.alias_app, name="alias")
 app.add_typer(aliases.rollout_app, name="rollout")
+app.add_typer(erasures.app, name="erasure")
 app.add_typer(training.base_app, name="base")
 app.add_typer(training.app)
 app.add_typer(replicas.app, name="replicas")

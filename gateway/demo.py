@@ -184,7 +184,7 @@ def _publish(url: str, home: Home, customer: Customer) -> None:
     client = ApiClient(url, customer.key)
     with_old = {adapter["name"] for adapter in client.call("GET", "/v1/adapters")["data"]}
     if customer.model in with_old:
-        client.call("DELETE", f"/v1/adapters/{customer.model}")
+        client.call("DELETE", f"/v1/adapters/{customer.model}", params={"force": True})
     begin = time.monotonic()
     folder = home.path / "demo" / customer.name / "adapter"
     Push(client, customer.model, folder, stage=lambda *_: lambda _: None).run()

@@ -10,15 +10,18 @@ from adapter_store.aliases import Aliases
 from adapter_store.base_model import BaseModel
 from adapter_store.bundle import Staging
 from adapter_store.engine import AsyncEngine
+from adapter_store.erasure import Erasures
 from adapter_store.ids import TenantId
 from adapter_store.imports import Imports
 from adapter_store.inspector import Inspector
 from adapter_store.rollouts import Rollouts
 from adapter_store.scrub import Scrubber
+from adapter_store.signing import Signer
 from adapter_store.store import AdapterStore
 from adapter_store.uploads import Uploads
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
+from gateway.erasing import Eraser
 from gateway.errors import ScopeMissing, authorization_of
 from gateway.freshness import Freshness
 from gateway.idempotency import Answers
@@ -54,6 +57,9 @@ class Parts:
     rollouts: Rollouts
     rollout_watch: RolloutWatch
     scrubber: Scrubber
+    signer: Signer
+    erasures: Erasures
+    eraser: Eraser
     inspector: Inspector
     staging: Staging
     uploads: Uploads
@@ -75,16 +81,8 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
-class TenantAdmin:
-    """A key with the scope `admin`, and the tenant that it administers."""
-
-    key: ApiKey
-    tenant_id: TenantId
-
-
-@dataclass(frozen=True, slots=True)
 class TenantKey:
-    """A key with the scope `adapters`, and its tenant."""
+    """A live key, and the tenant that it stands for."""
 
     key: ApiKey
     tenant_id: TenantId
@@ -102,31 +100,31 @@ async def _operator(request: Request, parts: AppParts) -> ApiKey:
     return await parts.auth.caller(authorization_of(request.scope), Scope.OPERATOR)
 
 
-async def _tenant_admin(request: Request, parts: AppParts) -> TenantAdmin:
+async def _tenant_admin(request: Request, parts: AppParts) -> TenantKey:
     key = await parts.auth.caller(authorization_of(request.scope), Scope.ADMIN)
     if key.tenant_id is None:
         raise ScopeMissing("An operator's key stands for no tenant: use a key of the tenant, or /admin/v1.")
-    return TenantAdmin(key, key.tenant_id)
+    return TenantKey(key, key.tenant_id)
 
 
 async def _reader(request: Request, parts: AppParts) -> TenantId:
     return await parts.auth.tenant(authorization_of(request.scope), Scope.INFERENCE)
 
 
-async def publisher(request: Request, parts: AppParts) -> TenantId:
-    """The tenant whose key may publish adapters, as of now."""
-    return await parts.auth.tenant(authorization_of(request.scope), Scope.ADAPTERS)
-
-
-async def _publishing_key(request: Request, parts: AppParts) -> TenantKey:
+async def publisher(request: Request, parts: AppParts) -> TenantKey:
+    """The key that may publish adapters, as of now."""
     key = await parts.auth.caller(authorization_of(request.scope), Scope.ADAPTERS)
     if key.tenant_id is None:
         raise ScopeMissing("An operator's key stands for no tenant: use a key of the tenant.")
     return TenantKey(key, key.tenant_id)
 
 
+async def _adapter_tenant(request: Request, parts: AppParts) -> TenantId:
+    return (await publisher(request, parts)).tenant_id
+
+
 Operator = Annotated[ApiKey, Depends(_operator)]
-KeyAdmin = Annotated[TenantAdmin, Depends(_tenant_admin)]
+KeyAdmin = Annotated[TenantKey, Depends(_tenant_admin)]
 InferenceTenant = Annotated[TenantId, Depends(_reader)]
-AdapterTenant = Annotated[TenantId, Depends(publisher)]
-AdapterKey = Annotated[TenantKey, Depends(_publishing_key)]
+AdapterTenant = Annotated[TenantId, Depends(_adapter_tenant)]
+AdapterKey = Annotated[TenantKey, Depends(publisher)]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from adapter_store.seeds import seed_of
+
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9._-]{1,96}")
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -43,6 +45,18 @@ class Home:
     def secret_key(self, given: SecretStr | None) -> bytes:
         """The setting's value, or the one kept here, made on first use."""
         return self._kept("secret-key", given).encode()
+
+    def signing_key(self, given: SecretStr | None) -> bytes:
+        """The Ed25519 key that versions and erasures are signed with; another one begins when this one is moved away.
+
+        Raises:
+            ConfigurationError: what is kept here is no such key.
+        """
+        text = self._kept("signing-key", given)
+        try:
+            return seed_of(text)
+        except ValueError as error:
+            raise ConfigurationError(f"{self.path / 'signing-key'}: {error}.") from error
 
     def replica_token(self, given: SecretStr | None) -> str:
         """What gateway and replicas know each other by."""

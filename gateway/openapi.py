@@ -250,6 +250,7 @@ _TAGS: Final = {
     "counting": "Scope `inference`; nothing is generated.",
     "models": "Scope `inference`.",
     "adapters": "Scope `adapters`.",
+    "erasures": "Scope `adapters`; the public keys for every key but one of `training` alone.",
     "keys": "Scope `admin`: the keys of one's own tenant.",
     "usage": "Own use with scope `inference` or `admin`; everybody's with `operator`.",
     "admin": "Scope `operator`.",

@@ -13,6 +13,8 @@ from typing import Annotated, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from adapter_store.seeds import seed_of
+
 Port = Annotated[int, Field(ge=1, le=65_535)]
 Seconds = Annotated[float, Field(gt=0, le=3_600)]
 _HOST = r"(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|\[[0-9a-fA-F:.]+\]"
@@ -89,6 +91,11 @@ class Settings(BaseSettings):
         None,
         min_length=16,
         description="salts the tenants' prefix caches; default: made once, kept in the home folder",
+    )
+    signing_key: SecretStr | None = Field(
+        None,
+        description="Ed25519 key that signs versions and erasures, 32 bytes in base64url; default: made once, kept in "
+        "the home folder; gateways on one database need not share it",
     )
     replica_token: SecretStr | None = Field(
         None,
@@ -218,6 +225,13 @@ class Settings(BaseSettings):
     def _redis(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value().startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("begins with redis://, rediss:// or unix://")  # the value may hold a password
+        return value
+
+    @field_validator("signing_key")
+    @classmethod
+    def _signs(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            seed_of(value.get_secret_value())
         return value
 
     @field_validator("vllm_args")

@@ -2,19 +2,22 @@
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
-from typing import Annotated
+from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from pydantic import BaseModel
 
 from adapter_store.archives import ARCHIVE_TYPES, ArchiveFile
 from adapter_store.bundle import StagedBundle
 from adapter_store.catalog import DEFAULT_ALIAS, Adapter, Fallback, Provenance, Version
 from adapter_store.engine import AsyncConnection
+from adapter_store.erasure import State
 from adapter_store.errors import AdapterStoreError
 from adapter_store.ids import VersionId
 from adapter_store.proofs import UNKNOWN, Proof, find_all
+from adapter_store.signing import VersionSignature
 from gateway.api.body import Body
+from gateway.api.erasures import ErasureObject, erasure_object
 from gateway.api.multipart import UploadForm
 from gateway.api.proofs import ProofObject, proof_object
 from gateway.api.publishing import Publication, Respond, as_response, hold_to_quota, once, publish_bundle, request_of
@@ -23,6 +26,12 @@ from gateway.errors import GatewayError, RequestInvalid
 from gateway.idempotency import Repeated
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+ERASE_WAIT_S: Final = 5.0
+ERASING: Final[dict[int | str, dict[str, Any]]] = {
+    202: {"model": ErasureObject, "description": "Erased here; a replica is still to follow."}
+}
+Number = Annotated[int, Path(ge=1, le=999_999_999)]
+Force = Annotated[bool, Query(description="Erase it though it is in use.")]
 
 
 class QuarantineObject(BaseModel):
@@ -65,6 +74,15 @@ class PublishedVersion(VersionObject):
     adapter: str
 
 
+class SignedVersion(VersionObject):
+    """The same with a compact JWS of who published what: docs/api.md, *Signatures*.
+
+    Null for versions from before there were signatures.
+    """
+
+    signature: str | None
+
+
 class AdapterObject(BaseModel):
     """An adapter; `current` is the version that its name stands for, `fallback` who answers where that one cannot."""
 
@@ -83,7 +101,7 @@ class AdapterChange(BaseModel, extra="forbid"):
 
 
 class AdapterWithVersions(AdapterObject):
-    versions: list[VersionObject]
+    versions: list[SignedVersion]
 
 
 class AdapterList(BaseModel):
@@ -190,7 +208,8 @@ async def show(name: str, tenant_id: AdapterTenant, parts: AppParts) -> AdapterW
     """One adapter with all its versions."""
     adapter, versions = await parts.store.show(tenant_id, name)
     found = await _proofs(parts, versions)
-    shown = [version_object(version, parts, found) for version in versions]
+    signatures = await parts.store.signatures(versions)
+    shown = [_signed(version_object(version, parts, found), signatures.get(version.id)) for version in versions]
     return AdapterWithVersions(**adapter_object(adapter, parts, found).model_dump(), versions=shown)
 
 
@@ -203,13 +222,50 @@ async def change(name: str, body: AdapterChange, tenant_id: AdapterTenant, parts
     return adapter_object(adapter, parts, await _proofs(parts, [adapter.default]))
 
 
-@router.delete("/{name}", status_code=204)
-async def delete(name: str, tenant_id: AdapterTenant, parts: AppParts) -> None:
-    """Delete an adapter with all its versions: rows, files, and its place in every engine."""
-    deleted = await parts.store.delete(tenant_id, name)
-    parts.models.forget_tenant(tenant_id)
-    await parts.pins.forget(tenant_id, name)
-    await parts.pool.unload(tenant_id, [version.digest for version in deleted])
+@router.delete("/{name}", responses=ERASING)
+async def erase(name: str, key: AdapterKey, parts: AppParts, response: Response, force: Force = False) -> ErasureObject:
+    """Erase an adapter with all its versions and aliases, everywhere; the answer is the receipt, as far as it is.
+
+    200 where all of it is gone, 202 where a replica is away or still has requests running. Without `force` it is a 409
+    `version_in_use` while requests run on the adapter; with it they run to their end.
+    """
+    return await _erase(parts, key, name, None, force, response)
+
+
+@router.delete("/{name}/versions/{number}", responses=ERASING)
+async def erase_version(
+    name: str, number: Number, key: AdapterKey, parts: AppParts, response: Response, force: Force = False
+) -> ErasureObject:
+    """Erase one version; its number is never given again.
+
+    Without `force` it is a 409 `version_in_use` while an alias stands for it or requests run on it. With it, aliases
+    go on with their other shares; without any `default` falls to the newest version left, and others go.
+    """
+    return await _erase(parts, key, name, number, force, response)
+
+
+async def _erase(
+    parts: Parts, key: TenantKey, name: str, number: int | None, force: bool, response: Response
+) -> ErasureObject:
+    running = 0
+    if not force:
+        running = await parts.pool.running(key.tenant_id, await parts.erasures.leaving(key.tenant_id, name, number))
+    erasure = await parts.erasures.request(
+        key.tenant_id,
+        name,
+        number,
+        requested_by=key.key.id,
+        force=force,
+        running=running,
+        replicas=[member.replica.id for member in parts.pool.members()],
+    )
+    parts.models.forget_tenant(key.tenant_id)
+    if number is None:
+        await parts.pins.forget(key.tenant_id, name)
+    erasure = await parts.eraser.wait(erasure, ERASE_WAIT_S)
+    response.status_code = 200 if erasure.state is State.COMPLETED else 202
+    response.headers["location"] = f"/v1/erasures/{erasure.id}"
+    return erasure_object(erasure)
 
 
 async def _proofs(parts: Parts, versions: Sequence[Version]) -> Mapping[VersionId, Proof]:
@@ -224,6 +280,10 @@ def adapter_object(adapter: Adapter, parts: Parts, proofs: Mapping[VersionId, Pr
         fallback=adapter.default.fallback,
         current=version_object(adapter.default, parts, proofs),
     )
+
+
+def _signed(shown: VersionObject, signature: VersionSignature | None) -> SignedVersion:
+    return SignedVersion(**shown.model_dump(), signature=signature.signature if signature is not None else None)
 
 
 def version_object(version: Version, parts: Parts, proofs: Mapping[VersionId, Proof]) -> VersionObject:

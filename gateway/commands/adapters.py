@@ -20,10 +20,17 @@ from gateway.commands.common import (
     tenant_client,
     told,
 )
+from gateway.commands.erasures import Keys, signing_keys
 from gateway.home import ConfigurationError
 
 app = typer.Typer()
 adapter_app = typer.Typer(help="A tenant's adapters (with the tenant's key).", no_args_is_help=True)
+
+
+def version_path(name: str) -> str:
+    """Where an adapter, or with `name@3` one of its versions, is found."""
+    adapter, _, number = name.partition("@")
+    return f"/v1/adapters/{segment(adapter)}" + (f"/versions/{segment(number)}" if number else "")
 
 
 class FallbackChoice(StrEnum):
@@ -148,7 +155,7 @@ def adapter_show(name: str, url: Url = None, key: Key = None, as_json: Json = Fa
         show_table(found, True, ())
     else:
         rows = [_row(version) for version in found["versions"]]
-        show_table(rows, False, ("number", "digest", "rank", "bytes", "proof", "created_at"))
+        show_table(rows, False, ("number", "digest", "rank", "bytes", "proof", "published_by", "created_at"))
 
 
 def _row(version: dict[str, Any]) -> dict[str, Any]:
@@ -213,11 +220,46 @@ def adapter_unpin(name: str, url: Url = None, key: Key = None, as_json: Json = F
 
 
 @adapter_app.command("delete")
-def adapter_delete(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
-    """Delete an adapter with all its versions."""
+def adapter_delete(
+    name: Annotated[str, typer.Argument(help="An adapter, or one of its versions: name@3.")],
+    force: Annotated[bool, typer.Option("--force", help="Though aliases stand for it or requests run on it.")] = False,
+    url: Url = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Erase an adapter, or one version, everywhere; prints where the receipt is."""
     with told():
-        tenant_client(url, key).call("DELETE", f"/v1/adapters/{segment(name)}")
-    show({"name": name, "deleted": True}, as_json, f"{name} is deleted")
+        path = version_path(name)
+        erasure = tenant_client(url, key).call("DELETE", path, params={"force": force})
+    waits = f", but still to be erased on {', '.join(erasure['pending'])}" if erasure["pending"] else ""
+    show(erasure, as_json, f"{name} is erased{waits}; receipt: tailor erasure show {erasure['id']}")
+
+
+@adapter_app.command("verify")
+def adapter_verify(
+    name: Annotated[str, typer.Argument(help="An adapter, or one of its versions: name@3.")],
+    keys: Keys = None,
+    url: Url = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Check who published an adapter's versions, by their signatures."""
+    from adapter_store.signing import Kind, check_shown
+
+    with told():
+        client = tenant_client(url, key)
+        found = client.call("GET", f"/v1/adapters/{segment(name.partition('@')[0])}")
+        public = signing_keys(keys, client)
+        versions = [v for v in found["versions"] if name in (found["name"], f"{found['name']}@{v['number']}")]
+        if not versions:
+            raise ConfigurationError(f"{name} does not exist.")
+        rows = []
+        for version in versions:
+            if version["signature"] is None:
+                raise ConfigurationError(f"{found['name']}@{version['number']} is from before there were signatures.")
+            shown = {"adapter": found["name"], **{name: version[name] for name in ("number", "digest", "published_by")}}
+            rows.append(check_shown(shown, version["signature"], public, Kind.VERSION))
+    show_table(rows, as_json, ("adapter", "number", "digest", "published_by", "provenance", "created_at"))
 
 
 @app.command()

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,7 +24,7 @@ from gateway.fairness import Key, LoadAllowance, Turn, VirtualTokenCounters
 from gateway.plans import Plan
 from gateway.quarantine import LIVED_S, Quarantine
 from gateway.replicas.breaker import RetryBudget
-from gateway.replicas.client import ReplicaClient
+from gateway.replicas.client import CONTROL_ERRORS, ReplicaClient
 from gateway.replicas.replica import Replica, ReplicaOptions, ReplicaState
 from gateway.replicas.residency import LoadFailed, Resident
 from gateway.replicas.roster import REPLICA_CHANGE, Roster, RosterRow, replica_id
@@ -46,6 +46,17 @@ RETIRE_AFTER_S: Final = 30.0
 MOST_RETIRING: Final = 4_096
 RETIRE_WITHIN_S: Final = 900.0
 WhenLoaded = Callable[[Replica, Resident], Awaitable[None]]
+RUNNING_S: Final = 1.0
+
+
+async def _running(replica: Replica, tenant_id: TenantId, digests: Collection[str]) -> int:
+    if replica.state is ReplicaState.UNREACHABLE:
+        return 0
+    try:
+        report = await replica.client.state(RUNNING_S)
+    except CONTROL_ERRORS:
+        return 0
+    return sum(held.in_flight for held in report.adapters if held.owner == tenant_id and held.digest in digests)
 
 
 class Place:
@@ -136,6 +147,7 @@ class ReplicaPool:
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._roster_changed = asyncio.Event()
+        self._state_listeners: list[Callable[[], None]] = []
         self._started = False
         self._only: Replica | None = None
         self._before_load: Callable[[Version], Awaitable[None]] | None = None
@@ -303,18 +315,35 @@ class ReplicaPool:
         replica.residency.check_loaded = lambda name, version: after(replica, name, version)
 
     async def unload(self, tenant_id: TenantId, digests: Sequence[str]) -> None:
-        """Take deleted versions out of every replica, engine and disk."""
-        await asyncio.gather(*(self._erase(replica, tenant_id, digests) for replica in self._replicas.values()))
+        """Take versions that no request may use any more out of every engine."""
+        await asyncio.gather(*(replica.residency.unload(tenant_id, digests) for replica in self._replicas.values()))
+
+    def forget(self, tenant_id: TenantId, digests: Collection[str]) -> None:
+        """Erased versions: no replica that comes back is given them again."""
+        for replica in self._replicas.values():
+            replica.residency.forget_adapters(tenant_id, digests)
+
+    async def running(self, tenant_id: TenantId, digests: Collection[str]) -> int:
+        """Requests on these versions, of every gateway's, that still run a second from now.
+
+        Shorter ones, a proof of effect among them, are over before anybody could do anything about them. A replica
+        that does not answer within a second has none.
+        """
+        until = time.monotonic() + RUNNING_S
+        while True:
+            counts = await asyncio.gather(*(_running(r, tenant_id, digests) for r in self._replicas.values()))
+            if not sum(counts) or time.monotonic() >= until:
+                return sum(counts)
+            await asyncio.sleep(RUNNING_S / 10)
+
+    def on_state(self, tell: Callable[[], None]) -> None:
+        """Be told whenever the state of a replica changes."""
+        self._state_listeners.append(tell)
 
     @property
     def prefetch_counts(self) -> dict[str, int]:
         """Prefetches so far, by what they came to."""
         return self._prefetch_counts
-
-    @staticmethod
-    async def _erase(replica: Replica, tenant_id: TenantId, digests: Sequence[str]) -> None:
-        await replica.residency.unload(tenant_id, digests)
-        await replica.residency.release(digests)
 
     async def _prefetch(self, replica: Replica, version: Version) -> None:
         async with self._prefetching:
@@ -697,6 +726,8 @@ class ReplicaPool:
         """Where one replica alone is ready, requests go there without a choice."""
         ready = [replica for replica in self._replicas.values() if replica.state is ReplicaState.READY]
         self._only = ready[0] if len(ready) == 1 else None
+        for tell in self._state_listeners:
+            tell()
 
     def _spawn(self, work: "asyncio._CoroutineLike[None]") -> "asyncio.Task[None]":
         task: asyncio.Task[None] = asyncio.create_task(work)

@@ -262,7 +262,7 @@ class Residency:
 
         `asked_at` (monotonic seconds) is when the report was asked for: what was loaded since may be missing in it.
         """
-        known = {adapter.name: adapter for adapter in reported if adapter.tier != "disk"}
+        known = {adapter.name: adapter for adapter in reported if adapter.tier != "disk" and not adapter.leaving}
         self._reported = {
             name: (TenantId(adapter.owner), adapter.digest) for name, adapter in known.items() if adapter.owner
         }
@@ -309,14 +309,6 @@ class Residency:
             return False
         return True
 
-    async def release(self, digests: Iterable[str]) -> None:
-        """Take files off the replica's disk; what is still in use there goes when room is needed."""
-        for digest in digests:
-            try:
-                await self._client.release(digest, self._load_timeout_s)
-            except CONTROL_ERRORS as error:
-                log.warning("the files of adapter %s are still on the replica's disk: %r", digest, error)
-
     async def unload(self, tenant_id: TenantId, digests: Iterable[str]) -> None:
         """Take a tenant's versions out of the replica; a failure is mended by the replica's own eviction."""
         for key in ((tenant_id, digest) for digest in digests):
@@ -330,6 +322,11 @@ class Residency:
                     await self._client.unload(name, self._load_timeout_s)
                 except CONTROL_ERRORS as error:
                     log.warning("adapter %s not unloaded: %r", name, error)
+
+    def forget_adapters(self, tenant_id: TenantId, digests: Iterable[str]) -> None:
+        """Versions that are erased: what comes for them fails, and a new engine is not given them again."""
+        for digest in digests:
+            self._residents.pop((tenant_id, digest), None)
 
     def abandon(self) -> None:
         """The replica has failed: who waits for a load there is told so now."""

@@ -18,8 +18,9 @@ VERBS = [
     [], ["up"], ["restart"], ["gateway"], ["replica"], ["tenant"], ["tenant", "create"], ["tenant", "list"],
     ["tenant", "update"], ["plan"], ["plan", "update"], ["key", "rotate"], ["adapter", "fallback"], ["key"],
     ["key", "create"], ["key", "list"], ["key", "revoke"], ["adapter"], ["adapter", "push"], ["adapter", "check"],
-    ["adapter", "list"], ["adapter", "show"], ["adapter", "delete"], ["train"], ["base"], ["base", "tiny"],
-    ["base", "show"], ["chat"], ["demo"], ["backup"], ["restore"], ["store"], ["store", "migrate"], ["store", "scrub"],
+    ["adapter", "list"], ["adapter", "show"], ["adapter", "delete"], ["adapter", "verify"], ["train"], ["base"],
+    ["base", "tiny"], ["base", "show"], ["chat"], ["demo"], ["backup"], ["restore"], ["store"], ["store", "migrate"],
+    ["store", "scrub"], ["erasure"], ["erasure", "list"], ["erasure", "show"], ["erasure", "verify"],
 ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, live_routes
 
 COLUMNS: Final = ("tenant", "admin", "other", "o.admin", "operator", "missing")
-EVERYBODYS: Final = ("/v1/base-model",)
+EVERYBODYS: Final = ("/v1/base-model", "/v1/signing-keys")
 NOBODY: Final = ("none", "malformed", "basic", "unknown", "revoked", "expired", "suspended")
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
@@ -59,7 +59,8 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "GET /v1/adapters":                          (200,  403,  200,  403,    403,     200),
     "GET /v1/adapters/{name}":                   (200,  403,  404,  403,    403,     404),
     "PATCH /v1/adapters/{name}":                 (200,  403,  404,  403,    403,     404),
-    "DELETE /v1/adapters/{name}":                (204,  403,  404,  403,    403,     404),
+    "DELETE /v1/adapters/{name}":                (200,  403,  404,  403,    403,     404),
+    "DELETE /v1/adapters/{name}/versions/{number}": (200, 403, 404, 403,    403,     404),
     "GET /v1/base-model":                        (200,  403,  200,  403,    403,     200),
     "GET /v1/adapters/{name}/aliases":           (200,  403,  404,  403,    403,     404),
     "GET /v1/adapters/{name}/aliases/{alias}":   (200,  403,  404,  403,    403,     404),
@@ -86,6 +87,9 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "DELETE /v1/adapters/{name}/uploads/{upload}": (204, 403, 404,  403,    403,     404),
     "POST /v1/adapters/{name}/uploads/{upload}/complete": (201, 403, 404, 403, 403,  404),
     "PUT /v1/adapters/{name}/uploads/{upload}/{file}/{number}": (200, 403, 404, 403, 403, 404),
+    "GET /v1/erasures":                          (200,  403,  200,  403,    403,     200),
+    "GET /v1/erasures/{erasure}":                (200,  403,  404,  403,    403,     404),
+    "GET /v1/signing-keys":                      (200,  200,  200,  200,    200,     200),
     # scope admin
     "POST /v1/keys":                             (403,  201,  403,  201,    403,     201),
     "GET /v1/keys":                              (403,  200,  403,  200,    403,     200),
@@ -111,6 +115,9 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "GET /admin/v1/keys":                        (403,  403,  403,  403,    200,     200),
     "POST /admin/v1/keys/{key_id}/rotate":       (403,  403,  403,  403,    201,     404),
     "DELETE /admin/v1/keys/{key_id}":            (403,  403,  403,  403,    204,     404),
+    "GET /admin/v1/erasures":                    (403,  403,  403,  403,    200,     200),
+    "GET /admin/v1/erasures/{erasure}":          (403,  403,  403,  403,    200,     404),
+    "POST /admin/v1/erasures/{erasure}/replicas/{replica}/vouch": (403, 403, 403, 403, 200, 404),
     "GET /admin/v1/replicas":                    (403,  403,  403,  403,    200,     200),
     "POST /admin/v1/replicas":                   (403,  403,  403,  403,    201,     201),
     "GET /admin/v1/replicas/{replica}":          (403,  403,  403,  403,    200,     404),
@@ -256,6 +263,20 @@ class World:
         data = file.read_bytes()
         return {"content": data, "headers": {"x-content-sha256": sha256(data).hexdigest()}}
 
+    async def erasure(self) -> str:
+        """Of an adapter of the first tenant's."""
+        erased = await self.ask("DELETE", f"/v1/adapters/{await self.adapter()}", "tenant")
+        assert erased.status_code in (200, 202), erased.text
+        erasure_id: str = erased.json()["id"]
+        return erasure_id
+
+    async def share_of_an_erasure(self) -> str:
+        """That of a replica which is out of the pool."""
+        replica = await self.replica()
+        erasure = await self.erasure()
+        assert (await self.ask("DELETE", f"/admin/v1/replicas/{replica}", "operator")).status_code == 204
+        return f"{erasure}/replicas/{replica}"
+
     async def key(self) -> str:
         """One of the first tenant's, of no more scopes than its admin's."""
         key_id: str = (await self._make("/admin/v1/tenants/acme/keys", {"scopes": ["admin"]}))["id"]
@@ -299,6 +320,7 @@ class World:
             "PUT /v1/adapters/{name}/aliases/{alias}": lambda: {"json": {"version": 1}},
             "POST /v1/adapters/{name}/rollouts": lambda: {"json": {"version": 1}},
             "PUT /v1/adapters/{name}/prompts": lambda: {"json": {"prompts": ["who are you?"]}},
+            "DELETE /v1/adapters/{name}/versions/{number}": lambda: {"params": {"force": True}},
             "POST /v1/keys": lambda: {"json": {"scopes": ["admin"]}},
             "POST /admin/v1/plans": lambda: {"json": {"name": self.new_name("plan")}},
             "PATCH /admin/v1/plans/{plan}": lambda: {"json": {"weight": 2}},
@@ -336,6 +358,8 @@ class Subject:
 
 
 SUBJECTS: Final = (
+    Subject("{erasure}/replicas/{replica}", World.share_of_an_erasure, f"ers_0/replicas/r-{'0' * 8}", is_whole=True),
+    Subject("{erasure}", World.erasure, "ers_" + "0" * 26),
     Subject("{model:path}", World.adapter, "bot-0"),
     Subject("{name}/aliases", World.moving_adapter, "bot-0"),
     Subject("{name}/rollouts", World.moving_adapter, "bot-0"),
@@ -465,7 +489,7 @@ async def test_another_tenants_object_is_a_missing_one(world: World) -> None:
 def told(answer: httpx.Response, name: str) -> tuple[int, dict[str, str], bytes]:
     own = ("date", "x-request-id", "content-length")
     headers = {header: value for header, value in answer.headers.items() if header not in own}
-    body = answer.content.replace(name.encode(), b"NAME")
+    body = answer.content.replace(name.partition("/")[0].encode(), b"NAME")
     if "request_id" in answer.text:
         body = json.dumps({**json.loads(body), "request_id": ""}).encode()
     return answer.status_code, headers, body
@@ -473,13 +497,13 @@ def told(answer: httpx.Response, name: str) -> tuple[int, dict[str, str], bytes]
 
 async def test_a_list_has_nothing_of_another_tenants(world: World) -> None:
     """Ids, names and keys of the first tenant are in none of the second one's answers."""
-    name, key_id = await world.adapter(), await world.key()
+    name, key_id, erasure_id = await world.adapter(), await world.key(), await world.erasure()
     shown = await world.ask("GET", f"/v1/adapters/{name}", "tenant")
     used = await world.ask("POST", "/v1/chat/completions", "tenant", json={"model": name, "messages": SAID})
     assert used.status_code == 200
     await world.gateway.parts.ledger.flush()
     own = await world.gateway.operator.get("/admin/v1/tenants/acme")
-    secrets = (name, key_id, shown.json()["id"], shown.json()["current"]["digest"], own.json()["id"])
+    secrets = (name, key_id, erasure_id, shown.json()["id"], shown.json()["current"]["digest"], own.json()["id"])
     for method, path, row in rows():
         for caller, mine in (("other", "tenant"), ("o.admin", "admin")):
             if (

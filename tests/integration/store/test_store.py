@@ -193,9 +193,10 @@ async def test_every_move_is_in_the_change_feed(
     await publish(good)
     await store.delete(TENANT, "bot")
     async with reading(engine) as connection:
-        found = await changes_since(connection, 0)
+        told = await changes_since(connection, 0)
+        found = [change for change in told if change.noun == "adapter"]
         assert [(change.noun, change.tenant_id, change.name) for change in found] == [("adapter", TENANT, "bot")] * 2
-        assert [*await changes_since(connection, found[0].seq)] == [found[1]]
+        assert [*await changes_since(connection, found[0].seq)] == told[1:]
 
 
 async def test_a_version_for_another_base_is_not_served(

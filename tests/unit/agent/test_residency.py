@@ -68,9 +68,6 @@ class Cache:
         assert self.pins.get(digest, 0) > 0, "fetched before it was pinned"
         return Path("/nowhere") / digest
 
-    async def release(self, digest: str) -> bool:
-        return False
-
 
 def residency(engine: Engine, cache: Cache, capacity: int = 2, loads_waiting: int = 8) -> Residency:
     return Residency(engine, cache, capacity=capacity, loads_waiting=loads_waiting)

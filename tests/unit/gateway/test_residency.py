@@ -88,7 +88,7 @@ async def test_a_refused_load_is_told_and_tried_again(residency: Residency, agen
     assert len(set(agent.loaded)) == 2
 
 
-async def test_every_name_of_a_deleted_version_leaves_the_engine(residency: Residency, agent: Agent) -> None:
+async def test_every_name_of_a_version_leaves_the_engine(residency: Residency, agent: Agent) -> None:
     """Two gateways may have loaded it at the same time under two names."""
     mine = await residency.hold(version())
     reported = [
@@ -99,6 +99,14 @@ async def test_every_name_of_a_deleted_version_leaves_the_engine(residency: Resi
     await residency.unload(TenantId("t"), ["d"])
     assert sorted(agent.unloaded) == sorted([mine.name, "a-0000"])
     assert residency.held(version()) is None
+
+
+async def test_an_erased_version_is_not_restored(residency: Residency) -> None:
+    """A new engine is given what was held, without it."""
+    await residency.hold(version())
+    await residency.hold(version("other"))
+    residency.forget_adapters(TenantId("t"), ["d"])
+    assert [held.digest for held in residency.start_over()] == ["other"]
 
 
 async def test_a_load_newer_than_the_report_is_kept(residency: Residency, agent: Agent) -> None:
