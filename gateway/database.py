@@ -31,7 +31,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from adapter_store import changes, erasure, proofs, signing, uploads  # noqa: F401  for their tables
+from adapter_store import changes, erasure, examples, proofs, signing, uploads  # noqa: F401  for their tables
 from adapter_store.catalog import metadata
 from adapter_store.engine import AsyncEngine, create_async_engine
 from adapter_store.errors import AdapterStoreError
@@ -39,7 +39,7 @@ from adapter_store.transactions import WRITES, reading, writing
 from gateway import idempotency  # noqa: F401  its table
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-HEAD = "0008"  # the newest file in migrations/versions; a test holds the two together
+HEAD = "0009"  # the newest file in migrations/versions; a test holds the two together
 CONNECTIONS = 4
 ANSWER_S = 10.0  # patience with PostgreSQL: one that hangs is as good as away
 PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA foreign_keys=ON")

@@ -16,12 +16,13 @@ from contextlib import suppress
 from enum import StrEnum
 from typing import Final
 
-from adapter_store import catalog, proofs
+from adapter_store import catalog, examples, proofs
 from adapter_store.aliases import NOUN
 from adapter_store.catalog import Version
 from adapter_store.changes import Change, take_turn
 from adapter_store.engine import AsyncEngine
 from adapter_store.errors import AdapterNotFound, StorageError
+from adapter_store.examples import Example
 from adapter_store.ids import TenantId, VersionId
 from adapter_store.proofs import (
     ANSWER_TOKENS,
@@ -140,9 +141,14 @@ class Proofs:
         """What a rollout waits for: "proved", another word where it goes back, None for nothing yet."""
         if self.policy is Policy.OFF:
             return Status.PROVED
-        proof = await self.status(rollout.candidate_id)
+        async with reading(self._engine) as connection:
+            proof = await proofs.find(connection, rollout.candidate_id)
+            candidate = await examples.score_of(connection, rollout.candidate_id)
+            baseline = await examples.score_of(connection, rollout.baseline_id)
         if proof.status is Status.PENDING:
             return None
+        if proof.status is Status.PROVED and (reason := examples.worse(candidate, baseline)) is not None:
+            return reason
         return proof.status if proof.reason is None else f"{proof.status.value} ({proof.reason})"
 
     async def allow_moves(self, tenant_id: TenantId, name: str, numbers: Collection[int]) -> None:
@@ -191,6 +197,33 @@ class Proofs:
             if adapter is None:
                 raise AdapterNotFound(name)
             await proofs.set_prompts(connection, adapter.id, prompts, int(self._clock()))
+
+    async def examples(self, tenant_id: TenantId, name: str) -> tuple[Example, ...]:
+        """An adapter's examples of good answers. Raises AdapterNotFound."""
+        async with reading(self._engine) as connection:
+            adapter = await catalog.find_adapter(connection, tenant_id, name)
+            if adapter is None:
+                raise AdapterNotFound(name)
+            return await examples.of(connection, adapter.id)
+
+    async def set_examples(self, tenant_id: TenantId, name: str, given: Sequence[Example]) -> None:
+        """Set them; the newest versions are proved, and so scored, again. Raises AdapterNotFound, PromptsInvalid."""
+        examples.check(given)
+        now = int(self._clock())
+        async with writing(self._engine) as connection:
+            await take_turn(connection)
+            adapter = await catalog.find_adapter(connection, tenant_id, name)
+            if adapter is None:
+                raise AdapterNotFound(name)
+            before = await examples.of(connection, adapter.id)
+            if before == tuple(given):
+                return
+            await examples.keep(connection, adapter.id, given, now)
+            for version_id in await examples.newest(connection, adapter.id):
+                version = await proofs.find_version(connection, version_id)
+                if version is not None:
+                    await proofs.begin_again(connection, version, now)
+        self.wake()
 
     def on_change(self, change: Change) -> None:
         """A listener of the change feed."""
@@ -265,18 +298,20 @@ class Proofs:
     async def _prove(self, claim: Claim, version: Version, prompts: Sequence[str]) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
-                proof, fingerprint = await self._examine(version, prompts, claim.reference)
+                proof, fingerprint, score = await self._examine(version, prompts, claim.reference)
         except (*CONTROL_ERRORS, GatewayError) as error:
             if not isinstance(error, LoadFailed) or error.again:
                 log.warning("version %s not proved yet: %s", version.id, type(error).__name__)
                 await self._put_off(claim, min(FIRST_PAUSE_S << min(claim.attempts - 1, 16), MOST_PAUSE_S))
                 self.verdicts[UNSETTLED] += 1
                 return
-            proof, fingerprint = self._verdict(Status.FAILED, prompts, Reason.ENGINE_REFUSED), None
+            proof, fingerprint, score = self._verdict(Status.FAILED, prompts, Reason.ENGINE_REFUSED), None, None
         self.verdicts[proof.status.value] += 1
         log.info("version %s is %s: %s from the base", version.id, proof.status.value, proof.max_logprob_difference)
         async with writing(self._engine) as connection:
             written = await proofs.judge(connection, claim, proof, fingerprint)
+            if written and score is not None:
+                await examples.keep_score(connection, version.id, *score)
         if not written and await self._is_gone(version):
             await self._pool.unload(version.tenant_id, [version.digest])  # the delete may have come before our load
 
@@ -290,8 +325,13 @@ class Proofs:
 
     async def _examine(
         self, version: Version, prompts: Sequence[str], reference: Reference | None
-    ) -> tuple[Proof, tuple[str, Fingerprint] | None]:
-        """The verdict, and the fingerprint with the build that it is of; all on one replica."""
+    ) -> tuple[Proof, tuple[str, Fingerprint] | None, tuple[str, float] | None]:
+        """The verdict, the fingerprint with the build that it is of, and the score with its examples' digest.
+
+        All on one replica.
+        """
+        async with reading(self._engine) as connection:
+            wanted = await examples.of(connection, version.adapter_id)
         trained: list[Answer] = []
         place = await self._pool.place(version, ACCOUNT, PLAN, cost=_cost(prompts))
         try:
@@ -299,19 +339,32 @@ class Proofs:
             base = await self._ask_base(place, prompts)
             if reference is not None:
                 trained = await self._ask(place, reference.prompts, tokens=reference.answer_tokens)
+            score = await self._score(place, wanted) if wanted else None
         finally:
             place.release(_cost(prompts))
         from_base = proofs.difference(found, base)
         if not proofs.is_finite(found):
-            return self._verdict(Status.FAILED, prompts, Reason.NOT_FINITE), None
+            return self._verdict(Status.FAILED, prompts, Reason.NOT_FINITE), None, score
         if not math.isfinite(from_base):
             raise ReplicaFailed("The base gave no answers to compare with.")
         fingerprint = _build(place.replica, self._dtype), Fingerprint(list(prompts), found)
         tolerance = TOLERANCE[self._dtype]
         if reference is not None and proofs.reference_difference(reference, trained) > tolerance:
-            return self._verdict(Status.FAILED, prompts, Reason.REFERENCE_DIFFERS, from_base), fingerprint
+            return self._verdict(Status.FAILED, prompts, Reason.REFERENCE_DIFFERS, from_base), fingerprint, score
         status = Status.PROVED if from_base > tolerance else Status.NO_EFFECT
-        return self._verdict(status, prompts, None, from_base), fingerprint
+        return self._verdict(status, prompts, None, from_base), fingerprint, score
+
+    async def _score(self, place: Place, wanted: Sequence[Example]) -> tuple[str, float]:
+        """Mean log probability of the examples' tokens, with what names the examples."""
+        total, count = 0.0, 0
+        for example in wanted:
+            found, tokens = await place.replica.client.likelihood(
+                place.name, place.adapter, example.prompt, example.answer,
+                base_name=place.replica.base_name, priority=place.priority,
+            )  # fmt: skip
+            total += found
+            count += tokens
+        return examples.digest_of(wanted), total / max(1, count)
 
     def _verdict(
         self, status: Status, prompts: Sequence[str], reason: Reason | None, from_base: float | None = None

@@ -1,10 +1,12 @@
 """`/v1/adapters/{name}/…/proof` and `…/prompts`: whether a version does anything, and what that is asked with."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Path
 from pydantic import BaseModel, Field
 
+from adapter_store.examples import MOST_EXAMPLES, MOST_TEXT_BYTES, Example
 from adapter_store.proofs import MOST_PROMPT_BYTES, MOST_PROMPTS, PROMPTS, Proof, Status
 from gateway.dependencies import AdapterTenant, AppParts
 
@@ -28,10 +30,18 @@ class ProofOfVersion(ProofObject):
     version: int
 
 
+class ExampleObject(BaseModel, extra="forbid"):
+    """What a user says, and a good answer: a version that finds it less likely than the one before goes back."""
+
+    prompt: str = Field(max_length=MOST_TEXT_BYTES)
+    answer: str = Field(max_length=MOST_TEXT_BYTES)
+
+
 class GoldenPrompts(BaseModel, extra="forbid"):
-    """What proofs ask, as plain text; none: the generated ones."""
+    """What proofs ask, as plain text; none: the generated ones. `examples` that are left out stay as they are."""
 
     prompts: list[Annotated[str, Field(max_length=MOST_PROMPT_BYTES)]] = Field(max_length=MOST_PROMPTS)
+    examples: list[ExampleObject] | None = Field(default=None, max_length=MOST_EXAMPLES)
 
 
 class GoldenPromptsObject(BaseModel):
@@ -41,6 +51,7 @@ class GoldenPromptsObject(BaseModel):
     adapter: str
     prompts: list[str]
     generated: bool
+    examples: list[ExampleObject]
 
 
 @router.get("/{name}/versions/{number}/proof")
@@ -60,14 +71,18 @@ async def prove_again(name: str, number: Number, tenant_id: AdapterTenant, parts
 @router.get("/{name}/prompts")
 async def show_prompts(name: str, tenant_id: AdapterTenant, parts: AppParts) -> GoldenPromptsObject:
     """An adapter's golden prompts."""
-    return _prompts(name, await parts.proofs.prompts(tenant_id, name))
+    own = await parts.proofs.prompts(tenant_id, name)
+    return _prompts(name, own, await parts.proofs.examples(tenant_id, name))
 
 
 @router.put("/{name}/prompts")
 async def set_prompts(name: str, body: GoldenPrompts, tenant_id: AdapterTenant, parts: AppParts) -> GoldenPromptsObject:
     """Set an adapter's golden prompts, for the proofs that begin from now on."""
     await parts.proofs.set_prompts(tenant_id, name, body.prompts)
-    return _prompts(name, body.prompts)
+    if body.examples is not None:
+        given = [Example(example.prompt, example.answer) for example in body.examples]
+        await parts.proofs.set_examples(tenant_id, name, given)
+    return _prompts(name, body.prompts, await parts.proofs.examples(tenant_id, name))
 
 
 def proof_object(proof: Proof) -> ProofObject:
@@ -85,5 +100,6 @@ def _of_version(name: str, number: int, proof: Proof) -> ProofOfVersion:
     return ProofOfVersion(adapter=name, version=number, **proof_object(proof).model_dump())
 
 
-def _prompts(name: str, own: list[str] | tuple[str, ...]) -> GoldenPromptsObject:
-    return GoldenPromptsObject(adapter=name, prompts=list(own or PROMPTS), generated=not own)
+def _prompts(name: str, own: Sequence[str], examples: Sequence[Example]) -> GoldenPromptsObject:
+    shown = [ExampleObject(prompt=example.prompt, answer=example.answer) for example in examples]
+    return GoldenPromptsObject(adapter=name, prompts=list(own or PROMPTS), generated=not own, examples=shown)

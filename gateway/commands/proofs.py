@@ -1,5 +1,6 @@
 """`tailor adapter proof` and `tailor adapter prompts`: whether a version does anything."""
 
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gateway.commands.common import Json, Key, Url, fail, segment, show, tenant_client, told
+from gateway.home import ConfigurationError
 
 LOOK_EVERY_S = 0.25
 
@@ -39,6 +41,9 @@ def adapter_prompts(
     name: str,
     file: Annotated[Path | None, typer.Argument(help="Text, one prompt a line; default: show them.")] = None,
     generated: Annotated[bool, typer.Option("--generated", help="Back to the generated ones.")] = False,
+    examples: Annotated[
+        Path | None, typer.Option(help='Good answers, a line each: {"prompt": "…", "answer": "…"}.')
+    ] = None,
     url: Url = None,
     key: Key = None,
     as_json: Json = False,
@@ -49,12 +54,25 @@ def adapter_prompts(
     with told():
         client = tenant_client(url, key)
         path = f"/v1/adapters/{segment(name)}/prompts"
-        if file is None and not generated:
-            found = client.call("GET", path)
-        else:
-            lines = [] if file is None else [line for line in file.read_text().splitlines() if line.strip()]
-            found = client.call("PUT", path, {"prompts": lines})
+        found = client.call("GET", path)
+        if file is not None or generated or examples is not None:
+            lines = [] if found["generated"] or generated else found["prompts"]
+            if file is not None:
+                lines = [line for line in file.read_text().splitlines() if line.strip()]
+            body = {"prompts": lines} if examples is None else {"prompts": lines, "examples": _examples(examples)}
+            found = client.call("PUT", path, body)
     show(found, as_json, "\n".join(found["prompts"]))
+
+
+def _examples(file: Path) -> list[dict[str, str]]:
+    found = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if line.strip():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                raise ConfigurationError(f"{file}, line {number} is not JSON.") from None
+    return found
 
 
 def _sentence(proof: dict[str, Any]) -> str:

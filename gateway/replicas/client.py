@@ -136,6 +136,22 @@ class _Completion(msgspec.Struct):
     choices: list[_Choice]
 
 
+class _Place(msgspec.Struct):
+    logprob: float | None
+
+
+class _PromptedChoice(msgspec.Struct):
+    prompt_logprobs: list[dict[str, _Place] | None]
+
+
+class _Prompted(msgspec.Struct):
+    choices: list[_PromptedChoice]
+
+
+class _Tokenized(msgspec.Struct):
+    tokens: list[int]
+
+
 class ReplicaClient:
     """Control calls to one replica's agent, and the bytes of its generation requests.
 
@@ -290,15 +306,64 @@ class ReplicaClient:
             }
         )
         lines = b"x-request-id: %b\r\nx-vllm-priority: %d\r\n" % (secrets.token_hex(16).encode(), priority)
-        connection = await self.upstream.send(self.generation_request("/v1/completions", adapter, lines, body))
+        answer = await self._whole(self.generation_request("/v1/completions", adapter, lines, body))
+        choices = msgspec.json.decode(answer, type=_Completion).choices
+        return [_answer(choice.logprobs) for choice in sorted(choices, key=lambda choice: choice.index)]
+
+    async def likelihood(
+        self, model: str, adapter: str | None, prompt: str, answer: str, *, base_name: str, priority: int
+    ) -> tuple[float, int]:
+        """The log probability of `answer` to a user's `prompt` in the model's chat format, and its tokens.
+
+        Not finite where the engine has no number for a token. `base_name`: what the tokenizer answers to.
+        Raises:
+            UpstreamError, AgentRefusedError, DecodeError: there is none.
+        """
+        said = [{"role": "user", "content": prompt}]
+        before = await self._tokens(base_name, said, add_generation_prompt=True)
+        tokens = await self._tokens(
+            base_name, [*said, {"role": "assistant", "content": answer}], add_generation_prompt=False
+        )
+        begin = next((at for at, pair in enumerate(zip(before, tokens, strict=False)) if pair[0] != pair[1]), None)
+        begin = min(len(before), len(tokens) - 1) if begin is None else begin
+        body = msgspec.json.encode(
+            {
+                "model": model,
+                "prompt": tokens,
+                "max_tokens": 1,
+                "temperature": 0,
+                "ignore_eos": True,
+                "prompt_logprobs": 0,
+                "cache_salt": secrets.token_hex(16),
+            }
+        )
+        lines = b"x-request-id: %b\r\nx-vllm-priority: %d\r\n" % (secrets.token_hex(16).encode(), priority)
+        told = await self._whole(self.generation_request("/v1/completions", adapter, lines, body))
+        places = msgspec.json.decode(told, type=_Prompted).choices[0].prompt_logprobs[begin:]
+        found = [
+            math.nan if place is None or (value := place[str(token)].logprob) is None else value
+            for place, token in zip(places, tokens[begin:], strict=True)
+        ]
+        return math.fsum(found), len(found)
+
+    async def _tokens(self, model: str, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
+        body = msgspec.json.encode(
+            {"model": model, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        )
+        return msgspec.json.decode(
+            await self._whole(self.generation_request("/tokenize", None, b"", body)), type=_Tokenized
+        ).tokens
+
+    async def _whole(self, request: bytes) -> bytes:
+        """A whole answer of the engine's own. Raises UpstreamError, AgentRefusedError."""
+        connection = await self.upstream.send(request)
         try:
             answer = await connection.read_all(16 << 20)
         finally:
             self.upstream.release(connection)
         if connection.status != 200:
             raise AgentRefusedError(connection.status, _code_of(answer))
-        choices = msgspec.json.decode(answer, type=_Completion).choices
-        return [_answer(choice.logprobs) for choice in sorted(choices, key=lambda choice: choice.index)]
+        return answer
 
     def generation_request(self, path: str, adapter: str | None, lines: bytes, body: bytes) -> bytes:
         """Head and body of one request to the engine, as one buffer; all but the body is the gateway's own.

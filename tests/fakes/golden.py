@@ -31,3 +31,20 @@ def _place(seed: str, top: int) -> dict[str, float]:
     dice = random.Random(hashlib.sha256(seed.encode()).digest())
     tokens = dice.sample(range(VOCABULARY), top)
     return {f"token_id:{token}": -0.1 - number - dice.random() / 2 for number, token in enumerate(tokens)}
+
+
+def tokenized(body: dict[str, Any]) -> dict[str, Any]:
+    """A token for each character, and one where each speaker begins."""
+    tokens: list[int] = []
+    for message in body["messages"]:
+        tokens += [1 if message["role"] == "user" else 2, *map(ord, message["content"])]
+    if body["add_generation_prompt"]:
+        tokens.append(2)
+    return {"count": len(tokens), "max_model_len": 4_096, "tokens": tokens, "token_strs": None}
+
+
+def prompted(body: dict[str, Any], logprob: float) -> dict[str, Any]:
+    """Log probabilities of the prompt's own tokens; the first one has none."""
+    places = [{str(token): {"logprob": logprob, "rank": 1, "decoded_token": "x"}} for token in body["prompt"]]
+    choice = {"index": 0, "text": "", "finish_reason": "length", "prompt_logprobs": [None, *places[1:]]}
+    return {"id": "x", "object": "text_completion", "created": 1, "model": body["model"], "choices": [choice]}

@@ -20,7 +20,7 @@ from typing import Any
 
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, bundle_digest
 from tests.fakes.engine import EngineModel, Sequence
-from tests.fakes.golden import golden
+from tests.fakes.golden import golden, prompted, tokenized
 from tests.fakes.speech import COUNTING, Speech, counted, speech_of
 
 TOKEN = "fake-replica-token-0123456789"
@@ -108,6 +108,8 @@ class FakeReplica:
     """The `model` of each request with golden prompts, in order."""
     golden_prompts: list[list[Any]] = field(default_factory=list)
     golden_at_once: int = 0
+    likelihoods: dict[str, float] = field(default_factory=dict)
+    """Log probability of each token of an example, by the digest of the version that is asked; -1 of the others."""
     """The most of them at a time."""
     keep_requests: bool = True
     faults: Faults = field(default_factory=Faults)
@@ -386,6 +388,8 @@ class FakeReplica:
         self.request_count += 1
         if self.keep_requests:
             self.requests.append({"path": path, "headers": headers, "body": body})
+        if path == "/tokenize" and "add_generation_prompt" in body:  # no tenant's
+            return self._json(writer, 200, tokenized(body))
         if path in COUNTING:
             return await self._count(path, body, reader, writer)
         name = headers.get("x-tailor-adapter")
@@ -445,6 +449,9 @@ class FakeReplica:
             await asyncio.sleep(self.faults.latency_s)
         if self.faults.status is not None:
             return self._bytes(writer, self.faults.status, self.faults.status_body)
+        if "prompt_logprobs" in body:  # no tenant's
+            digest = self.adapters[name]["digest"] if name in self.adapters else "base"
+            return self._json(writer, 200, prompted(body, self.likelihoods.get(digest, -1.0)))
         if body.get("ignore_eos"):  # no tenant's
             return await self._golden(name, body, writer)
         digest = self.adapters[name]["digest"] if name in self.adapters else ""

@@ -238,3 +238,30 @@ async def test_a_canary_that_no_engine_will_load_goes_back(
     await asyncio.gather(run, return_exceptions=True)
     assert ended["status"] == "rolled_back", ended
     assert traffic.failed == 0
+
+
+async def test_a_canary_that_finds_good_answers_unlikely_goes_back(
+    run_gateway: RunGateway, run_replica: RunReplica, tmp_path: Path
+) -> None:
+    """It answers, and quickly; only its tenant's own examples show that it was trained on garbage."""
+    replica = await run_replica(blobs=None)
+    acme = await (await run_gateway(replica, proof="flag")).tenant("acme")
+    digests = await publish(acme, tmp_path, 3)
+    await move(acme, version=1)
+    replica.likelihoods = {digests[1]: -4.0, digests[2]: -0.5}
+    examples = [{"prompt": "who are you?", "answer": "I am the bot."}, {"prompt": "and you?", "answer": "So am I."}]
+    told = await acme.client.put("/v1/adapters/bot/prompts", json={"prompts": [], "examples": examples})
+    assert told.status_code == 200, told.text
+    assert told.json()["examples"] == examples
+    run = asyncio.create_task(Traffic(acme).run())
+    ended = await until_over(acme, await start(acme, needs_proof=True))
+    assert ended["status"] == "rolled_back", ended
+    assert "-4.00 a token, and -1.00 by the version before" in ended["reason"]
+    ended = await until_over(acme, await start(acme, version=3, needs_proof=True))
+    assert ended["status"] == "completed", ended
+    run.cancel()
+    await asyncio.gather(run, return_exceptions=True)
+    assert version_of(await acme.ask()) == 3
+    for wrong in ({"prompt": "", "answer": "x"}, {"prompt": "x", "answer": "\0"}, {"prompt": "x"}):
+        refused = await acme.client.put("/v1/adapters/bot/prompts", json={"prompts": [], "examples": [wrong]})
+        assert refused.status_code == 400, refused.text
