@@ -287,7 +287,7 @@ async def test_a_tenants_own_prompts_are_asked(acme: Tenant, good: Path, replica
     await judged(acme)
     path = "/v1/adapters/bot/prompts"
     assert (await acme.client.get(path)).json() == {
-        "object": "golden_prompts", "adapter": "bot", "prompts": list(PROMPTS), "generated": True,
+        "object": "golden_prompts", "adapter": "bot", "prompts": list(PROMPTS), "generated": True, "examples": [],
     }  # fmt: skip
     own = ["Was ist ein Zorbix?", "Und ein Frubel?"]
     told = await acme.client.put(path, json={"prompts": own})
