@@ -142,32 +142,24 @@ async def test_an_upload_survives_a_restart_of_the_gateway(
     assert (await acme.ask()).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("file", "number", "spoil", "status", "code"),
-    [
-        (WEIGHTS_FILE, 1, lambda data: data[:-1], 400, "part_invalid"),
-        (WEIGHTS_FILE, 1, lambda data: data + b"x", 413, "adapter_too_large"),
-        (WEIGHTS_FILE, 1, lambda data: data[:-1] + b"\xff", 400, "part_invalid"),
-        (WEIGHTS_FILE, 0, bytes, 400, "part_invalid"),
-        (WEIGHTS_FILE, 10_000, bytes, 400, "part_invalid"),
-        ("evil.py", 1, bytes, 400, "invalid_value"),
-    ],
-)
-async def test_a_part_that_is_not_what_it_should_be_is_told(
-    sender: Sender,
-    gateway: Gateway,
-    file: str,
-    number: int,
-    spoil: Callable[[bytes], bytes],
-    status: int,
-    code: str,
-) -> None:
+BAD_PARTS: list[tuple[str, int, Callable[[bytes], bytes], int, str]] = [
+    (WEIGHTS_FILE, 1, lambda data: data[:-1], 400, "part_invalid"),
+    (WEIGHTS_FILE, 1, lambda data: data + b"x", 413, "adapter_too_large"),
+    (WEIGHTS_FILE, 1, lambda data: data[:-1] + b"\xff", 400, "part_invalid"),
+    (WEIGHTS_FILE, 0, bytes, 400, "part_invalid"),
+    (WEIGHTS_FILE, 10_000, bytes, 400, "part_invalid"),
+    ("evil.py", 1, bytes, 400, "invalid_value"),
+]
+
+
+async def test_a_part_that_is_not_what_it_should_be_is_told(sender: Sender, gateway: Gateway) -> None:
     """Wrong length, other bytes than its checksum says, no such part: nothing is kept, the right one is taken then."""
     await sender.create()
     whole = next(data for name, at, data in sender.parts() if (name, at) == (WEIGHTS_FILE, 1))
-    answer = await sender.put(file, number, spoil(whole), sha256(whole).hexdigest())
-    assert (answer.status_code, error_of(answer)["code"]) == (status, code)
-    assert parts_stored(gateway) == staged(gateway) == []
+    for file, number, spoil, status, code in BAD_PARTS:
+        answer = await sender.put(file, number, spoil(whole), sha256(whole).hexdigest())
+        assert (answer.status_code, error_of(answer)["code"]) == (status, code)
+        assert parts_stored(gateway) == staged(gateway) == []
     assert (await sender.put(WEIGHTS_FILE, 1, whole)).status_code == 200
 
 
@@ -224,19 +216,20 @@ async def test_a_file_that_is_not_what_was_declared_is_told(sender: Sender, acme
     assert parts_stored(gateway) == staged(gateway) == []
 
 
-@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_bytes(bytes(PART_BYTES))])
-async def test_a_part_that_rots_has_to_be_sent_again(
-    sender: Sender, gateway: Gateway, spoil: Callable[[Path], None]
-) -> None:
-    """It is named; once it is there again the upload completes."""
+ROTTEN: list[Callable[[Path], Any]] = [Path.unlink, lambda path: path.write_bytes(bytes(PART_BYTES))]
+
+
+async def test_a_part_that_rots_has_to_be_sent_again(sender: Sender, gateway: Gateway) -> None:
+    """Gone or changed, it is named; once it is there again the upload completes."""
     await sender.create()
     await sender.put_all()
-    (path,) = [path for path in parts_stored(gateway) if "-1-2-" in path.name]
-    spoil(path)
-    answer = await sender.complete()
-    assert (answer.status_code, error_of(answer)["code"]) == (409, "parts_missing")
-    assert [file["missing"] for file in (await sender.state()).json()["files"]] == [[], [2]]
-    await sender.put_all()
+    for spoil in ROTTEN:
+        (path,) = [path for path in parts_stored(gateway) if "-1-2-" in path.name]
+        spoil(path)
+        answer = await sender.complete()
+        assert (answer.status_code, error_of(answer)["code"]) == (409, "parts_missing")
+        assert [file["missing"] for file in (await sender.state()).json()["files"]] == [[], [2]]
+        await sender.put_all()
     assert (await sender.complete()).status_code == 201
 
 
@@ -305,23 +298,23 @@ async def test_open_uploads_are_few_and_listed(sender: Sender, acme: Tenant, glo
     assert (await globex.client.get("/v1/adapters/bot/uploads")).json()["data"] == []
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda files: files.pop(),
-        lambda files: files[0].update(name="adapter_model.safetensors"),
-        lambda files: files[0].update(name="evil"),
-        lambda files: files[0].update(sha256="x"),
-        lambda files: files[0].update(bytes=0),
-        lambda files: files[0].update(bytes=True),
-    ],
-)
-async def test_a_declaration_is_held(sender: Sender, spoil: Callable[[list[dict[str, Any]]], None]) -> None:
+BAD_DECLARATIONS: list[Callable[[list[dict[str, Any]]], Any]] = [
+    lambda files: files.pop(),
+    lambda files: files[0].update(name="adapter_model.safetensors"),
+    lambda files: files[0].update(name="evil"),
+    lambda files: files[0].update(sha256="x"),
+    lambda files: files[0].update(bytes=0),
+    lambda files: files[0].update(bytes=True),
+]
+
+
+async def test_a_declaration_is_held(sender: Sender) -> None:
     """Both files, each once, with a size and a checksum."""
-    told = sender.declared()
-    spoil(told["files"])
-    answer = await sender.client.post("/v1/adapters/bot/uploads", json=told)
-    assert (answer.status_code, error_of(answer)["type"]) == (400, "invalid_request_error")
+    for spoil in BAD_DECLARATIONS:
+        told = sender.declared()
+        spoil(told["files"])
+        answer = await sender.client.post("/v1/adapters/bot/uploads", json=told)
+        assert (answer.status_code, error_of(answer)["type"]) == (400, "invalid_request_error")
 
 
 async def test_too_large_a_file_is_refused_when_it_is_declared(sender: Sender) -> None:
