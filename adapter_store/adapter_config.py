@@ -67,7 +67,7 @@ LIST_PATHS = "list the full paths in target_modules (model.targeted_module_names
 UNSUPPORTED_FIELDS: Mapping[str, tuple[FaultCode, str]] = {
     "use_dora": (
         FaultCode.DORA_UNSUPPORTED,
-        f"{NEAREST}: compare its answers; or train again with peft.LoraConfig(use_dora=False)",
+        "train again with peft.LoraConfig(use_dora=False): peft.save_as_lora would lose its magnitudes",
     ),
     "lora_bias": (FaultCode.BIAS_UNSUPPORTED, "train again with peft.LoraConfig(lora_bias=False)"),
     "alora_invocation_tokens": (
@@ -104,11 +104,14 @@ UNSUPPORTED_FIELDS: Mapping[str, tuple[FaultCode, str]] = {
         "train again with peft.LoraConfig(megatron_config=None)",
     ),
     "use_qalora": (FaultCode.VARIANT_UNSUPPORTED, "train again with peft.LoraConfig(use_qalora=False)"),
-    "use_bdlora": (FaultCode.VARIANT_UNSUPPORTED, f"{NEAREST}, or train again with peft.LoraConfig(use_bdlora=None)"),
+    "use_bdlora": (FaultCode.VARIANT_UNSUPPORTED, "train again with peft.LoraConfig(use_bdlora=None)"),
     "arrow_config": (FaultCode.VARIANT_UNSUPPORTED, "publish each of the routed adapters by itself"),
     "kasa_config": (FaultCode.VARIANT_UNSUPPORTED, "it changes the base: train again with peft.LoraConfig()"),
-    "monteclora_config": (FaultCode.VARIANT_UNSUPPORTED, f"{NEAREST}, or train again with peft.LoraConfig()"),
-    "velora_config": (FaultCode.VARIANT_UNSUPPORTED, f"{NEAREST}, or train again with peft.LoraConfig()"),
+    "monteclora_config": (
+        FaultCode.VARIANT_UNSUPPORTED,
+        "train again with peft.LoraConfig(monteclora_config=None)",
+    ),
+    "velora_config": (FaultCode.VARIANT_UNSUPPORTED, "train again with peft.LoraConfig(velora_config=None)"),
 }
 
 

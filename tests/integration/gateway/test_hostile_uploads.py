@@ -1,0 +1,167 @@
+"""U1: hostile uploads at a gateway of its own process, over HTTP. It neither dies nor fails, and nothing is left.
+
+The ordinary run sends 300 archives and forms, 300 safetensors files and 150 configs; `-m full` 10,000, 10,000 and
+5,000.
+"""
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.bad_adapters import write_base, write_good
+from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key
+from tests.hostile_uploads import ESCAPE, Good, Upload, hostile_archive, hostile_config, hostile_weights, two_files
+
+LIMIT_BYTES = 4 << 20
+MOST_CPU_S = 2.0
+MOST_GROWTH_BYTES = 64 << 20
+SETTLED = 100  # after so many the process has its size
+
+
+@dataclass
+class Siege:
+    """A gateway, what it is sent, and what that has cost."""
+
+    gateway: GatewayProcess
+    root: Path
+    client: httpx.AsyncClient
+    good: Good
+    statuses: Counter[int] = field(default_factory=Counter)
+    sent: int = 0
+    dearest: tuple[float, str] = (0.0, "")
+    settled_bytes: int = 0
+    peak_bytes: int = 0
+    known: list[psutil.Process] = field(default_factory=list)
+
+    def processes(self) -> list[psutil.Process]:
+        """The gateway and its inspection worker; looked up once, for that takes longer than an upload."""
+        if not self.known:
+            gateway = psutil.Process(self.gateway.pid)
+            self.known = [gateway, *gateway.children()]
+        return self.known
+
+    def cpu_s(self) -> float:
+        return sum(used.user + used.system for used in (process.cpu_times() for process in self.processes()))
+
+    def memory_bytes(self) -> int:
+        return sum(int(process.memory_info().rss) for process in self.processes())
+
+    async def send(self, seed: int, upload: Upload) -> None:
+        before = self.cpu_s()
+        headers = {"content-type": upload.content_type}
+        told = f"seed {seed}, {upload.way}"
+        answer = await self.client.post("/v1/adapters/bot/versions", content=upload.body, headers=headers)
+        assert answer.status_code == 201 or 400 <= answer.status_code < 500, (
+            f"{told}: {answer.status_code} {answer.text}"
+        )
+        assert "inspection_failed" not in answer.text, told
+        self.dearest = max(self.dearest, (self.cpu_s() - before, told))
+        self.statuses[answer.status_code] += 1
+        self.sent += 1
+        if self.sent % 25 == 0:
+            self.look()
+
+    def look(self) -> None:
+        """Nothing staged stays, and memory does not grow."""
+        assert files(self.gateway.home / "staging") == []
+        now = self.memory_bytes()
+        if self.sent <= SETTLED:
+            self.settled_bytes = now
+        self.peak_bytes = max(self.peak_bytes, now)
+
+    def escaped(self) -> list[Path]:
+        """Files that an upload's names tried to be."""
+        near = [self.root, *self.root.parents, Path.cwd(), Path.home()]
+        found = [path for place in near for path in place.glob(f"*{ESCAPE}*")]
+        return found + list(self.root.rglob(f"*{ESCAPE}*"))
+
+    async def none_harmed(self) -> None:
+        """What must be so when all is over; the adapter that took in harmless mutations is deleted first."""
+        before, self.known = self.known, []
+        assert before == self.processes()  # nobody died and was replaced
+        good = two_files(self.good.config, self.good.weights, "")
+        headers = {"content-type": good.content_type}
+        taken = await self.client.post("/v1/adapters/bot/versions", content=good.body, headers=headers)
+        assert taken.status_code == 201, taken.text
+        assert (await self.client.delete("/v1/adapters/bot")).status_code == 204
+        self.look()
+        assert files(self.gateway.home / "blobs") == []
+        assert self.escaped() == []
+        assert "Traceback" not in self.gateway.log.read_text()
+        assert self.dearest[0] <= MOST_CPU_S, self.dearest
+        assert self.peak_bytes - self.settled_bytes <= MOST_GROWTH_BYTES
+
+
+def files(place: Path) -> list[Path]:
+    return [path for path in place.rglob("*") if path.is_file()] if place.exists() else []
+
+
+@pytest.fixture
+async def siege(tmp_path: Path) -> AsyncIterator[Siege]:
+    base = write_base(tmp_path / "base")
+    good = Good.read(write_good(tmp_path / "good"))
+    home = tmp_path / "deep" / "down" / "home"
+    home.parent.mkdir(parents=True)
+    settings = gateway_settings(base, TAILOR_MAX_ADAPTER_BYTES=str(LIMIT_BYTES))
+    gateway = GatewayProcess(free_port(), home, settings, tmp_path / "gateway.log")
+    await gateway.start()
+    try:
+        await gateway.serves()
+        headers = {"authorization": f"Bearer {await new_key(gateway.url, gateway.operator_key())}"}
+        async with httpx.AsyncClient(base_url=gateway.url, headers=headers, timeout=60) as client:
+            yield Siege(gateway, tmp_path, client, good)
+    finally:
+        await gateway.stop()
+
+
+async def besiege(siege: Siege, make: Callable[[int, Good], Upload], count: int) -> None:
+    await siege.send(-1, two_files(siege.good.config, siege.good.weights, "the good one"))
+    assert siege.statuses == {201: 1}
+    siege.known = []  # the worker began with that one
+    spent = siege.cpu_s()
+    begin = time.monotonic()
+    for seed in range(count):
+        await siege.send(seed, make(seed, siege.good))
+    spent = siege.cpu_s() - spent
+    await siege.none_harmed()
+    grown = (siege.peak_bytes - siege.settled_bytes) >> 20
+    print(  # noqa: T201  the figures of the run
+        f"{make.__name__}: {count} in {time.monotonic() - begin:.0f} s, {spent:.0f} s of CPU, {dict(siege.statuses)}; "
+        f"dearest {siege.dearest[0]:.2f} s of CPU ({siege.dearest[1]}); memory grew {grown} MiB"
+    )
+    assert sum(siege.statuses.values()) == count + 1
+    assert siege.statuses[201] < count / 2
+    assert len(siege.statuses) >= 3
+
+
+async def test_hostile_archives_and_forms_do_no_harm(siege: Siege) -> None:
+    """300 archives and forms: names that climb, links, duplicates, bombs, lying sizes, mutations, noise."""
+    await besiege(siege, hostile_archive, 300)
+
+
+async def test_hostile_weights_do_no_harm(siege: Siege) -> None:
+    """300 safetensors files: truncated, mutated, with headers that lie or are dear to parse."""
+    await besiege(siege, hostile_weights, 300)
+
+
+async def test_hostile_configs_do_no_harm(siege: Siege) -> None:
+    """150 configs: deep, huge, with regular expressions, odd values and literals."""
+    await besiege(siege, hostile_config, 150)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(7_200)
+@pytest.mark.parametrize(
+    ("make", "count"), [(hostile_archive, 10_000), (hostile_weights, 10_000), (hostile_config, 5_000)]
+)
+async def test_twenty_five_thousand_hostile_uploads(
+    siege: Siege, make: Callable[[int, Good], Upload], count: int
+) -> None:
+    """U1's figures."""
+    await besiege(siege, make, count)
