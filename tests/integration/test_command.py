@@ -139,6 +139,7 @@ def test_an_output_folder_that_exists_is_never_touched(home: Path, tmp_path: Pat
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.local
 def test_a_home_is_backed_up_and_restored(home: Path, tmp_path: Path) -> None:
     """Backup, check and restore from the command line, into another home; a second restore is refused."""
     assert tailor(home, "store", "migrate").stdout == f"the schema is {HEAD}\n"
