@@ -12,7 +12,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install compile compile-if-possible demo test test-full bench-gateway lint check format lock clean promtool
+.PHONY: help install compile compile-if-possible demo test test-full bench-gateway bench-store lint check format lock clean promtool
 
 help:  ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ bench-gateway: compile  ## what the gateway costs beside nginx: a line a figure,
 	  || { command -v apt-get >/dev/null && [ $$(id -u) = 0 ] && apt-get update -qq && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -qq --no-install-recommends nginx-light; } \
 	  || { echo "nginx is needed as the yardstick and could not be installed: install it with your system's packages, or put a build of it on PATH"; exit 1; }
 	$(BIN)/python -m loadtests.overhead $(ARGS)
+
+# ARGS=--quick for a look; ARGS="--only catalog --postgres", …
+bench-store: compile-if-possible  ## what the adapter store costs, upload to first token: a line a figure, fails where a must is missed
+	$(BIN)/python -m loadtests.store $(ARGS)
 
 # Unpacked from the distribution's package, not installed: that would start a Prometheus server. Where the system's lists of
 # packages are absent or old, lists of our own are fetched: the system's are root's.

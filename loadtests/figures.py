@@ -1,6 +1,7 @@
 """A benchmark's figures: what each must keep, the verdict on a value, and how both are written."""
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,6 +39,13 @@ class Row:
         return json.dumps(
             {"figure": self.figure, "value": round(self.value, 4), **verdict, **self.detail}, ensure_ascii=False
         )
+
+
+def tell(rows: Iterable[Row]) -> None:
+    """A line a figure, each as soon as it is known."""
+    for one in rows:
+        sys.stdout.write(f"{one.line()}\n")
+        sys.stdout.flush()
 
 
 def exit_code(rows: Iterable[Row]) -> int:

@@ -6,8 +6,6 @@ machine; where it does, trust CPU per operation more than rates.
 
 import argparse
 import json
-import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -20,12 +18,12 @@ from pathlib import Path
 
 import uvloop
 
-from loadtests.figures import Row, exit_code, markdown
+from loadtests.figures import Row, exit_code, markdown, tell
 from loadtests.overhead.client import Target
 from loadtests.overhead.features import missing_features
 from loadtests.overhead.model_files import BASE_NAME
 from loadtests.overhead.phases import Length, Round, Watched, all_phases, median, watch
-from loadtests.overhead.processes import niceness, on_core, rss_mib, two_cores
+from loadtests.overhead.processes import machine, niceness, on_core, rss_mib, two_cores
 from loadtests.overhead.profile import profile
 from loadtests.overhead.report import load_rows, row
 from loadtests.overhead.scale import scale_rows
@@ -76,12 +74,6 @@ def main() -> int:
     if args.markdown is not None:
         args.markdown.write_text(markdown(rows))
     return exit_code(rows)
-
-
-def tell(rows: list[Row]) -> None:
-    """A line a figure."""
-    sys.stdout.writelines(f"{one.line()}\n" for one in rows)
-    sys.stdout.flush()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +151,7 @@ def start_row(starts: Sequence[Start]) -> Row:
 def _report(rows: list[Row], rounds: list[Round]) -> dict[str, object]:
     return {
         "figures": [json.loads(one.line()) for one in rows],
-        "machine": machine(),
+        "machine": {**machine(), "nginx": nginx_version()},
         "rounds": [
             {phase: {name: asdict(sample) for name, sample in by.items()} for phase, by in one.items()}
             for one in rounds
@@ -167,21 +159,10 @@ def _report(rows: list[Row], rounds: list[Round]) -> dict[str, object]:
     }
 
 
-def machine() -> Mapping[str, object]:
-    """Where the figures come from."""
+def nginx_version() -> str:
+    """Of the yardstick."""
     told = subprocess.run([nginx_path(), "-v"], capture_output=True, text=True, check=True).stderr.strip()
-    cpu = next(
-        (line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "nginx": told.rpartition("/")[2],
-        "load_average": os.getloadavg()[0],
-    }
+    return told.rpartition("/")[2]
 
 
 def _setting(text: str) -> tuple[str, str]:

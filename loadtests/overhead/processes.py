@@ -1,6 +1,7 @@
 """Processes as /proc tells of them: who listens, what they cost, where they run (Linux)."""
 
 import os
+import platform
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -67,8 +68,34 @@ def busy_ns(cores: Collection[int]) -> int:
 
 def rss_mib(pid: int) -> float:
     """Resident memory of one process."""
-    found = re.search(r"^VmRSS:\s+(\d+) kB", (PROC / str(pid) / "status").read_text(), re.MULTILINE)
+    return _memory_mib(pid, "VmRSS")
+
+
+def peak_rss_mib(pid: int) -> float:
+    """The most of it since the process began, or since `forget_peak`."""
+    return _memory_mib(pid, "VmHWM")
+
+
+def forget_peak(pid: int) -> None:
+    """The peak of resident memory begins anew, at what is resident now."""
+    (PROC / str(pid) / "clear_refs").write_text("5")
+
+
+def _memory_mib(pid: int, line: str) -> float:
+    found = re.search(rf"^{line}:\s+(\d+) kB", (PROC / str(pid) / "status").read_text(), re.MULTILINE)
     return int(found[1]) / 1024 if found else 0.0
+
+
+def machine() -> dict[str, object]:
+    """Where figures come from."""
+    names = re.search(r"^model name\s*: (.+)$", (PROC / "cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "cpu": names[1] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_average": os.getloadavg()[0],
+    }
 
 
 def two_cores() -> tuple[int, int]:

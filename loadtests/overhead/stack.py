@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ from loadtests.overhead.processes import cpu_ns, on_core
 ADAPTER: Final = "support"
 TOKEN: Final = "token-of-the-overhead-benchmark"  # noqa: S105  of a replica that is a mock
 START_TIMEOUT_S: Final = 30.0
+STOP_TIMEOUT_S: Final = 60.0
 TRACED: Final = 0.01
 HIGH: Final = 1_000_000_000
 PLAN: Final = {
@@ -86,29 +87,37 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: Sequence[str], url: str, *, core: int, log: Path, env: Mapping[str, str]) -> Iterator[Start]:
-    """A process on its core, until the block ends; entered once `url` answers 200.
+def running(
+    command: Sequence[str],
+    url: str,
+    *,
+    core: int | None,
+    log: Path,
+    env: Mapping[str, str],
+    timeout_s: float = START_TIMEOUT_S,
+) -> Iterator[Start]:
+    """A process on its core, or on any, until the block ends; entered once `url` answers 200.
 
     Raises:
         CannotMeasureError: it ends or does not answer; its last words are in the text.
     """
-    with log.open("wb") as out, on_core(core):
+    with log.open("wb") as out, on_core(core) if core is not None else nullcontext():
         begin = time.monotonic()
         process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
     try:
-        _wait(url, process, log)
+        _wait(url, process, log, timeout_s)
         yield Start(process, time.monotonic() - begin, cpu_ns([process.pid]) / 1e9)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(15)
+            process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
-def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    stop = time.monotonic() + START_TIMEOUT_S
+def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float) -> None:
+    stop = time.monotonic() + timeout_s
     with httpx.Client(timeout=2, trust_env=False) as http:
         while process.poll() is None and time.monotonic() < stop:
             try:
@@ -133,7 +142,7 @@ def nginx_path() -> str:
 
 
 @contextmanager
-def mock_upstream(folder: Path, fingerprint: str, core: int) -> Iterator[int]:
+def mock_upstream(folder: Path, fingerprint: str, core: int | None) -> Iterator[int]:
     """The mock's port."""
     port = free_port()
     command = [sys.executable, "-m", "loadtests.overhead.mock", "--port", str(port), "--fingerprint", fingerprint]
@@ -156,12 +165,17 @@ def nginx(folder: Path, upstream_port: int, core: int) -> Iterator[Target]:
 
 
 def base_model(folder: Path) -> tuple[Path, str]:
-    """The base model's folder and its fingerprint, as a Tailor process computes it."""
+    """The base model's folder and its fingerprint."""
+    base = write_base(folder)
+    return base, fingerprint_of(base)
+
+
+def fingerprint_of(base: Path) -> str:
+    """As a Tailor process computes it."""
     program = "import sys; from pathlib import Path; from adapter_store.base_model import BaseModel; "
     program += "print(BaseModel.read(Path(sys.argv[1])).fingerprint)"
-    base = write_base(folder)
     done = subprocess.run([sys.executable, "-c", program, str(base)], capture_output=True, text=True, check=True)
-    return base, done.stdout.strip()
+    return done.stdout.strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +185,7 @@ class Gateway:
     folder: Path
     base: Path
     upstream_port: int
-    core: int
+    core: int | None
     settings: Mapping[str, str]
 
     @contextmanager

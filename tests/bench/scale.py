@@ -96,12 +96,12 @@ async def fill(engine: AsyncEngine, size: Size) -> None:
     """The rows of all tenants, keys and adapters; the plan has every limit, set high."""
     await migrate(engine)
     limits = {column.name: HIGH for column in plans.columns if column.name not in ("name", "weight", "created_at")}
-    await _insert(engine, plans, [{"name": PLAN, "weight": 1.0, "created_at": 0, **limits}])
-    await _insert(engine, tenants, (_tenant_row(size, number) for number in range(size.tenants)))
-    await _insert(engine, api_keys, (_key_row(size, number) for number in range(size.keys)))
-    await _insert(engine, catalog.adapters, (_adapter_row(size, number) for number in range(size.adapters)))
-    await _insert(engine, catalog.versions, (_version_row(size, number) for number in range(size.adapters)))
-    await _insert(engine, catalog.aliases, (_alias_row(number) for number in range(size.adapters)))
+    await add(engine, plans, [{"name": PLAN, "weight": 1.0, "created_at": 0, **limits}])
+    await add(engine, tenants, (_tenant_row(size, number) for number in range(size.tenants)))
+    await add(engine, api_keys, (_key_row(size, number) for number in range(size.keys)))
+    await add(engine, catalog.adapters, (adapter_row(size, number) for number in range(size.adapters)))
+    await add(engine, catalog.versions, (version_row(size, number) for number in range(size.adapters)))
+    await add(engine, catalog.aliases, (alias_row(number) for number in range(size.adapters)))
 
 
 def _tenant_row(size: Size, number: int) -> dict[str, object]:
@@ -120,12 +120,12 @@ def _key_row(size: Size, number: int) -> dict[str, object]:
     }
 
 
-def _adapter_row(size: Size, number: int) -> dict[str, object]:
+def adapter_row(size: Size, number: int) -> dict[str, object]:
     names = {"id": adapter_id(number), "tenant_id": size.tenant_of(number), "name": f"adapter-{number}"}
     return {**names, "created_at": 0}
 
 
-def _version_row(size: Size, number: int) -> dict[str, object]:
+def version_row(size: Size, number: int) -> dict[str, object]:
     return {
         "id": f"ver_{number:024x}",
         "adapter_id": adapter_id(number),
@@ -144,11 +144,11 @@ def _version_row(size: Size, number: int) -> dict[str, object]:
     }
 
 
-def _alias_row(number: int) -> dict[str, object]:
+def alias_row(number: int) -> dict[str, object]:
     return {"adapter_id": adapter_id(number), "name": "default", "version_id": f"ver_{number:024x}", "moved_at": 0}
 
 
-async def _insert(engine: AsyncEngine, table: Any, rows: Iterable[dict[str, object]]) -> None:
+async def add(engine: AsyncEngine, table: Any, rows: Iterable[dict[str, object]]) -> None:
     left = iter(rows)
     async with writing(engine) as connection:
         while some := [row for _, row in zip(range(FILLED), left, strict=False)]:
