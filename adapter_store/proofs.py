@@ -250,6 +250,16 @@ fingerprints = Table(
     Column("answers", Text, nullable=False),  # JSON of Fingerprint
     Column("made_at", BigInteger, nullable=False),
 )
+proof_moves = Table(  # published where proof is required: the alias `default` moves to it once it is proved
+    "proof_moves",
+    metadata,
+    Column(
+        "version_id",
+        Text,
+        ForeignKey("versions.id", name="fk_proof_moves_version_id", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+)
 golden_prompts = Table(
     "golden_prompts",
     metadata,
@@ -468,6 +478,24 @@ async def hold_back(connection: AsyncConnection, version_id: VersionId, now: int
     values = {"status": Status.FAILED, "reason": Reason.FINGERPRINT_DIFFERS, "checked_at": now}
     here = (proofs.c.version_id == version_id) & proofs.c.claim.is_(None)
     await connection.execute(update(proofs).where(here).values(values))
+
+
+async def move_when_proved(connection: AsyncConnection, version_id: VersionId) -> None:
+    """The alias waits for the version's proof. The caller holds the writers' turn."""
+    await forget_move(connection, version_id)
+    await connection.execute(insert(proof_moves).values(version_id=version_id))
+
+
+async def next_move(connection: AsyncConnection) -> VersionId | None:
+    """A version that is proved, and that its alias has waited for."""
+    is_proved = (proofs.c.version_id == proof_moves.c.version_id) & (proofs.c.status == Status.PROVED)
+    statement = select(proof_moves.c.version_id).join(proofs, is_proved).order_by(proof_moves.c.version_id).limit(1)
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else VersionId(row.version_id)
+
+
+async def forget_move(connection: AsyncConnection, version_id: VersionId) -> None:
+    await connection.execute(delete(proof_moves).where(proof_moves.c.version_id == version_id))
 
 
 async def find_version(connection: AsyncConnection, version_id: VersionId) -> Version | None:

@@ -78,7 +78,10 @@ class _Order:
 
 
 class AdapterStore:
-    """Adapters of all tenants on one base model. Every call names the tenant."""
+    """Adapters of all tenants on one base model. Every call names the tenant.
+
+    `moves_when_proved`: what is published for a name that stands for something already gets it once it is proved.
+    """
 
     def __init__(
         self,
@@ -87,9 +90,11 @@ class AdapterStore:
         inspector: Inspector,
         *,
         signer: Signer | None = None,
+        moves_when_proved: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`signer` None: versions are published without a signature."""
+        self._moves_when_proved = moves_when_proved
         self._engine = engine
         self._blobs = blobs
         self._inspector = inspector
@@ -284,12 +289,26 @@ class AdapterStore:
             await proofs.begin(connection, version, now, order.reference)
             if self._signer is not None:
                 await sign_version(connection, self._signer, version)
+        if self._moves_when_proved and await self._waits_for_proof(connection, version):
+            await proofs.move_when_proved(connection, version.id)
+            await record_change(connection, NOUN, order.tenant_id, order.name)
+        else:
+            await self._point(connection, order, version, now)
+        await order.together.after(connection, version)
+        return version
+
+    async def _point(self, connection: AsyncConnection, order: _Order, version: Version, now: int) -> None:
         moved_by = order.published_by or ""
         move = move_of(version.adapter_id, DEFAULT_ALIAS, MoveKind.PUBLISH, moved_by, "", now)
         if await aliases.point(connection, move, [(version.id, version.number, 1)]):
             await record_change(connection, NOUN, order.tenant_id, order.name)
-        await order.together.after(connection, version)
-        return version
+
+    async def _waits_for_proof(self, connection: AsyncConnection, version: Version) -> bool:
+        """Whether its adapter's name stands for something already; a new one stands for its first version at once."""
+        current = await aliases.find(connection, version.tenant_id, version.adapter_name, DEFAULT_ALIAS)
+        if current is None or main_of(current).id == version.id:
+            return False
+        return (await proofs.find(connection, version.id)).status is not proofs.Status.PROVED
 
     async def _check_quota(self, connection: AsyncConnection, order: _Order) -> None:
         if order.quota.counts:

@@ -16,10 +16,10 @@ from contextlib import suppress
 from enum import StrEnum
 from typing import Final
 
-from adapter_store import catalog, examples, proofs
-from adapter_store.aliases import NOUN
-from adapter_store.catalog import Version
-from adapter_store.changes import Change, take_turn
+from adapter_store import aliases, catalog, examples, proofs
+from adapter_store.aliases import NOUN, MoveKind, main_of, move_of
+from adapter_store.catalog import DEFAULT_ALIAS, Version
+from adapter_store.changes import Change, record_change, take_turn
 from adapter_store.engine import AsyncEngine
 from adapter_store.errors import AdapterNotFound, StorageError
 from adapter_store.examples import Example
@@ -267,6 +267,7 @@ class Proofs:
         """Prove the next version in turn; False where there is none, or no replica to ask."""
         if ReplicaState.READY not in self._pool.states().values():
             return False
+        await self._move_next()
         found = await self._claim_next()
         if found is None:
             return False
@@ -278,6 +279,25 @@ class Proofs:
                 await self._put_off(claim, 0)
             raise
         return True
+
+    async def _move_next(self) -> None:
+        """An alias that has waited for a proof moves, unless it stands for a newer version by now."""
+        async with reading(self._engine) as connection:
+            if await proofs.next_move(connection) is None:
+                return
+        async with writing(self._engine) as connection:
+            await take_turn(connection)
+            version_id = await proofs.next_move(connection)
+            version = None if version_id is None else await proofs.find_version(connection, version_id)
+            if version is None:
+                return
+            await proofs.forget_move(connection, version.id)
+            current = await aliases.find(connection, version.tenant_id, version.adapter_name, DEFAULT_ALIAS)
+            if current is None or main_of(current).number < version.number:
+                move = move_of(version.adapter_id, DEFAULT_ALIAS, MoveKind.PUBLISH, "", "proved", int(self._clock()))
+                await aliases.point(connection, move, [(version.id, version.number, 1)])
+                await record_change(connection, NOUN, version.tenant_id, version.adapter_name)
+        self.wake()
 
     async def _claim_next(self) -> tuple[Claim, Version, Sequence[str]] | None:
         now = int(self._clock())

@@ -15,6 +15,7 @@ from adapter_store.quota import bytes_exceeded
 from adapter_store.together import Together
 from gateway.dependencies import Parts, TenantKey, publisher
 from gateway.idempotency import HEADER, Kept, Once, fingerprint
+from gateway.proofs import Policy
 
 Respond = Callable[[AsyncConnection, Version], Awaitable[tuple[str, BaseModel]]]
 """The answer's location and body, read in the transaction that publishes."""
@@ -83,7 +84,9 @@ async def publish_bundle(
 
 
 async def current(parts: Parts, tenant_id: TenantId, name: str) -> Version | None:
-    """What answers to the name now: the engines that have it are given its successor."""
+    """What answers to the name now: the engines that have it are given its successor, if it has the name at once."""
+    if parts.proofs.policy is Policy.REQUIRE:
+        return None
     try:
         return main_of(await parts.store.resolve(tenant_id, name))
     except (AdapterNotFound, OtherBaseModel):

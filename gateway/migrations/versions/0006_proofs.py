@@ -35,6 +35,7 @@ def upgrade() -> None:
         sa.Column("answers", sa.Text, nullable=False),
         sa.Column("made_at", sa.BigInteger, nullable=False),
     )
+    op.create_table("proof_moves", _of("versions", "version_id", "fk_proof_moves_version_id"))
     op.create_table(
         "golden_prompts",
         _of("adapters", "adapter_id", "fk_golden_prompts_adapter_id"),
@@ -49,5 +50,5 @@ def _of(table: str, column: str, name: str) -> sa.Column[str]:
 
 
 def downgrade() -> None:
-    for table in ("golden_prompts", "fingerprints", "proofs"):
+    for table in ("golden_prompts", "proof_moves", "fingerprints", "proofs"):
         op.drop_table(table)

@@ -14,6 +14,7 @@ from adapter_store import proofs
 from adapter_store.proofs import ANSWER_TOKENS, MOST_PROMPTS, PROMPTS, TOP, Proof, Reason, Reference, Status
 from adapter_store.transactions import reading, writing
 from gateway.replicas.replica import ReplicaState
+from tests.bad_adapters import write_good
 from tests.fakes.golden import golden
 from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of
@@ -462,6 +463,36 @@ async def test_where_proof_is_required_an_alias_moves_to_what_is_proved(
     await judged(acme)
     assert (await moved()).status_code == 200
     assert (await client.put(alias, json={"version": 7})).status_code == 404
+
+
+async def test_where_proof_is_required_a_published_version_gets_the_name_once_it_is_proved(
+    run_gateway: RunGateway, replica: FakeReplica, good: Path, other_good: Path, tmp_path: Path
+) -> None:
+    """The first one has it at once; a later one that fails never does, and does not keep the next from it."""
+    gateway = await run_gateway(replica, proof="require")
+    acme = await gateway.tenant("acme")
+    first = (await acme.publish(good)).json()["current"]
+    assert first["number"] == 1
+    await judged(acme)
+    replica.faults.golden_nan = True
+    assert (await acme.publish(other_good)).json()["current"]["number"] == 1
+    assert (await judged(acme, number=2))["status"] == "failed"
+    replica.faults.golden_nan = False
+    assert (await acme.ask()).headers["x-tailor-version"].startswith("1;")
+    replica.faults.event_delay_s = 0.2
+    assert (await acme.publish(write_good(tmp_path / "third", seed=3))).json()["current"]["number"] == 1
+    async with asyncio.timeout(DEADLINE_S):
+        while (await acme.ask()).headers["x-tailor-version"].startswith("1;"):
+            await asyncio.sleep(0.02)
+    assert (await badge(acme, number=3))["status"] == "proved"
+    moves = (await acme.client.get("/v1/adapters/bot/history")).json()["data"]
+    assert [(move["kind"], move["reason"], move["after"][0]["version"]) for move in moves] == [
+        ("publish", "proved", 3), ("publish", "", 1),
+    ]  # fmt: skip
+    assert (await acme.client.post("/v1/adapters/bot/versions/2/proof")).status_code == 202  # late, and now good
+    await judged(acme, number=2)
+    await until(lambda: gateway.parts.proofs.verdicts["proved"] == 3)
+    assert (await acme.publish(good)).json()["current"]["number"] == 1  # proved: as ever
 
 
 async def test_a_rollout_waits_for_the_proof_and_goes_back_where_it_fails(
