@@ -184,6 +184,7 @@ async def test_a_fault_of_all_workers_is_told_once(new_gateway: NewGateway, redi
     assert gateway.said("config.json") == 1
 
 
+@pytest.mark.local
 async def test_gateways_that_start_at_once_make_one_operator_key(new_gateway: NewGateway) -> None:
     """On an empty home: one key in the database, the one in the file, and the same secrets for both."""
     both = [new_gateway(), new_gateway()]
