@@ -418,11 +418,16 @@ async def _end_rollout(connection: AsyncConnection, adapter_id: AdapterId, alias
     await connection.execute(update(rollouts).where(here).values(**ended))
 
 
-def _check(alias: str, shares: Sequence[tuple[int, int]]) -> None:
+def check_alias(alias: str) -> None:
+    """Raises AliasInvalid."""
     if not NAME.fullmatch(alias):
         raise AliasInvalid(
             f"{alias[:80]!r} is not an alias: 1 to 64 of a-z, 0-9, '.', '_', '-', the first a letter or digit"
         )
+
+
+def _check(alias: str, shares: Sequence[tuple[int, int]]) -> None:
+    check_alias(alias)
     if not 1 <= len(shares) <= MOST_SHARES:
         raise AliasInvalid(f"an alias stands for 1 to {MOST_SHARES} versions, not for {len(shares)}")
     if len({number for number, _ in shares}) != len(shares):

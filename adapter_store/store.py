@@ -69,6 +69,7 @@ class _Order:
 
     tenant_id: TenantId
     name: str
+    alias: str | None
     checked: _Checked
     provenance: Provenance
     published_by: str | None
@@ -109,14 +110,16 @@ class AdapterStore:
         name: str,
         staged: StagedBundle,
         *,
+        alias: str | None = DEFAULT_ALIAS,
         provenance: Provenance = Provenance.UPLOAD,
         published_by: str | None = None,
         quota: Quota = NO_QUOTA,
         reference: Reference | None = None,
         together: Together[Version] | None = None,
     ) -> Version:
-        """Checks the bundle and makes it the version that answers to `name`, signed.
+        """Checks the bundle and makes it the version that `alias` of the adapter stands for, signed.
 
+        `alias` None: none is moved. An adapter's first version gets the default one in any case.
         The same content again gives the version that is there, without a new number. `published_by`: id of the key.
         `reference`: what it answered where it was trained, which its proof is held to.
         `together`: what is written in the same transaction, or nothing is.
@@ -124,11 +127,15 @@ class AdapterStore:
         StorageUnavailable.
         """
         self.check_name(name)
+        if alias is not None:
+            aliases.check_alias(alias)
         if reference is not None:
             reference.check()
         checked = await self._check(tenant_id, staged)
         quota.check_rank(checked.inspection.rank)
-        order = _Order(tenant_id, name, checked, provenance, published_by, quota, reference, together or Together())
+        order = _Order(
+            tenant_id, name, alias, checked, provenance, published_by, quota, reference, together or Together()
+        )
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._undo, tenant_id, [file.sha256 for file in checked.files])
             version = await self._put_and_commit(order)
@@ -289,26 +296,25 @@ class AdapterStore:
             await proofs.begin(connection, version, now, order.reference)
             if self._signer is not None:
                 await sign_version(connection, self._signer, version)
-        if self._moves_when_proved and await self._waits_for_proof(connection, version):
-            await proofs.move_when_proved(connection, version.id)
-            await record_change(connection, NOUN, order.tenant_id, order.name)
-        else:
-            await self._point(connection, order, version, now)
+        for alias in await self._to_move(connection, order, version):
+            move = move_of(version.adapter_id, alias, MoveKind.PUBLISH, order.published_by or "", "", now)
+            if await aliases.point(connection, move, [(version.id, version.number, 1)]):
+                await record_change(connection, NOUN, order.tenant_id, order.name)
         await order.together.after(connection, version)
         return version
 
-    async def _point(self, connection: AsyncConnection, order: _Order, version: Version, now: int) -> None:
-        moved_by = order.published_by or ""
-        move = move_of(version.adapter_id, DEFAULT_ALIAS, MoveKind.PUBLISH, moved_by, "", now)
-        if await aliases.point(connection, move, [(version.id, version.number, 1)]):
-            await record_change(connection, NOUN, order.tenant_id, order.name)
-
-    async def _waits_for_proof(self, connection: AsyncConnection, version: Version) -> bool:
-        """Whether its adapter's name stands for something already; a new one stands for its first version at once."""
+    async def _to_move(self, connection: AsyncConnection, order: _Order, version: Version) -> set[str]:
+        """The alias that was named, and the default one where the adapter is new; the others wait for the proof."""
         current = await aliases.find(connection, version.tenant_id, version.adapter_name, DEFAULT_ALIAS)
-        if current is None or main_of(current).id == version.id:
-            return False
-        return (await proofs.find(connection, version.id)).status is not proofs.Status.PROVED
+        if current is None:
+            return {DEFAULT_ALIAS, order.alias or DEFAULT_ALIAS}
+        if order.alias is None:
+            return set()
+        if self._moves_when_proved and main_of(current).id != version.id and not await _is_proved(connection, version):
+            await proofs.move_when_proved(connection, version.id)
+            await record_change(connection, NOUN, order.tenant_id, order.name)
+            return set()
+        return {order.alias}
 
     async def _check_quota(self, connection: AsyncConnection, order: _Order) -> None:
         if order.quota.counts:
@@ -351,6 +357,10 @@ class AdapterStore:
             for sha256 in loose:
                 await self._blobs.delete(blob_key(tenant_id, sha256))
         return len(loose)
+
+
+async def _is_proved(connection: AsyncConnection, version: Version) -> bool:
+    return (await proofs.find(connection, version.id)).status is proofs.Status.PROVED
 
 
 def _blob_file(tenant_id: TenantId, name: str, sha256: str, size_bytes: int) -> BlobFile:

@@ -44,6 +44,7 @@ class Push:
         folder: Path,
         *,
         stage: Callable[[str, int], Advance],
+        alias: str = "default",
         in_parts_from_bytes: int = IN_PARTS_FROM_BYTES,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -51,6 +52,7 @@ class Push:
         self._path = f"/v1/adapters/{name}"
         self._folder = folder
         self._stage = stage
+        self._alias = {"alias": alias}
         self._in_parts_from_bytes = in_parts_from_bytes
         self._sleep = sleep
 
@@ -74,7 +76,8 @@ class Push:
                     for name in FILES
                 }
                 headers = {"idempotency-key": key}
-                return self._client.call("POST", f"{self._path}/versions", files=files, headers=headers)
+                place = f"{self._path}/versions"
+                return self._client.call("POST", place, files=files, headers=headers, params=self._alias)
 
         return self._patiently(send)
 
@@ -91,7 +94,7 @@ class Push:
             self._patiently(lambda: self._put(f"{place}/{file.name}/{number}", part))  # noqa: B023  called at once
             advance(len(part))
         self._stage("checking", 0)
-        return self._patiently(lambda: self._client.call("POST", f"{place}/complete"))
+        return self._patiently(lambda: self._client.call("POST", f"{place}/complete", params=self._alias))
 
     def _begun(self, files: list[LocalFile]) -> Any:
         """The upload of these very files that an earlier run has begun, or a new one."""

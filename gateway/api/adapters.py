@@ -20,7 +20,16 @@ from gateway.api.body import Body
 from gateway.api.erasures import ErasureObject, erasure_object
 from gateway.api.multipart import UploadForm
 from gateway.api.proofs import ProofObject, proof_object
-from gateway.api.publishing import Publication, Respond, as_response, hold_to_quota, once, publish_bundle, request_of
+from gateway.api.publishing import (
+    Publication,
+    PublishedAlias,
+    Respond,
+    as_response,
+    hold_to_quota,
+    once,
+    publish_bundle,
+    request_of,
+)
 from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, TenantKey
 from gateway.errors import GatewayError, RequestInvalid
 from gateway.idempotency import Repeated
@@ -113,10 +122,13 @@ class AdapterList(BaseModel):
 
 
 @router.post("", status_code=201, response_model=AdapterObject)
-async def publish(request: Request, asker: AdapterKey, parts: AppParts) -> Response:
+async def publish(
+    request: Request, asker: AdapterKey, parts: AppParts, alias: PublishedAlias = DEFAULT_ALIAS
+) -> Response:
     """Publish a version: multipart with `name` and the two files, or `name` and an `archive` of them.
 
-    The adapter's name stands for the new version from the answer on. The same bytes again are the same version.
+    The adapter's name stands for the new version from the answer on, or another `alias` does. The same bytes again are
+    the same version.
     """
 
     async def respond(connection: AsyncConnection, version: Version) -> tuple[str, AdapterObject]:
@@ -131,11 +143,13 @@ async def publish(request: Request, asker: AdapterKey, parts: AppParts) -> Respo
             raise RequestInvalid("The field name is missing: it is what requests will call the adapter.", param="name")
         return form.fields["name"]
 
-    return await _upload(request, asker, parts, None, receive, respond)
+    return await _upload(request, asker, parts, None, alias, receive, respond)
 
 
 @router.post("/{name}/versions", status_code=201, response_model=PublishedVersion)
-async def publish_version(name: str, request: Request, asker: AdapterKey, parts: AppParts) -> Response:
+async def publish_version(
+    name: str, request: Request, asker: AdapterKey, parts: AppParts, alias: PublishedAlias = DEFAULT_ALIAS
+) -> Response:
     """Publish a version: multipart with the two files or an `archive` of them, or a tar, tar.gz or zip as the body."""
 
     async def respond(connection: AsyncConnection, version: Version) -> tuple[str, PublishedVersion]:
@@ -150,7 +164,7 @@ async def publish_version(name: str, request: Request, asker: AdapterKey, parts:
             await UploadForm(request, body, bundle, has_name=False).receive()
         return name
 
-    return await _upload(request, asker, parts, name, receive, respond)
+    return await _upload(request, asker, parts, name, alias, receive, respond)
 
 
 async def _upload(
@@ -158,6 +172,7 @@ async def _upload(
     asker: TenantKey,
     parts: Parts,
     name: str | None,
+    alias: str,
     receive: Callable[[Body, StagedBundle], Awaitable[str]],
     respond: Respond,
 ) -> Response:
@@ -168,12 +183,14 @@ async def _upload(
             repeat = once(request, parts, asker.tenant_id)
             if name is not None:
                 parts.store.check_name(name)
+            check_published_alias(parts, alias)
             await hold_to_quota(parts, asker, name, bundle, repeat)
             name = await receive(body, bundle)
         except (GatewayError, AdapterStoreError):
             await body.discard()
             raise
-        publication = Publication(repeat, request_of(request.scope["route"].path, name, bundle), respond)
+        asked = request_of(request.scope["route"].path, name, alias, bundle)
+        publication = Publication(repeat, asked, respond, alias=alias or None)
         try:
             await repeat.check(publication.request_sha256)
             return await publish_bundle(request, parts, asker, name, bundle, publication)

@@ -1,19 +1,21 @@
 """How every upload ends, whichever way it came: published and answered, and answered alike when it is repeated."""
 
 from collections.abc import Awaitable, Callable
+from typing import Annotated
 
-from fastapi import Request, Response
+from fastapi import Query, Request, Response
 from pydantic import BaseModel
 
-from adapter_store.aliases import main_of
+from adapter_store.aliases import check_alias, main_of
 from adapter_store.bundle import BUNDLE_FILES, StagedBundle
-from adapter_store.catalog import Provenance, Version
+from adapter_store.catalog import DEFAULT_ALIAS, Provenance, Version
 from adapter_store.engine import AsyncConnection
 from adapter_store.errors import AdapterNotFound, OtherBaseModel
 from adapter_store.ids import TenantId
 from adapter_store.quota import bytes_exceeded
 from adapter_store.together import Together
 from gateway.dependencies import Parts, TenantKey, publisher
+from gateway.errors import ProofMissing
 from gateway.idempotency import HEADER, Kept, Once, fingerprint
 from gateway.proofs import Policy
 
@@ -21,10 +23,19 @@ Respond = Callable[[AsyncConnection, Version], Awaitable[tuple[str, BaseModel]]]
 """The answer's location and body, read in the transaction that publishes."""
 
 
-class Publication(Together[Version]):
-    """One request to publish: its effect and its answer are written together, once."""
+PublishedAlias = Annotated[
+    str, Query(max_length=64, description="The alias that is to stand for the version; empty: none is moved.")
+]
 
-    def __init__(self, once: Once, request_sha256: str, respond: Respond) -> None:
+
+class Publication(Together[Version]):
+    """One request to publish: its effect and its answer are written together, once.
+
+    `alias` None: none is moved.
+    """
+
+    def __init__(self, once: Once, request_sha256: str, respond: Respond, *, alias: str | None) -> None:
+        self.alias = alias
         self.request_sha256 = request_sha256
         self.answer: Kept | None = None
         self.once = once
@@ -37,6 +48,17 @@ class Publication(Together[Version]):
         location, body = await self._respond(connection, made)
         self.answer = Kept(self.request_sha256, 201, location, body.model_dump_json())
         await self.once.keep(connection, self.answer)
+
+
+def check_published_alias(parts: Parts, alias: str) -> None:
+    """Raises AliasInvalid, and ProofMissing where an alias other than the default one would not wait for the proof."""
+    if alias:
+        check_alias(alias)
+        if alias != DEFAULT_ALIAS and parts.proofs.policy is Policy.REQUIRE:
+            raise ProofMissing(
+                f"This server lets aliases stand for proved versions only: publish with an empty alias, and move '{alias}' "
+                "once the version is proved."
+            )
 
 
 def once(request: Request, parts: Parts, tenant_id: TenantId) -> Once:
@@ -56,10 +78,10 @@ async def hold_to_quota(parts: Parts, asker: TenantKey, name: str | None, bundle
         bundle.cap(left, bytes_exceeded(quota, kept))
 
 
-def request_of(route: str, name: str, bundle: StagedBundle) -> str:
-    """What makes two uploads the same request: the adapter and its files, however they are packed."""
+def request_of(route: str, name: str, alias: str | None, bundle: StagedBundle) -> str:
+    """What makes two uploads the same request: the adapter, its alias and its files, however they are packed."""
     bundle.check_complete()
-    return fingerprint(route, name, *(bundle.sha256[file] for file in BUNDLE_FILES))
+    return fingerprint(route, name, alias or "", *(bundle.sha256[file] for file in BUNDLE_FILES))
 
 
 async def publish_bundle(
@@ -67,11 +89,12 @@ async def publish_bundle(
 ) -> Response:
     """Publishes what was uploaded, as the key allows by now. Raises Repeated, and what the store raises."""
     await publisher(request, parts)  # an upload may take long: the key may be revoked by now
-    old = await current(parts, asker.tenant_id, name)
+    old = await current(parts, asker.tenant_id, name) if publication.alias == DEFAULT_ALIAS else None
     version = await parts.store.publish(
         asker.tenant_id,
         name,
         bundle,
+        alias=publication.alias,
         provenance=Provenance.UPLOAD,
         published_by=asker.key.id,
         quota=asker.key.plan.quota,

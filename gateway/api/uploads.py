@@ -6,7 +6,7 @@ from fastapi import APIRouter, Header, Request, Response
 from pydantic import BaseModel, Field
 
 from adapter_store.bundle import BUNDLE_FILES
-from adapter_store.catalog import Version
+from adapter_store.catalog import DEFAULT_ALIAS, Version
 from adapter_store.engine import AsyncConnection
 from adapter_store.errors import AdapterRejected, AdapterStoreError, BundleTooLarge, PartInvalid, UploadNotFound
 from adapter_store.proofs import find_all
@@ -15,7 +15,7 @@ from adapter_store.together import Together
 from adapter_store.uploads import DeclaredFile, Upload, check_complete, check_part
 from gateway.api.adapters import PublishedVersion, published_version
 from gateway.api.body import Body
-from gateway.api.publishing import Publication, as_response, once, publish_bundle
+from gateway.api.publishing import Publication, PublishedAlias, as_response, check_published_alias, once, publish_bundle
 from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, TenantKey
 from gateway.errors import GatewayError, RequestInvalid, answer
 from gateway.idempotency import Kept, Once, Repeated, fingerprint
@@ -95,8 +95,8 @@ class _Creation(Together[Upload]):
 class _Completion(Publication):
     """The version is made, the upload closed and the answer kept, or none of them."""
 
-    def __init__(self, parts: Parts, upload: Upload, once: Once) -> None:
-        super().__init__(once, fingerprint("complete", upload.id), self._told)
+    def __init__(self, parts: Parts, upload: Upload, once: Once, alias: str) -> None:
+        super().__init__(once, fingerprint("complete", upload.id, alias), self._told, alias=alias or None)
         self._parts = parts
         self.besides_upload = upload.id
         self._upload = upload
@@ -189,12 +189,20 @@ async def put_part(
 
 
 @router.post("/{upload}/complete", status_code=201, response_model=PublishedVersion)
-async def complete(name: str, upload: str, request: Request, asker: AdapterKey, parts: AppParts) -> Response:
+async def complete(
+    name: str,
+    upload: str,
+    request: Request,
+    asker: AdapterKey,
+    parts: AppParts,
+    alias: PublishedAlias = DEFAULT_ALIAS,
+) -> Response:
     """Put the parts together and publish them; asked again, the answer is the same, a refusal too."""
     found = await parts.uploads.find(asker.tenant_id, name, upload)
     if found.answer is not None:
         return as_response(Kept.from_text(found.answer))
-    completion = _Completion(parts, found, once(request, parts, asker.tenant_id))
+    check_published_alias(parts, alias)
+    completion = _Completion(parts, found, once(request, parts, asker.tenant_id), alias)
     try:
         made = await _complete(request, parts, asker, found, completion)
     except Repeated as repeated:

@@ -45,6 +45,9 @@ class FallbackChoice(StrEnum):
 def adapter_push(
     folder: Annotated[Path, typer.Argument(help="Folder with adapter_config.json and adapter_model.safetensors.")],
     name: Annotated[str | None, typer.Option(help="What requests call it; default: the folder's name.")] = None,
+    alias: Annotated[
+        str, typer.Option(help="The alias that is to stand for it; '' moves none, for a rollout.")
+    ] = "default",
     url: Url = None,
     key: Key = None,
     as_json: Json = False,
@@ -61,7 +64,7 @@ def adapter_push(
                 raise ConfigurationError(f"{folder / file} does not exist: name the folder that PEFT saved.")
         client = tenant_client(url, key)
         with shown() as stage:
-            made = Push(client, segment(name or folder.resolve().name), folder, stage=stage).run()
+            made = Push(client, segment(name or folder.resolve().name), folder, stage=stage, alias=alias).run()
     show(made, as_json, _published(made))
 
 

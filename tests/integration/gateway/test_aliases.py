@@ -132,6 +132,27 @@ async def test_what_is_wrong_with_a_move_is_told(acme: Tenant, tmp_path: Path) -
     assert (await acme.client.get("/v1/adapters/bot/history")).json()["data"][0]["kind"] == "publish"
 
 
+async def test_a_version_is_published_without_moving_the_name(acme: Tenant, tmp_path: Path) -> None:
+    """For a rollout, or to another alias; an adapter's first version has its name in any case."""
+
+    async def send(folder: Path, seed: int, alias: str, name: str = "bot") -> httpx.Response:
+        written = write_good(folder, seed=seed)
+        files = {file.name: (file.name, file.read_bytes()) for file in written.iterdir()}
+        return await acme.client.post(f"/v1/adapters/{name}/versions", params={"alias": alias}, files=files)
+
+    assert (await send(tmp_path / "1", 1, "")).status_code == 201
+    assert version_of(await acme.ask("bot")) == 1
+    assert (await send(tmp_path / "2", 2, "")).json()["number"] == 2
+    assert version_of(await acme.ask("bot")) == 1
+    assert (await send(tmp_path / "3", 3, "staging")).json()["number"] == 3
+    assert version_of(await acme.ask("bot")) == 1
+    assert version_of(await acme.ask("bot:staging")) == 3
+    refused = await send(tmp_path / "4", 4, "Loud")
+    assert (refused.status_code, error_of(refused)["code"]) == (400, "alias_invalid")
+    listed = (await acme.client.get("/v1/adapters/bot/aliases")).json()["data"]
+    assert [(alias["name"], alias["versions"][0]["version"]) for alias in listed] == [("default", 1), ("staging", 3)]
+
+
 class Traffic:
     """Requests of many users, one after the other, until told to stop."""
 
