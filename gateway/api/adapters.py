@@ -25,6 +25,7 @@ from gateway.api.publishing import (
     PublishedAlias,
     Respond,
     as_response,
+    check_published_alias,
     hold_to_quota,
     once,
     publish_bundle,

@@ -56,8 +56,8 @@ def check_published_alias(parts: Parts, alias: str) -> None:
         check_alias(alias)
         if alias != DEFAULT_ALIAS and parts.proofs.policy is Policy.REQUIRE:
             raise ProofMissing(
-                f"This server lets aliases stand for proved versions only: publish with an empty alias, and move '{alias}' "
-                "once the version is proved."
+                "This server lets aliases stand for proved versions only: publish with an empty alias, and move "
+                f"'{alias}' once the version is proved."
             )
 
 
