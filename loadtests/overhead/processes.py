@@ -68,21 +68,7 @@ def busy_ns(cores: Collection[int]) -> int:
 
 def rss_mib(pid: int) -> float:
     """Resident memory of one process."""
-    return _memory_mib(pid, "VmRSS")
-
-
-def peak_rss_mib(pid: int) -> float:
-    """The most of it since the process began, or since `forget_peak`."""
-    return _memory_mib(pid, "VmHWM")
-
-
-def forget_peak(pid: int) -> None:
-    """The peak of resident memory begins anew, at what is resident now."""
-    (PROC / str(pid) / "clear_refs").write_text("5")
-
-
-def _memory_mib(pid: int, line: str) -> float:
-    found = re.search(rf"^{line}:\s+(\d+) kB", (PROC / str(pid) / "status").read_text(), re.MULTILINE)
+    found = re.search(r"^VmRSS:\s+(\d+) kB", (PROC / str(pid) / "status").read_text(), re.MULTILINE)
     return int(found[1]) / 1024 if found else 0.0
 
 

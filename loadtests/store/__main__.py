@@ -19,7 +19,6 @@ from loadtests.figures import Row, exit_code, markdown, tell
 from loadtests.overhead.processes import machine
 from loadtests.overhead.stack import CannotMeasureError
 from loadtests.store import catalog, programs
-from loadtests.store.adapters import HUGE, LARGE, Shape
 from loadtests.store.catalog import catalog_rows
 from loadtests.store.first_token import build_base, first_token_row, s3
 from loadtests.store.inspection import inspection_row
@@ -32,16 +31,15 @@ FOLDER: Final = Path(".tailor/bench")
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is measured; `shape` of the large upload, `uploads` to a first token each."""
+    """How much is measured: `large_bytes` of an upload, `uploads` to a first token each."""
 
     catalog: catalog.Effort
-    shape: Shape
-    copies: int
+    large_bytes: int
     uploads: int
 
 
-QUICK: Final = Effort(catalog.QUICK, LARGE, copies=2, uploads=3)
-FULL: Final = Effort(catalog.FULL, HUGE, copies=3, uploads=20)
+QUICK: Final = Effort(catalog.QUICK, 100_000_000, uploads=3)
+FULL: Final = Effort(catalog.FULL, 2_000_000_000, uploads=20)
 
 
 def main() -> int:
@@ -78,7 +76,7 @@ def measure(args: argparse.Namespace, effort: Effort, folder: Path) -> Iterator[
             url = held.enter_context(programs.running("tests.bench.postgres")).hear()["url"] if args.postgres else None
             yield from catalog_rows(folder / "catalog", effort.catalog, url)
     if "upload" in args.only:
-        yield from upload_rows(folder / "upload", effort.shape, effort.copies)
+        yield from upload_rows(folder, effort.large_bytes)
     if {"first-token", "first-token-s3"} & set(args.only):
         yield from first_token_rows(args, folder, effort.uploads)
 

@@ -3,7 +3,7 @@
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -42,9 +42,6 @@ class Shape:
 SMALL: Final = Shape(hidden=64, intermediate=128, layers=2, rank=8)
 WIDE: Final = Shape(hidden=2048, intermediate=5632, layers=5, rank=128)
 """101 MB an adapter, in float32."""
-HUGE: Final = Shape(hidden=8192, intermediate=28672, layers=44, rank=64)
-"""2 GB an adapter: a base of that size is only checked against, never computed with."""
-LARGE: Final = replace(HUGE, layers=4)
 
 
 def write_base(folder: Path, shape: Shape) -> Path:

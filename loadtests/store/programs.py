@@ -1,9 +1,10 @@
 """Programs that live with the tests, since they import what they measure: run here, heard by the lines they print."""
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -13,14 +14,17 @@ from loadtests.overhead.stack import CannotMeasureError
 ROOT: Final = Path(__file__).parents[2]
 
 
-def run(program: str, *arguments: str, codes: Sequence[int] = (0,)) -> list[dict[str, Any]]:
+def run(
+    program: str, *arguments: str, codes: Sequence[int] = (0,), settings: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """The JSON objects that it prints until it ends.
 
     Raises:
         CannotMeasureError: it ends with another code.
     """
     command = [sys.executable, "-m", program, *arguments]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    env = {**os.environ, **(settings or {})}
+    done = subprocess.run(command, cwd=ROOT, env=env, check=False, capture_output=True, text=True)
     if done.returncode not in codes:
         raise CannotMeasureError(f"{program} broke off:\n{done.stderr[-2_000:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -19,7 +19,7 @@ from adapter_store.transactions import reading
 from gateway.database import open_engine
 from loadtests import figures
 from loadtests.store import report
-from loadtests.store.adapters import HUGE, SMALL, WIDE, header, write_adapter, write_base
+from loadtests.store.adapters import SMALL, WIDE, header, write_adapter, write_base
 from loadtests.store.client import Connection, connected
 from tests.bench.catalog import LARGE, fill, shape
 
@@ -118,10 +118,9 @@ def test_the_adapters_fit_their_base_and_differ_by_seed(tmp_path: Path) -> None:
     assert first != second
 
 
-def test_the_sizes_are_what_the_figures_say() -> None:
-    """100 MB for a first token, 2 GB for an upload."""
+def test_the_wide_base_s_adapters_have_100_mb() -> None:
+    """As the figure says."""
     assert 100e6 < header(WIDE.tensors())[1] < 105e6
-    assert 1.9e9 < header(HUGE.tensors())[1] < 2.1e9
 
 
 async def test_the_catalogue_has_as_many_versions_and_tenants_as_it_should(tmp_path: Path) -> None:
