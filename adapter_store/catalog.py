@@ -319,13 +319,18 @@ def _adapter(row: Row[Any]) -> Adapter:
     return Adapter(row.adapter_id, row.tenant_id, row.name, row.adapter_created_at, version_of(row, row.fallback))
 
 
-async def list_versions(connection: AsyncConnection, tenant_id: TenantId, name: str) -> tuple[Version, ...]:
-    """Newest first."""
+async def list_versions(
+    connection: AsyncConnection, tenant_id: TenantId, name: str, before: int | None = None, limit: int | None = None
+) -> tuple[Version, ...]:
+    """Newest first, those whose number is below `before`."""
     statement = (
         select_versions()
         .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name)
         .order_by(versions.c.number.desc())
+        .limit(limit)
     )
+    if before is not None:
+        statement = statement.where(versions.c.number < before)
     return tuple(version_of(row) for row in await connection.execute(statement))
 
 

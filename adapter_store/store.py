@@ -192,11 +192,13 @@ class AdapterStore:
         async with reading(self._engine) as connection:
             return await catalog.list_adapters(connection, tenant_id, after, limit)
 
-    async def show(self, tenant_id: TenantId, name: str) -> tuple[Adapter, tuple[Version, ...]]:
-        """The adapter and its versions, newest first. Raises AdapterNotFound."""
+    async def show(
+        self, tenant_id: TenantId, name: str, *, before: int | None = None, limit: int | None = None
+    ) -> tuple[Adapter, tuple[Version, ...]]:
+        """The adapter and its versions, newest first, those below number `before`. Raises AdapterNotFound."""
         async with reading(self._engine) as connection:
             adapter = await self.find_in(connection, tenant_id, name)
-            return adapter, await catalog.list_versions(connection, tenant_id, name)
+            return adapter, await catalog.list_versions(connection, tenant_id, name, before, limit)
 
     async def find_in(self, connection: AsyncConnection, tenant_id: TenantId, name: str) -> Adapter:
         """The adapter as the caller's transaction sees it. Raises AdapterNotFound."""

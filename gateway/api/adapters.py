@@ -111,7 +111,10 @@ class AdapterChange(BaseModel, extra="forbid"):
 
 
 class AdapterWithVersions(AdapterObject):
+    """An adapter and a page of its versions; `has_more` says whether `?before=<the last number>` has another."""
+
     versions: list[SignedVersion]
+    has_more: bool
 
 
 class AdapterList(BaseModel):
@@ -222,13 +225,21 @@ async def list_adapters(
 
 
 @router.get("/{name}")
-async def show(name: str, tenant_id: AdapterTenant, parts: AppParts) -> AdapterWithVersions:
-    """One adapter with all its versions."""
-    adapter, versions = await parts.store.show(tenant_id, name)
-    found = await _proofs(parts, versions)
+async def show(
+    name: str,
+    tenant_id: AdapterTenant,
+    parts: AppParts,
+    before: Annotated[int | None, Query(ge=1, le=999_999_999)] = None,
+    limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
+) -> AdapterWithVersions:
+    """One adapter with its versions, newest first, a page at a time."""
+    adapter, page = await parts.store.show(tenant_id, name, before=before, limit=limit + 1)
+    versions = page[:limit]
+    found = await _proofs(parts, [adapter.default, *versions])
     signatures = await parts.store.signatures(versions)
-    shown = [_signed(version_object(version, parts, found), signatures.get(version.id)) for version in versions]
-    return AdapterWithVersions(**adapter_object(adapter, parts, found).model_dump(), versions=shown)
+    shown = [signed_version(version, parts, found, signatures.get(version.id)) for version in versions]
+    whole = adapter_object(adapter, parts, found).model_dump()
+    return AdapterWithVersions(**whole, versions=shown, has_more=len(page) > limit)
 
 
 @router.patch("/{name}")
@@ -300,27 +311,34 @@ def adapter_object(adapter: Adapter, parts: Parts, proofs: Mapping[VersionId, Pr
     )
 
 
-def _signed(shown: VersionObject, signature: VersionSignature | None) -> SignedVersion:
-    return SignedVersion(**shown.model_dump(), signature=signature.signature if signature is not None else None)
-
-
 def version_object(version: Version, parts: Parts, proofs: Mapping[VersionId, Proof]) -> VersionObject:
+    return VersionObject(**_members(version, parts, proofs))
+
+
+def signed_version(
+    version: Version, parts: Parts, proofs: Mapping[VersionId, Proof], signature: VersionSignature | None
+) -> SignedVersion:
+    signed = None if signature is None else signature.signature
+    return SignedVersion(**_members(version, parts, proofs), signature=signed)
+
+
+def _members(version: Version, parts: Parts, proofs: Mapping[VersionId, Proof]) -> dict[str, Any]:
     held = parts.quarantine.of(version.tenant_id, version.digest)
-    return VersionObject(
-        number=version.number,
-        model=f"{version.adapter_name}@{version.number}",
-        fine_tuned_model=parts.store.fine_tuned_name(version),
-        digest=version.digest,
-        bytes=version.size_bytes,
-        rank=version.rank,
-        modules=list(version.modules),
-        provenance=version.provenance,
-        published_by=version.published_by,
-        created_at=version.created_at,
-        quarantine=None if held is None else QuarantineObject(reason=held.reason, at=held.at, until=held.until),
-        proof=proof_object(proofs.get(version.id, UNKNOWN)),
-    )
+    return {
+        "number": version.number,
+        "model": f"{version.adapter_name}@{version.number}",
+        "fine_tuned_model": parts.store.fine_tuned_name(version),
+        "digest": version.digest,
+        "bytes": version.size_bytes,
+        "rank": version.rank,
+        "modules": list(version.modules),
+        "provenance": version.provenance,
+        "published_by": version.published_by,
+        "created_at": version.created_at,
+        "quarantine": None if held is None else QuarantineObject(reason=held.reason, at=held.at, until=held.until),
+        "proof": proof_object(proofs.get(version.id, UNKNOWN)),
+    }
 
 
 def published_version(version: Version, parts: Parts, proofs: Mapping[VersionId, Proof]) -> PublishedVersion:
-    return PublishedVersion(adapter=version.adapter_name, **version_object(version, parts, proofs).model_dump())
+    return PublishedVersion(adapter=version.adapter_name, **_members(version, parts, proofs))

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,9 @@ from gateway.commands.common import (
 )
 from gateway.commands.erasures import Keys, signing_keys
 from gateway.home import ConfigurationError
+
+if TYPE_CHECKING:
+    from gateway.api_client import ApiClient
 
 app = typer.Typer()
 adapter_app = typer.Typer(help="A tenant's adapters (with the tenant's key).", no_args_is_help=True)
@@ -153,12 +156,23 @@ def adapter_list(url: Url = None, key: Key = None, as_json: Json = False) -> Non
 def adapter_show(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
     """Show one adapter with its versions."""
     with told():
-        found = tenant_client(url, key).call("GET", f"/v1/adapters/{segment(name)}")
+        found = _with_all_versions(tenant_client(url, key), name)
     if as_json:
         show_table(found, True, ())
     else:
         rows = [_row(version) for version in found["versions"]]
         show_table(rows, False, ("number", "digest", "rank", "bytes", "proof", "published_by", "created_at"))
+
+
+def _with_all_versions(client: "ApiClient", name: str) -> dict[str, Any]:
+    """The adapter and every page of its versions."""
+    path = f"/v1/adapters/{segment(name)}?limit=1000"
+    page = client.call("GET", path)
+    versions = page["versions"]
+    while page["has_more"]:
+        page = client.call("GET", f"{path}&before={versions[-1]['number']}")
+        versions += page["versions"]
+    return {**page, "versions": versions}
 
 
 def _row(version: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +265,7 @@ def adapter_verify(
 
     with told():
         client = tenant_client(url, key)
-        found = client.call("GET", f"/v1/adapters/{segment(name.partition('@')[0])}")
+        found = _with_all_versions(client, name.partition("@")[0])
         public = signing_keys(keys, client)
         versions = [v for v in found["versions"] if name in (found["name"], f"{found['name']}@{v['number']}")]
         if not versions:

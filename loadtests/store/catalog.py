@@ -89,7 +89,7 @@ def page_rows(port: int, key: str, largest: str, effort: Effort) -> Iterator[Row
         cursor = good(tenant.ask("GET", "/v1/adapters?limit=1")).json()["data"][0]["name"]
         for figure, path, field in (
             ("list_page_cpu_ms", f"/v1/adapters?limit={PAGE}&after={cursor}", "data"),
-            ("versions_page_cpu_ms", f"/v1/adapters/{largest}", "versions"),
+            ("versions_page_cpu_ms", f"/v1/adapters/{largest}?limit={PAGE}", "versions"),
         ):
             items = len(good(tenant.ask("GET", path)).json()[field])
             begin, spent = time.monotonic(), cpu_ns(pids)

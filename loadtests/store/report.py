@@ -8,7 +8,7 @@ from loadtests.figures import Bound, Row
 
 BOUNDS: Final = {
     "list_page_cpu_ms": Bound(20, None, "lower", "CPU of a page of 100 adapters, ms"),
-    "versions_page_cpu_ms": Bound(20, None, "lower", "CPU of an adapter with its versions, ms"),
+    "versions_page_cpu_ms": Bound(20, None, "lower", "CPU of an adapter with a page of 100 versions, ms"),
     "resolve_cpu_ratio": Bound(1.10, None, "lower", "CPU of a resolve by the database, 100,000 versions ÷ 100"),
     "publish_per_s": Bound(20, None, "higher", "small adapters published a second, folder storage"),
     "failed_publishes": Bound(0, None, "lower", "publishes that failed"),

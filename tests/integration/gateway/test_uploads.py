@@ -220,6 +220,19 @@ async def test_lists_come_in_pages(acme: Tenant, good: Path) -> None:
         assert error_of(await acme.client.get(f"/v1/adapters?{query}"))["param"] == "limit"
 
 
+async def test_versions_come_in_pages(acme: Tenant, good: Path, other_good: Path) -> None:
+    """Newest first; `before` and `limit` walk through all of them, and the current one is told with each page."""
+    for folder in (good, other_good):
+        await acme.publish(folder)
+    first = (await acme.client.get("/v1/adapters/bot?limit=1")).json()
+    assert ([version["number"] for version in first["versions"]], first["has_more"]) == ([2], True)
+    second = (await acme.client.get("/v1/adapters/bot?limit=1&before=2")).json()
+    assert ([version["number"] for version in second["versions"]], second["has_more"]) == ([1], False)
+    assert second["current"] == first["current"]
+    for query in ("limit=0", "limit=1001"):
+        assert error_of(await acme.client.get(f"/v1/adapters/bot?{query}"))["param"] == "limit"
+
+
 def test_bad_adapters_are_many_and_named_apart() -> None:
     """The list is what it claims to be."""
     assert len(BAD) >= 40
