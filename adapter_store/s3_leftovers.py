@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from typing import Self
 from urllib.error import HTTPError
 from urllib.parse import quote, urlencode, urlsplit
-from xml.etree import ElementTree
 
 TIMEOUT_S = 30.0
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
@@ -62,6 +61,8 @@ class Leftovers:
 
     def _uploads(self) -> Iterator[tuple[str, str, float]]:
         """(key, upload's id, when it was begun)"""
+        from xml.etree import ElementTree  # half a MiB, for what is done once an hour
+
         prefix = f"{self.prefix}/" if self.prefix else ""
         markers: dict[str, str] = {}
         while True:

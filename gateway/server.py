@@ -19,8 +19,9 @@ from gateway.home import ConfigurationError
 from gateway.listening import Ports, bind_ports
 from gateway.settings import Settings, explain
 
-UNUSED: Final = ("watchfiles", "psutil", "pydantic.v1")
-"""2.2 MiB, imported where they are installed: by uvicorn's reloader, a detector of OpenTelemetry's, FastAPI's past."""
+UNUSED: Final = ("watchfiles", "psutil", "pydantic.v1", "email_validator")
+"""2.8 MiB, imported where they are installed: by uvicorn's reloader, a detector of OpenTelemetry's, FastAPI's past and
+its form of an address."""
 
 
 def main() -> None:
