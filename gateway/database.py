@@ -160,6 +160,8 @@ def open_engine(url: str, *, busy_timeout_s: float = 5.0) -> AsyncEngine:
         return create_async_engine(
             parts, pool_pre_ping=True, pool_timeout=busy_timeout_s, connect_args=timeouts, hide_parameters=True
         )
+    from gateway.sqlite import open_connection  # here, because PostgreSQL does without it
+
     path = Path(parts.database).absolute() if parts.database else None
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -169,7 +171,7 @@ def open_engine(url: str, *, busy_timeout_s: float = 5.0) -> AsyncEngine:
         pool_size=CONNECTIONS,
         max_overflow=0,
         pool_timeout=busy_timeout_s,
-        connect_args={"timeout": busy_timeout_s},
+        connect_args={"timeout": busy_timeout_s, "async_creator_fn": open_connection},
         hide_parameters=True,
     )
     event.listen(engine.sync_engine, "connect", _set_up_sqlite)

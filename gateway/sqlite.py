@@ -1,0 +1,106 @@
+"""SQLite's driver with one trip to the connection's thread for a statement.
+
+SQLAlchemy 2.1 makes a cursor, executes, fetches all rows and closes the cursor, and aiosqlite 0.22 makes a trip of
+each: a queue, a thread that wakes and contends for the interpreter, a wake-up of the loop.
+"""
+
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from sqlite3 import Cursor as Found
+from sqlite3 import connect
+from typing import Any, Final, Self, TypeVar
+
+import aiosqlite
+
+AT_ONCE: Final = 1_000
+"""Rows that come with the statement; a cursor that has more stays open for them."""
+T = TypeVar("T")
+
+
+class Cursor:
+    """What SQLAlchemy's adapter asks of a cursor."""
+
+    def __init__(self, connection: "Connection") -> None:
+        self._connection = connection
+        self._rows = deque[Any]()
+        self._open: Found | None = None
+        self.description: Any = None
+        self.rowcount = -1
+        self.lastrowid: int | None = None
+        self.arraysize = 1
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def execute(self, sql: str, parameters: Iterable[Any] = ()) -> Self:
+        """Runs the statement, and has its first rows at hand."""
+        await self._connection.in_its_thread(partial(self._run, Found.execute, sql, parameters))
+        return self
+
+    async def executemany(self, sql: str, parameters: Iterable[Iterable[Any]]) -> Self:
+        """The same for many sets of parameters."""
+        await self._connection.in_its_thread(partial(self._run, Found.executemany, sql, parameters))
+        return self
+
+    def _run(self, way: Callable[[Found, str, Any], Found], sql: str, parameters: Any) -> None:
+        cursor = self._connection.in_use.cursor()
+        try:
+            way(cursor, sql, parameters)
+            self.description, self.rowcount, self.lastrowid = cursor.description, cursor.rowcount, cursor.lastrowid
+            self._rows.extend(cursor.fetchmany(AT_ONCE) if cursor.description else ())
+        except BaseException:
+            cursor.close()
+            raise
+        if len(self._rows) < AT_ONCE:
+            cursor.close()
+        else:
+            self._open = cursor
+
+    async def fetchone(self) -> Any:
+        """The next row; None after the last."""
+        return next(iter(await self.fetchmany(1)), None)
+
+    async def fetchmany(self, size: int | None = None) -> Sequence[Any]:
+        """The next rows."""
+        wanted = size or self.arraysize
+        if len(self._rows) < wanted and self._open is not None:
+            self._rows.extend(await self._connection.in_its_thread(partial(self._open.fetchmany, wanted)))
+        return [self._rows.popleft() for _ in range(min(wanted, len(self._rows)))]
+
+    async def fetchall(self) -> Sequence[Any]:
+        """The rows that are left."""
+        if self._open is not None:
+            self._rows.extend(await self._connection.in_its_thread(self._open.fetchall))
+        rows, self._rows = self._rows, deque()
+        return rows
+
+    async def close(self) -> None:
+        """Ends a statement whose rows were not all fetched."""
+        if self._open is not None:
+            cursor, self._open = self._open, None
+            await self._connection.in_its_thread(cursor.close)
+
+
+class Connection(aiosqlite.Connection):
+    """A connection with such cursors."""
+
+    def cursor(self) -> Cursor:  # type: ignore[override]
+        return Cursor(self)
+
+    @property
+    def in_use(self) -> Any:
+        """SQLite's own connection. Raises ValueError where it is closed."""
+        return self._conn
+
+    async def in_its_thread(self, work: Callable[[], T]) -> T:
+        """What the work gives, once it has run after all that was asked before it."""
+        run: Callable[[Callable[[], T]], Awaitable[T]] = self._execute
+        return await run(work)
+
+
+def open_connection(path: str, **options: Any) -> Connection:
+    """As `aiosqlite.connect`: to be awaited."""
+    connection = Connection(partial(connect, path, **options), iter_chunk_size=64)
+    connection._thread.daemon = True  # as SQLAlchemy does it with those that it makes
+    return connection
