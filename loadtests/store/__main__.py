@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from loadtests.figures import Row, exit_code, markdown, tell
-from loadtests.overhead.processes import machine
+from loadtests.overhead.processes import machine, niceness
 from loadtests.overhead.stack import CannotMeasureError
 from loadtests.store import catalog, programs
 from loadtests.store.catalog import catalog_rows
@@ -48,8 +48,11 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     try:
-        with tempfile.TemporaryDirectory(dir=args.folder.absolute(), ignore_cleanup_errors=True) as folder:
-            for one in measure(args, QUICK if args.quick else FULL, Path(folder)):
+        with ExitStack() as held:
+            if args.nice:
+                held.enter_context(niceness(args.nice))
+            folder = tempfile.TemporaryDirectory(dir=args.folder.absolute(), ignore_cleanup_errors=True)
+            for one in measure(args, QUICK if args.quick else FULL, Path(held.enter_context(folder))):
                 tell([one])
                 rows.append(one)
     except CannotMeasureError as error:
@@ -97,6 +100,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts alone")
     parser.add_argument("--postgres", action="store_true", help="the catalogue in PostgreSQL instead of SQLite")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where all files go; default: %(default)s")
+    parser.add_argument("--nice", type=int, default=0, help="niceness of all that is measured; below 0 asks for root")
     parser.add_argument("--report", type=Path, help="write everything to this file, as JSON")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     return parser.parse_args()
