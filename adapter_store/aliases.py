@@ -14,12 +14,13 @@ from enum import StrEnum
 from hashlib import blake2b
 from typing import Any, Final
 
-from sqlalchemy import Row, delete, func, insert, select, update
+from sqlalchemy import Row, bindparam, delete, func, insert, select, update
 
 from adapter_store import catalog
 from adapter_store.base_model import BaseModel
 from adapter_store.catalog import (
     DEFAULT_ALIAS,
+    OF_TENANT,
     Fallback,
     Version,
     adapters,
@@ -54,6 +55,33 @@ MOST_WEIGHT: Final = 10_000
 MOST_REASON: Final = 500
 HISTORY: Final = 1_000
 """Moves that are kept of one adapter."""
+
+# Built once, as in the catalogue.
+_FOUND: Final = (
+    select_versions()
+    .add_columns(aliases.c.fallback, aliases.c.weight.label("alias_weight"), aliases.c.rollout_id)
+    .join(aliases, (aliases.c.adapter_id == adapters.c.id) & (aliases.c.version_id == versions.c.id))
+    .where(OF_TENANT, aliases.c.name == bindparam("alias"))
+)
+_ROW: Final = (
+    select(aliases, versions.c.number)
+    .join(versions, versions.c.id == aliases.c.version_id)
+    .where(aliases.c.adapter_id == bindparam("adapter_id"), aliases.c.name == bindparam("alias"))
+)
+_COUNT: Final = select(func.count()).select_from(aliases).where(aliases.c.adapter_id == bindparam("adapter_id"))
+_NEW: Final = insert(aliases)
+_MOVE: Final = update(aliases).where(aliases.c.adapter_id == bindparam("of"), aliases.c.name == bindparam("called"))
+_NEW_SHARE: Final = insert(alias_shares)
+_NO_SHARES: Final = delete(alias_shares).where(
+    alias_shares.c.adapter_id == bindparam("of"), alias_shares.c.alias == bindparam("called")
+)
+_NEW_MOVE: Final = insert(alias_moves)
+_NEXT_MOVE: Final = select(func.coalesce(func.max(alias_moves.c.number), 0) + 1).where(
+    alias_moves.c.adapter_id == bindparam("adapter_id")
+)
+_OLD_MOVES: Final = delete(alias_moves).where(
+    alias_moves.c.adapter_id == bindparam("adapter_id"), alias_moves.c.number <= bindparam("last")
+)
 
 
 class MoveKind(StrEnum):
@@ -284,13 +312,7 @@ async def find(
     connection: AsyncConnection, tenant_id: TenantId, name: str, alias: str = DEFAULT_ALIAS
 ) -> Version | Split | None:
     """What the alias stands for."""
-    statement = (
-        select_versions()
-        .add_columns(aliases.c.fallback, aliases.c.weight.label("alias_weight"), aliases.c.rollout_id)
-        .join(aliases, (aliases.c.adapter_id == adapters.c.id) & (aliases.c.version_id == versions.c.id))
-        .where(adapters.c.tenant_id == tenant_id, adapters.c.name == name, aliases.c.name == alias)
-    )
-    row = (await connection.execute(statement)).one_or_none()
+    row = (await connection.execute(_FOUND, {"tenant_id": tenant_id, "name": name, "alias": alias})).one_or_none()
     if row is None:
         return None
     main = version_of(row, row.fallback, row.rollout_id)
@@ -373,16 +395,15 @@ async def _write(connection: AsyncConnection, move: _Move, target: Target, *, is
         "rollout_id": move.rollout_id,
         "moved_at": move.at,
     }
-    here = (alias_shares.c.adapter_id == move.adapter_id) & (alias_shares.c.alias == move.alias)
-    await connection.execute(delete(alias_shares).where(here))
+    here = {"of": move.adapter_id, "called": move.alias}
     if is_new:
-        await connection.execute(insert(aliases).values(adapter_id=move.adapter_id, name=move.alias, **values))
+        await connection.execute(_NEW, {"adapter_id": move.adapter_id, "name": move.alias, **values})
     else:
-        this = (aliases.c.adapter_id == move.adapter_id) & (aliases.c.name == move.alias)
-        await connection.execute(update(aliases).where(this).values(**values))
+        await connection.execute(_NO_SHARES, here)
+        await connection.execute(_MOVE, {**here, **values})
     for version_id, _, weight in others:
         row = {"adapter_id": move.adapter_id, "alias": move.alias, "version_id": version_id, "weight": weight}
-        await connection.execute(insert(alias_shares).values(row))
+        await connection.execute(_NEW_SHARE, row)
 
 
 async def _note(
@@ -391,9 +412,7 @@ async def _note(
     before: Sequence[tuple[int, int]],
     after: Sequence[tuple[int, int]],
 ) -> None:
-    numbers = select(func.coalesce(func.max(alias_moves.c.number), 0) + 1)
-    statement = numbers.where(alias_moves.c.adapter_id == move.adapter_id)
-    number = int((await connection.execute(statement)).scalar_one())
+    number = int((await connection.execute(_NEXT_MOVE, {"adapter_id": move.adapter_id})).scalar_one())
     row = {
         "adapter_id": move.adapter_id,
         "number": number,
@@ -406,9 +425,9 @@ async def _note(
         "undone": int(move.kind is MoveKind.ROLLBACK),
         "at": move.at,
     }
-    await connection.execute(insert(alias_moves).values(row))
-    old = (alias_moves.c.adapter_id == move.adapter_id) & (alias_moves.c.number <= number - HISTORY)
-    await connection.execute(delete(alias_moves).where(old))
+    await connection.execute(_NEW_MOVE, row)
+    if number > HISTORY:
+        await connection.execute(_OLD_MOVES, {"adapter_id": move.adapter_id, "last": number - HISTORY})
 
 
 async def _end_rollout(connection: AsyncConnection, adapter_id: AdapterId, alias: str, now: int) -> None:
@@ -437,8 +456,7 @@ def _check(alias: str, shares: Sequence[tuple[int, int]]) -> None:
 
 
 async def _check_count(connection: AsyncConnection, adapter_id: AdapterId) -> None:
-    statement = select(func.count()).select_from(aliases).where(aliases.c.adapter_id == adapter_id)
-    if (await connection.execute(statement)).scalar_one() >= MOST_ALIASES:
+    if (await connection.execute(_COUNT, {"adapter_id": adapter_id})).scalar_one() >= MOST_ALIASES:
         raise TooManyAliases(f"an adapter has at most {MOST_ALIASES} aliases: remove one first")
 
 
@@ -450,12 +468,7 @@ async def _adapter_id(connection: AsyncConnection, tenant_id: TenantId, name: st
 
 
 async def _row(connection: AsyncConnection, adapter_id: AdapterId, alias: str) -> Row[Any] | None:
-    statement = (
-        select(aliases, versions.c.number)
-        .join(versions, versions.c.id == aliases.c.version_id)
-        .where(aliases.c.adapter_id == adapter_id, aliases.c.name == alias)
-    )
-    return (await connection.execute(statement)).one_or_none()
+    return (await connection.execute(_ROW, {"adapter_id": adapter_id, "alias": alias})).one_or_none()
 
 
 async def _shares(connection: AsyncConnection, adapter_id: AdapterId, row: Row[Any]) -> tuple[tuple[int, int], ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from sys import intern
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
@@ -25,6 +25,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    bindparam,
     delete,
     insert,
     or_,
@@ -227,6 +228,28 @@ def select_versions() -> Select[Any]:
     return select(versions, adapters.c.name).join(adapters, versions.c.adapter_id == adapters.c.id)
 
 
+OF_TENANT: Final = (adapters.c.tenant_id == bindparam("tenant_id")) & (adapters.c.name == bindparam("name"))
+# Built once: building a statement costs ten times what running it does.
+_BY_NUMBER: Final = select_versions().where(OF_TENANT, versions.c.number == bindparam("number"))
+_BY_DIGEST: Final = select_versions().where(OF_TENANT, versions.c.digest == bindparam("digest"))
+_ADAPTER: Final = select(adapters.c.id, adapters.c.created_at).where(OF_TENANT)
+_NEW_ADAPTER: Final = insert(adapters)
+_NEW_VERSION: Final = insert(versions)
+_TAKE_NUMBER: Final = (
+    update(adapters)
+    .where(adapters.c.id == bindparam("adapter_id"))
+    .values(last_number=adapters.c.last_number + 1)
+    .returning(adapters.c.last_number)
+)
+_WITH_FILES: Final = select(versions.c.config_sha256, versions.c.weights_sha256).where(
+    versions.c.tenant_id == bindparam("tenant_id"),
+    or_(
+        versions.c.config_sha256.in_(bindparam("digests", expanding=True)),
+        versions.c.weights_sha256.in_(bindparam("digests", expanding=True)),
+    ),
+)
+
+
 def version_of(row: Row[Any], fallback: str = Fallback.FAIL, rollout: str | None = None) -> Version:
     """The version in a row of `select_versions`."""
     return Version(
@@ -257,10 +280,8 @@ def _modules(encoded: str) -> tuple[str, ...]:
 
 
 async def find_by_number(connection: AsyncConnection, tenant_id: TenantId, name: str, number: int) -> Version | None:
-    statement = select_versions().where(
-        adapters.c.tenant_id == tenant_id, adapters.c.name == name, versions.c.number == number
-    )
-    row = (await connection.execute(statement)).one_or_none()
+    asked = {"tenant_id": tenant_id, "name": name, "number": number}
+    row = (await connection.execute(_BY_NUMBER, asked)).one_or_none()
     return None if row is None else version_of(row)
 
 
@@ -291,10 +312,8 @@ async def find_previous(connection: AsyncConnection, version: Version) -> Versio
 
 
 async def find_by_digest(connection: AsyncConnection, tenant_id: TenantId, name: str, digest: str) -> Version | None:
-    statement = select_versions().where(
-        adapters.c.tenant_id == tenant_id, adapters.c.name == name, versions.c.digest == digest
-    )
-    row = (await connection.execute(statement)).one_or_none()
+    asked = {"tenant_id": tenant_id, "name": name, "digest": digest}
+    row = (await connection.execute(_BY_DIGEST, asked)).one_or_none()
     return None if row is None else version_of(row)
 
 
@@ -336,10 +355,7 @@ async def list_versions(
 
 async def find_adapter(connection: AsyncConnection, tenant_id: TenantId, name: str) -> Row[Any, Any] | None:
     """(id, created_at)"""
-    statement = select(adapters.c.id, adapters.c.created_at).where(
-        adapters.c.tenant_id == tenant_id, adapters.c.name == name
-    )
-    return (await connection.execute(statement)).one_or_none()
+    return (await connection.execute(_ADAPTER, {"tenant_id": tenant_id, "name": name})).one_or_none()
 
 
 async def ensure_adapter(connection: AsyncConnection, tenant_id: TenantId, name: str, now: int) -> AdapterId:
@@ -348,42 +364,36 @@ async def ensure_adapter(connection: AsyncConnection, tenant_id: TenantId, name:
     if row is not None:
         return AdapterId(row.id)
     adapter_id = new_adapter_id()
-    await connection.execute(insert(adapters).values(id=adapter_id, tenant_id=tenant_id, name=name, created_at=now))
+    new = {"id": adapter_id, "tenant_id": tenant_id, "name": name, "created_at": now}
+    await connection.execute(_NEW_ADAPTER, new)
     return adapter_id
 
 
 async def take_number(connection: AsyncConnection, adapter_id: AdapterId) -> int:
     """The adapter's next version number; none is given twice, though versions are erased."""
-    bump = (
-        update(adapters)
-        .where(adapters.c.id == adapter_id)
-        .values(last_number=adapters.c.last_number + 1)
-        .returning(adapters.c.last_number)
-    )
-    return int((await connection.execute(bump)).scalar_one())
+    return int((await connection.execute(_TAKE_NUMBER, {"adapter_id": adapter_id})).scalar_one())
 
 
 async def insert_version(connection: AsyncConnection, version: Version) -> None:
     hashes = version.file_hashes
-    await connection.execute(
-        insert(versions).values(
-            id=version.id,
-            adapter_id=version.adapter_id,
-            tenant_id=version.tenant_id,
-            number=version.number,
-            digest=version.digest,
-            config_sha256=hashes[:32].hex(),
-            config_bytes=version.config_bytes,
-            weights_sha256=hashes[32:].hex(),
-            weights_bytes=version.weights_bytes,
-            rank=version.rank,
-            modules=json.dumps(version.modules),
-            base_fingerprint=version.base_fingerprint,
-            provenance=version.provenance,
-            created_at=version.created_at,
-            published_by=version.published_by,
-        )
-    )
+    row = {
+        "id": version.id,
+        "adapter_id": version.adapter_id,
+        "tenant_id": version.tenant_id,
+        "number": version.number,
+        "digest": version.digest,
+        "config_sha256": hashes[:32].hex(),
+        "config_bytes": version.config_bytes,
+        "weights_sha256": hashes[32:].hex(),
+        "weights_bytes": version.weights_bytes,
+        "rank": version.rank,
+        "modules": json.dumps(version.modules),
+        "base_fingerprint": version.base_fingerprint,
+        "provenance": version.provenance,
+        "created_at": version.created_at,
+        "published_by": version.published_by,
+    }
+    await connection.execute(_NEW_VERSION, row)
 
 
 async def delete_adapter(connection: AsyncConnection, adapter_id: AdapterId) -> None:
@@ -414,9 +424,6 @@ async def _delete_with_references(connection: AsyncConnection, table: Table, whe
 
 async def unreferenced(connection: AsyncConnection, tenant_id: TenantId, digests: Collection[str]) -> Sequence[str]:
     """Those of the files' sha256 that no version of the tenant has."""
-    either = or_(versions.c.config_sha256.in_(digests), versions.c.weights_sha256.in_(digests))
-    statement = select(versions.c.config_sha256, versions.c.weights_sha256).where(
-        versions.c.tenant_id == tenant_id, either
-    )
-    used = {sha256 for row in await connection.execute(statement) for sha256 in row}
+    rows = await connection.execute(_WITH_FILES, {"tenant_id": tenant_id, "digests": list(digests)})
+    used = {sha256 for row in rows for sha256 in row}
     return sorted(set(digests) - used)

@@ -33,6 +33,9 @@ changes = Table(
     Column("at", BigInteger, nullable=False),
 )
 
+_BUMP = update(change_counter).values(value=change_counter.c.value + 1).returning(change_counter.c.value)
+_NEW = insert(changes)
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -46,12 +49,11 @@ class Change:
 
 async def record_change(connection: AsyncConnection, noun: str, tenant_id: TenantId | None, name: str | None) -> int:
     """Notes a change inside the caller's transaction; its number. Every later writer waits for the commit."""
-    bump = update(change_counter).values(value=change_counter.c.value + 1).returning(change_counter.c.value)
-    seq = int((await connection.execute(bump)).scalar_one())
+    seq = int((await connection.execute(_BUMP)).scalar_one())
     if seq % FORGOTTEN_AT_ONCE == 1:
         await connection.execute(delete(changes).where(changes.c.seq <= seq - KEPT))
     row = {"seq": seq, "noun": noun, "tenant_id": tenant_id, "name": name, "at": int(time.time())}
-    await connection.execute(insert(changes).values(row))
+    await connection.execute(_NEW, row)
     return seq
 
 

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Row,
     Table,
     Text,
+    bindparam,
     delete,
     insert,
     select,
@@ -236,6 +237,8 @@ proofs = Table(  # one a version; gone with it
     Column("mismatched_on", Text),  # the replica of the last one
     Index("ix_proofs_status_tenant_id_due_at", "status", "tenant_id", "due_at"),
 )
+_NEW = insert(proofs)
+_ALL = select(proofs).where(proofs.c.version_id.in_(bindparam("version_ids", expanding=True)))
 fingerprints = Table(
     "fingerprints",
     metadata,
@@ -329,7 +332,7 @@ async def begin(connection: AsyncConnection, version: Version, now: int, referen
         "mismatches": 0,
         "reference": None if reference is None else msgspec.json.encode(reference).decode(),
     }
-    await connection.execute(insert(proofs).values(row))
+    await connection.execute(_NEW, row)
 
 
 async def begin_again(connection: AsyncConnection, version: Version, now: int) -> None:
@@ -354,7 +357,7 @@ async def find(connection: AsyncConnection, version_id: VersionId) -> Proof:
 
 async def find_all(connection: AsyncConnection, version_ids: Collection[VersionId]) -> dict[VersionId, Proof]:
     """Those that there are."""
-    rows = await connection.execute(select(proofs).where(proofs.c.version_id.in_(version_ids)))
+    rows = await connection.execute(_ALL, {"version_ids": list(version_ids)})
     return {row.version_id: _proof(row) for row in rows}
 
 

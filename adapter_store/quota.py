@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 
 from adapter_store.catalog import adapters, versions
 from adapter_store.engine import AsyncConnection
@@ -12,6 +12,12 @@ from adapter_store.ids import TenantId
 from adapter_store.uploads import reserved_bytes
 
 _ADVICE: Final = "or ask your operator for another plan"
+_ADAPTERS: Final = select(func.count(), func.count().filter(adapters.c.name == bindparam("name"))).where(
+    adapters.c.tenant_id == bindparam("tenant_id")
+)
+_VERSIONS: Final = select(
+    func.count(), func.coalesce(func.sum(versions.c.config_bytes + versions.c.weights_bytes), 0)
+).where(versions.c.tenant_id == bindparam("tenant_id"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +80,8 @@ async def kept_by(
     connection: AsyncConnection, tenant_id: TenantId, name: str | None, *, besides_upload: str | None = None
 ) -> Kept:
     """What the tenant has, without what the upload `besides_upload` reserves; no name: that of an adapter it has."""
-    count, mine = (
-        await connection.execute(
-            select(func.count(), func.count().filter(adapters.c.name == name)).where(adapters.c.tenant_id == tenant_id)
-        )
-    ).one()
-    size = func.coalesce(func.sum(versions.c.config_bytes + versions.c.weights_bytes), 0)
-    numbered, stored = (
-        await connection.execute(select(func.count(), size).where(versions.c.tenant_id == tenant_id))
-    ).one()
+    count, mine = (await connection.execute(_ADAPTERS, {"tenant_id": tenant_id, "name": name})).one()
+    numbered, stored = (await connection.execute(_VERSIONS, {"tenant_id": tenant_id})).one()
     reserved = await reserved_bytes(connection, tenant_id, besides=besides_upload)
     return Kept(int(count), int(numbered), int(stored) + reserved, name is None or bool(mine))
 

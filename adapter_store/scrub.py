@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from dataclasses import dataclass
 from enum import StrEnum
 
-from sqlalchemy import BigInteger, Column, Index, Table, Text, delete, func, insert, or_, select, update
+from sqlalchemy import BigInteger, Column, Index, Table, Text, bindparam, delete, func, insert, or_, select, update
 
 from adapter_store.blobs import Blobs, blob_key
 from adapter_store.catalog import adapters, metadata, unreferenced, versions
@@ -36,6 +36,11 @@ blob_checks = Table(
     Column("fault", Text),  # null: it was whole
     Index("ix_blob_checks_fault", "fault"),
 )
+_OF_FILES = (blob_checks.c.tenant_id == bindparam("tenant_id")) & blob_checks.c.sha256.in_(
+    bindparam("digests", expanding=True)
+)
+_FAULTS = select(blob_checks.c.sha256).where(_OF_FILES, blob_checks.c.fault.is_not(None))
+_FORGET = delete(blob_checks).where(_OF_FILES)
 
 
 class Outcome(StrEnum):
@@ -206,16 +211,13 @@ class Scrubber:
 
 async def known_faults(connection: AsyncConnection, tenant_id: TenantId, digests: Collection[str]) -> set[str]:
     """Those of the tenant's files that are noted as damaged or gone."""
-    statement = select(blob_checks.c.sha256).where(
-        blob_checks.c.tenant_id == tenant_id, blob_checks.c.sha256.in_(digests), blob_checks.c.fault.is_not(None)
-    )
-    return set((await connection.execute(statement)).scalars())
+    asked = {"tenant_id": tenant_id, "digests": list(digests)}
+    return set((await connection.execute(_FAULTS, asked)).scalars())
 
 
 async def forget(connection: AsyncConnection, tenant_id: TenantId, digests: Collection[str]) -> None:
     """The files were written anew, or went."""
-    here = (blob_checks.c.tenant_id == tenant_id) & blob_checks.c.sha256.in_(digests)
-    await connection.execute(delete(blob_checks).where(here))
+    await connection.execute(_FORGET, {"tenant_id": tenant_id, "digests": list(digests)})
 
 
 def _row(tenant_id: TenantId, sha256: str):  # type: ignore[no-untyped-def]  # SQLAlchemy's type of it is long

@@ -160,7 +160,7 @@ def version_statement(version: Version) -> Statement:
 async def sign_version(connection: AsyncConnection, signer: Signer, version: Version) -> None:
     """Signs a new version inside the transaction that makes it."""
     signature = signer.sign(Kind.VERSION, version_statement(version))
-    await connection.execute(insert(version_signatures).values(version_id=version.id, signature=signature))
+    await connection.execute(insert(version_signatures), {"version_id": version.id, "signature": signature})
 
 
 async def signatures_of(

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Row,
     Table,
     Text,
+    bindparam,
     delete,
     func,
     insert,
@@ -73,6 +74,9 @@ uploads = Table(
     Column("answer", Text),  # what completing it was answered; null: it is open
     Index("ix_uploads_tenant_id_adapter_name", "tenant_id", "adapter_name"),
     Index("ix_uploads_expires_at", "expires_at"),
+)
+_RESERVED: Final = select(func.coalesce(func.sum(uploads.c.config_bytes + uploads.c.weights_bytes), 0)).where(
+    uploads.c.tenant_id == bindparam("tenant_id"), uploads.c.answer.is_(None), uploads.c.id != bindparam("besides")
 )
 upload_parts = Table(
     "upload_parts",
@@ -345,11 +349,8 @@ def check_complete(upload: Upload) -> None:
 
 async def reserved_bytes(connection: AsyncConnection, tenant_id: TenantId, *, besides: str | None = None) -> int:
     """What the tenant's open uploads will have, without `besides`."""
-    size = func.coalesce(func.sum(uploads.c.config_bytes + uploads.c.weights_bytes), 0)
-    statement = select(size).where(uploads.c.tenant_id == tenant_id, uploads.c.answer.is_(None))
-    if besides is not None:
-        statement = statement.where(uploads.c.id != besides)
-    return int((await connection.execute(statement)).scalar_one())
+    asked = {"tenant_id": tenant_id, "besides": besides or ""}
+    return int((await connection.execute(_RESERVED, asked)).scalar_one())
 
 
 def _part_key(upload: Upload, file: str, number: int, sha256: str) -> str:
