@@ -55,6 +55,7 @@ async def test_an_alias_moves_under_load(
         for number, folder in enumerate(adapters[:3], 1)
     }
     assert len(set(right.values())) == 3
+    assert (await moving.put("/v1/adapters/mover/aliases/default", json={"version": 3})).status_code == 200
     moves = Moves([(time.monotonic(), 3)], [time.monotonic()])
     asked: list[tuple[float, float, int, str]] = []
     stop = asyncio.Event()
