@@ -43,7 +43,9 @@ def body_of(told: Json, operation: Json) -> Json | None:
     content = operation.get("requestBody", {}).get("content", {}).get("application/json")
     if content is None:
         return None
-    name = content["schema"]["$ref"].rpartition("/")[2]
+    schema = content["schema"]
+    [reference] = [choice["$ref"] for choice in schema.get("anyOf", [schema]) if "$ref" in choice]
+    name = reference.rpartition("/")[2]
     properties: Json = told["components"]["schemas"][name]["properties"]
     return properties
 
