@@ -100,8 +100,8 @@ async def test_a_declared_fallback_answers_and_says_so(
     """`base`: the base model; `previous`: the version before; `fail`, the default: 503. Never silently."""
     first = (await acme.publish(good)).json()["current"]["digest"]
     assert (await acme.ask()).status_code == 200
+    replica.faults.load_status = 422  # before the publish, which loads the new version where the old one is
     await acme.publish(other_good)
-    replica.faults.load_status = 422
     refused = await acme.ask()
     assert (refused.status_code, error_of(refused)["code"]) == (503, "adapter_unavailable")
     for fallback, said, version in (("base", "I am the base", "base;"), ("previous", f"I am {first}", "1;")):
