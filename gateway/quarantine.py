@@ -77,6 +77,7 @@ class Quarantine:
         self._unwritten: dict[Key, Held] = {}
         self._changed = asyncio.Event()
         self._writes = asyncio.Event()
+        self._turn = asyncio.Lock()  # a read that began before a write would forget what was written
         self.on_held: Callable[[Key], None] = lambda _: None
         """Told of every adapter that is newly held back."""
 
@@ -157,14 +158,15 @@ class Quarantine:
         Raises:
             ObjectUnknown: it is not held back.
         """
-        await self.read()
-        row = next((row for row in self.held() if row.id == held_id), None)
-        if row is None:
-            raise ObjectUnknown("No adapter is held back under that id.", param="held_id")
-        lifted = replace(row, lifted_at=int(self._clock()))
-        await self._write(lifted)
-        self._unwritten.pop(row.key, None)
-        self._rows[row.key] = lifted
+        async with self._turn:
+            await self._read()
+            row = next((row for row in self.held() if row.id == held_id), None)
+            if row is None:
+                raise ObjectUnknown("No adapter is held back under that id.", param="held_id")
+            lifted = replace(row, lifted_at=int(self._clock()))
+            await self._write(lifted)
+            self._unwritten.pop(row.key, None)
+            self._rows[row.key] = lifted
         return lifted
 
     # rows
@@ -184,6 +186,10 @@ class Quarantine:
         Raises:
             StorageUnavailable: all stays as it was.
         """
+        async with self._turn:
+            await self._read()
+
+    async def _read(self) -> None:
         async with reading(self._engine) as connection:
             found = [Held(*row) for row in await connection.execute(select(quarantine))]
         fresh = {row.key: row for row in found} | self._unwritten
@@ -211,16 +217,22 @@ class Quarantine:
         while True:
             await self._writes.wait()
             self._writes.clear()
-            for key, row in list(self._unwritten.items()):
+            for key in list(self._unwritten):
                 try:
-                    await self._write(row)
+                    await self._write_found(key)
                 except StorageError as error:
                     log.warning("the quarantine cannot be written: %s", type(error).__name__)
                     self._writes.set()
                     await asyncio.sleep(RETRY_S)
-                else:
-                    if self._unwritten.get(key) is row:
-                        del self._unwritten[key]
+
+    async def _write_found(self, key: Key) -> None:
+        async with self._turn:
+            row = self._unwritten.get(key)
+            if row is None:
+                return  # lifted meanwhile
+            await self._write(row)
+            if self._unwritten.get(key) is row:
+                del self._unwritten[key]
 
     async def _write(self, row: Held) -> None:
         """As another gateway has heard the same alarm, the row may be there: then it is the same."""
