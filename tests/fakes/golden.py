@@ -44,7 +44,8 @@ def tokenized(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def prompted(body: dict[str, Any], logprob: float) -> dict[str, Any]:
-    """Log probabilities of the prompt's own tokens; the first one has none."""
-    places = [{str(token): {"logprob": logprob, "rank": 1, "decoded_token": "x"}} for token in body["prompt"]]
-    choice = {"index": 0, "text": "", "finish_reason": "length", "prompt_logprobs": [None, *places[1:]]}
+    """The one token that is allowed, and its log probability."""
+    token = f"token_id:{body['allowed_token_ids'][0]}"
+    logprobs = {"tokens": [token], "token_logprobs": [logprob], "top_logprobs": [{token: logprob}]}
+    choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": logprobs}
     return {"id": "x", "object": "text_completion", "created": 1, "model": body["model"], "choices": [choice]}

