@@ -5,6 +5,7 @@ import gc
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, cast
 
@@ -372,7 +373,7 @@ class Rows(Keys):
 
     async def by_hash(self, sha256: bytes) -> ApiKey | None:
         number = int(sha256[:4].hex(), 16)
-        plan = dict(zip((column.name for column in PLAN_COLUMNS), ("default", 1.0, *[None] * 7), strict=True))
+        plan = dict(zip((column.name for column in PLAN_COLUMNS), astuple(Plan()), strict=True))
         row = {
             "id": f"key_{number:024d}",
             "tenant_id": f"tnt_{number // 2:024d}",
