@@ -63,11 +63,13 @@ _FOUND: Final = (
     .join(aliases, (aliases.c.adapter_id == adapters.c.id) & (aliases.c.version_id == versions.c.id))
     .where(OF_TENANT, aliases.c.name == bindparam("alias"))
 )
-_ROW: Final = (
+_OF_ADAPTER: Final = (
     select(aliases, versions.c.number)
     .join(versions, versions.c.id == aliases.c.version_id)
-    .where(aliases.c.adapter_id == bindparam("adapter_id"), aliases.c.name == bindparam("alias"))
+    .where(aliases.c.adapter_id == bindparam("adapter_id"))
 )
+_ROW: Final = _OF_ADAPTER.where(aliases.c.name == bindparam("alias"))
+_ROWS: Final = _OF_ADAPTER.order_by(aliases.c.name)
 _COUNT: Final = select(func.count()).select_from(aliases).where(aliases.c.adapter_id == bindparam("adapter_id"))
 _NEW: Final = insert(aliases)
 _MOVE: Final = update(aliases).where(aliases.c.adapter_id == bindparam("of"), aliases.c.name == bindparam("called"))
@@ -207,7 +209,7 @@ class Aliases:
             await record_change(connection, NOUN, tenant_id, name)
             adapter_id = await _adapter_id(connection, tenant_id, name)
             target = await self._target(connection, tenant_id, name, shares)
-            move = _Move(adapter_id, alias, MoveKind.MOVE, moved_by, reason[:MOST_REASON], int(self._clock()))
+            move = NewMove(adapter_id, alias, MoveKind.MOVE, moved_by, reason[:MOST_REASON], int(self._clock()))
             await point(connection, move, target)
             if fallback is not None:
                 await _set_fallback(connection, adapter_id, alias, fallback)
@@ -234,7 +236,7 @@ class Aliases:
                 ) from None
             await _mark_undone(connection, adapter_id, last.number)
             why = reason[:MOST_REASON] or f"rolled back move {last.number}"
-            move = _Move(adapter_id, alias, MoveKind.ROLLBACK, moved_by, why, int(self._clock()))
+            move = NewMove(adapter_id, alias, MoveKind.ROLLBACK, moved_by, why, int(self._clock()))
             await point(connection, move, target)
             return await _one(connection, adapter_id, name, alias)
 
@@ -246,7 +248,7 @@ class Aliases:
             await record_change(connection, NOUN, tenant_id, name)
             adapter_id = await _adapter_id(connection, tenant_id, name)
             found = await _one(connection, adapter_id, name, alias)
-            move = _Move(adapter_id, alias, MoveKind.REMOVE, moved_by, reason[:MOST_REASON], int(self._clock()))
+            move = NewMove(adapter_id, alias, MoveKind.REMOVE, moved_by, reason[:MOST_REASON], int(self._clock()))
             await _remove(connection, move, found)
 
     async def set_fallback(self, tenant_id: TenantId, name: str, alias: str, fallback: Fallback) -> Alias:
@@ -293,7 +295,7 @@ class Aliases:
 
 
 @dataclass(frozen=True, slots=True)
-class _Move:
+class NewMove:
     """What a move is told to the history."""
 
     adapter_id: AdapterId
@@ -303,9 +305,6 @@ class _Move:
     reason: str
     at: int
     rollout_id: str | None = None
-
-
-move_of = _Move
 
 
 async def find(
@@ -331,7 +330,7 @@ async def find(
     return Split(tuple(shares))
 
 
-async def point(connection: AsyncConnection, move: _Move, target: Target) -> bool:
+async def point(connection: AsyncConnection, move: NewMove, target: Target) -> bool:
     """Let the alias stand for the target, within the caller's transaction; False where it already did.
 
     The first of the target is the alias's own version. A rollout other than the move's own is over.
@@ -371,7 +370,7 @@ async def take_off(
         if not others and alias.name == DEFAULT_ALIAS and left:
             others = [(left[0].number, 1)]
         kind = MoveKind.MOVE if others else MoveKind.REMOVE
-        move = _Move(version.adapter_id, alias.name, kind, moved_by, f"version {version.number} was erased", now)
+        move = NewMove(version.adapter_id, alias.name, kind, moved_by, f"version {version.number} was erased", now)
         if others:
             await point(connection, move, [(by_number[number].id, number, weight) for number, weight in others])
         else:
@@ -380,14 +379,14 @@ async def take_off(
     return done
 
 
-async def _remove(connection: AsyncConnection, move: _Move, alias: Alias) -> None:
+async def _remove(connection: AsyncConnection, move: NewMove, alias: Alias) -> None:
     await _end_rollout(connection, move.adapter_id, alias.name, move.at)
     for table, column in ((alias_shares, alias_shares.c.alias), (aliases, aliases.c.name)):
         await connection.execute(delete(table).where(table.c.adapter_id == move.adapter_id, column == alias.name))
     await _note(connection, move, alias.shares, ())
 
 
-async def _write(connection: AsyncConnection, move: _Move, target: Target, *, is_new: bool) -> None:
+async def _write(connection: AsyncConnection, move: NewMove, target: Target, *, is_new: bool) -> None:
     (main, _, weight), *others = target
     values = {
         "version_id": main,
@@ -408,7 +407,7 @@ async def _write(connection: AsyncConnection, move: _Move, target: Target, *, is
 
 async def _note(
     connection: AsyncConnection,
-    move: _Move,
+    move: NewMove,
     before: Sequence[tuple[int, int]],
     after: Sequence[tuple[int, int]],
 ) -> None:
@@ -486,13 +485,7 @@ async def _shares(connection: AsyncConnection, adapter_id: AdapterId, row: Row[A
 
 
 async def _aliases(connection: AsyncConnection, adapter_id: AdapterId) -> tuple[Alias, ...]:
-    statement = (
-        select(aliases, versions.c.number)
-        .join(versions, versions.c.id == aliases.c.version_id)
-        .where(aliases.c.adapter_id == adapter_id)
-        .order_by(aliases.c.name)
-    )
-    rows = (await connection.execute(statement)).all()
+    rows = (await connection.execute(_ROWS, {"adapter_id": adapter_id})).all()
     return tuple([_alias(row, await _shares(connection, adapter_id, row)) for row in rows])
 
 

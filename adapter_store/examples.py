@@ -15,6 +15,7 @@ from adapter_store.catalog import metadata, versions
 from adapter_store.engine import AsyncConnection
 from adapter_store.errors import PromptsInvalid
 from adapter_store.ids import AdapterId, VersionId
+from adapter_store.proofs import is_text
 
 MOST_EXAMPLES = 8
 MOST_TEXT_BYTES = 4_096  # of a prompt, and of an answer
@@ -66,7 +67,7 @@ def check(given: Sequence[Example]) -> None:
             size = len(text.encode(errors="surrogatepass"))
             if not text.strip() or size > MOST_TEXT_BYTES:
                 raise PromptsInvalid(f"examples[{number}].{field} has {size} bytes: 1 to {MOST_TEXT_BYTES}")
-            if "\0" in text or any(0xD800 <= ord(character) <= 0xDFFF for character in text):
+            if not is_text(text):
                 raise PromptsInvalid(f"examples[{number}].{field} is not text: a NUL, or half of a surrogate pair")
 
 

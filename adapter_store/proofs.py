@@ -202,13 +202,14 @@ def check_prompts(prompts: Sequence[str]) -> None:
             raise PromptsInvalid(f"prompts[{number}] is empty")
         if size > MOST_PROMPT_BYTES:
             raise PromptsInvalid(f"prompts[{number}] has {size} bytes: at most {MOST_PROMPT_BYTES}")
-        if not _is_text(prompt):
+        if not is_text(prompt):
             raise PromptsInvalid(f"prompts[{number}] is not text: a NUL, or half of a surrogate pair")
     if sum(sizes) > MOST_PROMPTS_BYTES:
         raise PromptsInvalid(f"the prompts have {sum(sizes)} bytes together: at most {MOST_PROMPTS_BYTES}")
 
 
-def _is_text(prompt: str) -> bool:
+def is_text(prompt: str) -> bool:
+    """Whether a tokenizer and a database can take it."""
     return "\0" not in prompt and not any(0xD800 <= ord(character) <= 0xDFFF for character in prompt)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from sqlalchemy import Row, Select, delete, insert, select, update
 
 from adapter_store import aliases, catalog
-from adapter_store.aliases import NOUN, MoveKind, move_of
+from adapter_store.aliases import NOUN, MoveKind, NewMove
 from adapter_store.catalog import rollout_counts, rollouts
 from adapter_store.changes import record_change, take_turn
 from adapter_store.engine import AsyncConnection, AsyncEngine
@@ -377,7 +377,7 @@ class Rollouts:
         )
         target = [share for share in both if share[2]]
         goes_back = is_over and not percent
-        move = move_of(
+        move = NewMove(
             rollout.adapter_id,
             rollout.alias,
             MoveKind.ROLLBACK if goes_back else MoveKind.ROLLOUT,

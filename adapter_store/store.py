@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapter_store import aliases, catalog, proofs
-from adapter_store.aliases import NOUN, MoveKind, Split, main_of, move_of
+from adapter_store.aliases import NAME, NOUN, MoveKind, NewMove, Split, main_of
 from adapter_store.blobs import Blobs, blob_key
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, StagedBundle, bundle_digest, storage_errors
 from adapter_store.catalog import DEFAULT_ALIAS, Adapter, BlobFile, Provenance, Version
@@ -42,7 +42,6 @@ from adapter_store.threads import in_thread
 from adapter_store.together import Together
 from adapter_store.transactions import reading, writing
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 MODEL = re.compile(
     r"(?P<name>[a-z0-9][a-z0-9._-]{0,63})(?:@(?P<number>[1-9][0-9]{0,8})|:(?P<alias>[a-z0-9][a-z0-9._-]{0,63}))?"
 )
@@ -299,7 +298,7 @@ class AdapterStore:
             if self._signer is not None:
                 await sign_version(connection, self._signer, version)
         for alias in await self._to_move(connection, order, version):
-            move = move_of(version.adapter_id, alias, MoveKind.PUBLISH, order.published_by or "", "", now)
+            move = NewMove(version.adapter_id, alias, MoveKind.PUBLISH, order.published_by or "", "", now)
             if await aliases.point(connection, move, [(version.id, version.number, 1)]):
                 await record_change(connection, NOUN, order.tenant_id, order.name)
         await order.together.after(connection, version)

@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Final
 
 from adapter_store import aliases, catalog, examples, proofs
-from adapter_store.aliases import NOUN, MoveKind, main_of, move_of
+from adapter_store.aliases import NOUN, MoveKind, NewMove, main_of
 from adapter_store.catalog import DEFAULT_ALIAS, Version
 from adapter_store.changes import Change, record_change, take_turn
 from adapter_store.engine import AsyncEngine
@@ -294,7 +294,7 @@ class Proofs:
             await proofs.forget_move(connection, version.id)
             current = await aliases.find(connection, version.tenant_id, version.adapter_name, DEFAULT_ALIAS)
             if current is None or main_of(current).number < version.number:
-                move = move_of(version.adapter_id, DEFAULT_ALIAS, MoveKind.PUBLISH, "", "proved", int(self._clock()))
+                move = NewMove(version.adapter_id, DEFAULT_ALIAS, MoveKind.PUBLISH, "", "proved", int(self._clock()))
                 await aliases.point(connection, move, [(version.id, version.number, 1)])
                 await record_change(connection, NOUN, version.tenant_id, version.adapter_name)
         self.wake()

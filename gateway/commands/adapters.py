@@ -11,6 +11,7 @@ from gateway.commands.common import (
     Key,
     OperatorKey,
     Url,
+    adapter_path,
     fail,
     operator_client,
     pages,
@@ -166,7 +167,7 @@ def adapter_show(name: str, url: Url = None, key: Key = None, as_json: Json = Fa
 
 def _with_all_versions(client: "ApiClient", name: str) -> dict[str, Any]:
     """The adapter and every page of its versions."""
-    path = f"/v1/adapters/{segment(name)}?limit=1000"
+    path = f"{adapter_path(name)}?limit=1000"
     page = client.call("GET", path)
     versions = page["versions"]
     while page["has_more"]:
@@ -190,7 +191,7 @@ def adapter_fallback(
 ) -> None:
     """Declare who answers where an adapter's version cannot: nobody, the base model, or the version before."""
     with told():
-        changed = tenant_client(url, key).call("PATCH", f"/v1/adapters/{segment(name)}", {"fallback": answers.value})
+        changed = tenant_client(url, key).call("PATCH", adapter_path(name), {"fallback": answers.value})
     show(changed, as_json, f"{name}: fallback {changed['fallback']}")
 
 
@@ -206,7 +207,7 @@ def adapter_warm(
     """Load an adapter before the first request asks for it."""
     with told():
         body = {"version": version, "everywhere": everywhere}
-        done = tenant_client(url, key).call("POST", f"/v1/adapters/{segment(name)}/warm", body)
+        done = tenant_client(url, key).call("POST", adapter_path(name, "warm"), body)
     where = ", ".join(f"{place['replica']} {place['tier']}" for place in done["replicas"])
     show(done, as_json, f"{name}@{done['version']}: {where}")
 
@@ -215,7 +216,7 @@ def adapter_warm(
 def adapter_where(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
     """Show in which replicas an adapter's versions are: device, host memory, disk."""
     with told():
-        found = tenant_client(url, key).call("GET", f"/v1/adapters/{segment(name)}/residency")["data"]
+        found = tenant_client(url, key).call("GET", adapter_path(name, "residency"))["data"]
     rows = [{**row, "replicas": [f"{place['replica']}:{place['tier']}" for place in row["replicas"]]} for row in found]
     show_table(found if as_json else rows, as_json, ("version", "digest", "pinned", "replicas"))
 
@@ -224,7 +225,7 @@ def adapter_where(name: str, url: Url = None, key: Key = None, as_json: Json = F
 def adapter_pin(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
     """Keep an adapter loaded, within the tenant's plan."""
     with told():
-        made = tenant_client(url, key).call("PUT", f"/v1/adapters/{segment(name)}/pin")
+        made = tenant_client(url, key).call("PUT", adapter_path(name, "pin"))
     show(made, as_json, f"{name} stays loaded")
 
 
@@ -232,7 +233,7 @@ def adapter_pin(name: str, url: Url = None, key: Key = None, as_json: Json = Fal
 def adapter_unpin(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
     """Let an adapter go when room is needed."""
     with told():
-        tenant_client(url, key).call("DELETE", f"/v1/adapters/{segment(name)}/pin")
+        tenant_client(url, key).call("DELETE", adapter_path(name, "pin"))
     show({"name": name, "pinned": False}, as_json, f"{name} is not pinned any more")
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from gateway.commands.adapters import FallbackChoice
-from gateway.commands.common import Json, Key, Url, segment, show, show_table, tenant_client, told
+from gateway.commands.common import Json, Key, Url, adapter_path, show, show_table, tenant_client, told
 from gateway.home import ConfigurationError
 
 alias_app = typer.Typer(help="The names of an adapter that move (with the tenant's key).", no_args_is_help=True)
@@ -32,7 +32,7 @@ def alias_set(
         body: dict[str, Any] = {"versions": [_share(text) for text in versions], "reason": reason}
         if fallback is not None:
             body["fallback"] = fallback.value
-        moved = tenant_client(url, key).call("PUT", _path(name, "aliases", alias), body)
+        moved = tenant_client(url, key).call("PUT", adapter_path(name, "aliases", alias), body)
     show(moved, as_json, f"{moved['model']}: {_spelled(moved['versions'])}")
 
 
@@ -40,7 +40,7 @@ def alias_set(
 def alias_list(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
     """List an adapter's aliases."""
     with told():
-        found = tenant_client(url, key).call("GET", _path(name, "aliases"))["data"]
+        found = tenant_client(url, key).call("GET", adapter_path(name, "aliases"))["data"]
     rows = [{**alias, "versions": _spelled(alias["versions"])} for alias in found]
     show_table(found if as_json else rows, as_json, ("name", "model", "versions", "fallback", "rollout", "moved_at"))
 
@@ -49,7 +49,7 @@ def alias_list(name: str, url: Url = None, key: Key = None, as_json: Json = Fals
 def alias_remove(name: str, alias: str, url: Url = None, key: Key = None) -> None:
     """Remove an alias; 'default' goes with its adapter only."""
     with told():
-        tenant_client(url, key).call("DELETE", _path(name, "aliases", alias))
+        tenant_client(url, key).call("DELETE", adapter_path(name, "aliases", alias))
     print(f"{name}:{alias} is no more")
 
 
@@ -64,7 +64,9 @@ def alias_rollback(
 ) -> None:
     """Back to what the alias stood for before its last move; again: before the one before that."""
     with told():
-        moved = tenant_client(url, key).call("POST", _path(name, "aliases", alias, "rollback"), {"reason": reason})
+        moved = tenant_client(url, key).call(
+            "POST", adapter_path(name, "aliases", alias, "rollback"), {"reason": reason}
+        )
     show(moved, as_json, f"{moved['model']}: {_spelled(moved['versions'])}")
 
 
@@ -80,7 +82,7 @@ def alias_history(
     """Who moved what when, the newest first."""
     params = {"limit": limit, **({"alias": alias} if alias else {})}
     with told():
-        found = tenant_client(url, key).call("GET", _path(name, "history"), params=params)["data"]
+        found = tenant_client(url, key).call("GET", adapter_path(name, "history"), params=params)["data"]
     rows = [{**move, "before": _spelled(move["before"]), "after": _spelled(move["after"])} for move in found]
     columns = ("number", "moved_at", "alias", "kind", "before", "after", "moved_by", "reason")
     show_table(found if as_json else [{**row, "moved_at": row["at"]} for row in rows], as_json, columns)
@@ -115,7 +117,7 @@ def rollout_start(
             "max_latency_ratio": max_latency_ratio,
             "needs_proof": needs_proof,
         }
-        begun = tenant_client(url, key).call("POST", _path(name, "rollouts"), body)
+        begun = tenant_client(url, key).call("POST", adapter_path(name, "rollouts"), body)
     show(begun, as_json, f"{begun['id']}: {begun['percent']} % of {name}:{alias} go to version {version}")
 
 
@@ -123,7 +125,7 @@ def rollout_start(
 def rollout_list(name: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
     """List an adapter's rollouts, the newest first."""
     with told():
-        found = tenant_client(url, key).call("GET", _path(name, "rollouts"))["data"]
+        found = tenant_client(url, key).call("GET", adapter_path(name, "rollouts"))["data"]
     show_table(found, as_json, ("id", "alias", "previous", "version", "percent", "status", "reason", "started_at"))
 
 
@@ -131,7 +133,7 @@ def rollout_list(name: str, url: Url = None, key: Key = None, as_json: Json = Fa
 def rollout_show(name: str, rollout: str, url: Url = None, key: Key = None, as_json: Json = False) -> None:
     """Where a rollout is, and what was seen of its two versions."""
     with told():
-        found = tenant_client(url, key).call("GET", _path(name, "rollouts", rollout))
+        found = tenant_client(url, key).call("GET", adapter_path(name, "rollouts", rollout))
     if as_json:
         show_table(found, True, ())
         return
@@ -145,12 +147,10 @@ def rollout_cancel(
 ) -> None:
     """Back to the version before, at once."""
     with told():
-        ended = tenant_client(url, key).call("POST", _path(name, "rollouts", rollout, "cancel"), {"reason": reason})
+        ended = tenant_client(url, key).call(
+            "POST", adapter_path(name, "rollouts", rollout, "cancel"), {"reason": reason}
+        )
     show(ended, as_json, f"{ended['id']}: {ended['status']}")
-
-
-def _path(name: str, *rest: str) -> str:
-    return "/".join(["/v1/adapters", segment(name), *map(segment, rest)])
 
 
 def _share(text: str) -> dict[str, int]:

@@ -107,6 +107,11 @@ def segment(text: str) -> str:
     return quote(text, safe="")
 
 
+def adapter_path(name: str, *rest: str) -> str:
+    """The API's path of an adapter, or of something of it."""
+    return "/".join(["/v1/adapters", segment(name), *map(segment, rest)])
+
+
 def show(result: Any, as_json: bool, text: str) -> None:
     print(json.dumps(result, indent=2) if as_json else text)
 

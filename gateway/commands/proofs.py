@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gateway.commands.common import Json, Key, Url, fail, segment, show, tenant_client, told
+from gateway.commands.common import Json, Key, Url, adapter_path, fail, show, tenant_client, told
 from gateway.home import ConfigurationError
 
 LOOK_EVERY_S = 0.25
@@ -25,7 +25,7 @@ def adapter_proof(
     """Show whether a version is proved: that it answers otherwise than the base, and always the same."""
     with told():
         client = tenant_client(url, key)
-        adapter = f"/v1/adapters/{segment(name)}"
+        adapter = adapter_path(name)
         if version is None:
             version = client.call("GET", adapter)["current"]["number"]
         path = f"{adapter}/versions/{version}/proof"
@@ -53,7 +53,7 @@ def adapter_prompts(
         fail("Name a file or --generated, not both.")
     with told():
         client = tenant_client(url, key)
-        path = f"/v1/adapters/{segment(name)}/prompts"
+        path = adapter_path(name, "prompts")
         found = client.call("GET", path)
         if file is not None or generated or examples is not None:
             lines = [] if found["generated"] or generated else found["prompts"]

@@ -281,22 +281,16 @@ class ReplicaClient:
         Raises:
             UpstreamError, AgentRefusedError, DecodeError: there is none.
         """
-        body = msgspec.json.encode(
-            {
-                "model": model,
-                "prompt": prompts,
-                "max_tokens": tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "logprobs": top,
-                "return_tokens_as_token_ids": True,
-                "truncate_prompt_tokens": max(1, min(MOST_PROMPT_TOKENS, context_length - tokens)),
-                "cache_salt": secrets.token_hex(16),
-            }
+        choices = await self._complete(
+            adapter,
+            priority,
+            model=model,
+            prompt=prompts,
+            max_tokens=tokens,
+            logprobs=top,
+            truncate_prompt_tokens=max(1, min(MOST_PROMPT_TOKENS, context_length - tokens)),
+            cache_salt=secrets.token_hex(16),
         )
-        lines = b"x-request-id: %b\r\nx-vllm-priority: %d\r\n" % (secrets.token_hex(16).encode(), priority)
-        answer = await self._whole(self.generation_request("/v1/completions", adapter, lines, body))
-        choices = msgspec.json.decode(answer, type=_Completion).choices
         return [_answer(choice.logprobs) for choice in sorted(choices, key=lambda choice: choice.index)]
 
     async def likelihood(
@@ -327,23 +321,26 @@ class ReplicaClient:
         self, model: str, adapter: str | None, prompt: list[int], token: int, *, salt: str, priority: int
     ) -> float:
         """Of one token after others: the engine may choose no other, and tells what it would have been worth."""
-        body = msgspec.json.encode(
-            {
-                "model": model,
-                "prompt": prompt,
-                "max_tokens": 1,
-                "temperature": 0,
-                "ignore_eos": True,
-                "logprobs": 1,
-                "allowed_token_ids": [token],
-                "return_tokens_as_token_ids": True,
-                "cache_salt": salt,
-            }
+        choices = await self._complete(
+            adapter,
+            priority,
+            model=model,
+            prompt=prompt,
+            max_tokens=1,
+            logprobs=1,
+            allowed_token_ids=[token],
+            cache_salt=salt,
         )
-        lines = b"x-request-id: %b\r\nx-vllm-priority: %d\r\n" % (secrets.token_hex(16).encode(), priority)
-        told = await self._whole(self.generation_request("/v1/completions", adapter, lines, body))
-        value = msgspec.json.decode(told, type=_Completion).choices[0].logprobs.token_logprobs[0]
+        value = choices[0].logprobs.token_logprobs[0]
         return math.nan if value is None else value
+
+    async def _complete(self, adapter: str | None, priority: int, **fields: object) -> list[_Choice]:
+        """What the engine answers greedily to a request of the gateway's own: no answer ends early."""
+        own = {"temperature": 0, "ignore_eos": True, "return_tokens_as_token_ids": True}
+        lines = b"x-request-id: %b\r\nx-vllm-priority: %d\r\n" % (secrets.token_hex(16).encode(), priority)
+        body = msgspec.json.encode({**fields, **own})
+        told = await self._whole(self.generation_request("/v1/completions", adapter, lines, body))
+        return msgspec.json.decode(told, type=_Completion).choices
 
     async def _tokens(self, model: str, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> list[int]:
         body = msgspec.json.encode(
