@@ -137,7 +137,7 @@ def create_app(settings: Settings, *, operators: socket.socket | None = None) ->
     )
     app.state.parts = parts
     for part in ROUTERS:
-        app.include_router(part.router)
+        app.router.routes.extend(part.router.routes)  # include_router would make each a second time
     _install_error_handlers(app)
     return Front(Counted(app, parts.metrics), parts, hot, services.batches)
 
