@@ -35,7 +35,7 @@ from adapter_store import changes, erasure, examples, proofs, signing, uploads  
 from adapter_store.catalog import metadata
 from adapter_store.engine import AsyncEngine, create_async_engine
 from adapter_store.errors import AdapterStoreError
-from adapter_store.transactions import WRITES, reading, writing
+from adapter_store.transactions import TURNS, WRITES, Turns, reading, writing
 from gateway import idempotency  # noqa: F401  its table
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -150,9 +150,9 @@ DEFAULT_PLAN = {"name": "default", "weight": 1.0, "created_at": 0}
 def open_engine(url: str, *, busy_timeout_s: float = 5.0) -> AsyncEngine:
     """An engine for `sqlite+aiosqlite:///path` or `postgresql+asyncpg://…`; connects on first use.
 
-    `busy_timeout_s`: how long a SQLite writer waits for its turn, whoever finds all connections taken for one, and a
-    connection to PostgreSQL for its server. Errors quote statements without their parameters: those are tenants' names
-    and keys' hashes, and errors are logged.
+    `busy_timeout_s`: how long a SQLite writer waits for its turn among this engine's and then for other processes',
+    whoever finds all connections taken for one, and a connection to PostgreSQL for its server. Errors quote statements
+    without their parameters: those are tenants' names and keys' hashes, and errors are logged.
     """
     parts = make_url(url)
     if parts.get_backend_name() != "sqlite":
@@ -172,6 +172,7 @@ def open_engine(url: str, *, busy_timeout_s: float = 5.0) -> AsyncEngine:
         max_overflow=0,
         pool_timeout=busy_timeout_s,
         connect_args={"timeout": busy_timeout_s, "async_creator_fn": open_connection},
+        execution_options={TURNS: Turns(busy_timeout_s)},
         hide_parameters=True,
     )
     event.listen(engine.sync_engine, "connect", _set_up_sqlite)

@@ -140,6 +140,9 @@ class CommitsAndFails:
     def execution_options(self, **options: Any) -> "CommitsAndFails":
         return self
 
+    def get_execution_options(self) -> Any:
+        return {}
+
     def connect(self) -> Any:
         return self._engine.connect()
 

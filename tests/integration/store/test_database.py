@@ -16,7 +16,7 @@ from adapter_store.errors import StorageUnavailable
 from adapter_store.ids import TenantId
 from adapter_store.store import AdapterStore
 from adapter_store.transactions import reading, writing
-from gateway.database import HEAD, MIGRATIONS, downgrade, migrate, open_engine
+from gateway.database import CONNECTIONS, HEAD, MIGRATIONS, downgrade, migrate, open_engine
 from tests.integration.store.conftest import TENANT, Publish
 from tests.storage import Place
 
@@ -153,6 +153,26 @@ async def test_a_writer_that_gets_no_turn_is_told(engine: AsyncEngine, tmp_path:
     async with writing(hasty) as connection:
         assert await record_change(connection, "adapter", None, None) == 1
     await hasty.dispose()
+
+
+@pytest.mark.local
+async def test_writers_take_turns_in_the_order_in_which_they_came(engine: AsyncEngine) -> None:
+    """More of them than there are connections: the first that waits is the next, and who reads waits for none."""
+    count = 2 * CONNECTIONS
+    served: list[int] = []
+
+    async def write(number: int) -> None:
+        async with writing(engine) as connection:
+            served.append(number)
+            await record_change(connection, "adapter", None, str(number))
+
+    async with asyncio.TaskGroup() as group, writing(engine) as connection:
+        await record_change(connection, "adapter", None, "first")
+        for number in range(count):
+            group.create_task(write(number))
+        async with asyncio.timeout(4), reading(engine) as reader:
+            assert await last_change(reader) == 0
+    assert served == list(range(count))
 
 
 async def test_a_failed_transaction_leaves_no_change(engine: AsyncEngine) -> None:
