@@ -9,7 +9,8 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 LOCK := requirements/$(ENGINE).txt
 INSTALLED := $(VENV)/.installed-$(ENGINE)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
-PYTEST := $(BIN)/python -m pytest
+# tests start hundreds of processes, which need not translate the same sources each time
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help install compile compile-if-possible demo test test-full bench-gateway bench-store lint check format lock clean promtool

@@ -22,6 +22,8 @@ from gateway.protocol import FrontProtocol
 from gateway.settings import Settings
 from tests.bad_adapters import write_base, write_good
 from tests.fakes.replica import TOKEN, FakeReplica
+from tests.gateways import plain_client
+from tests.storage import Shelf, shelf_of
 
 BASE = "base"
 
@@ -54,9 +56,14 @@ class Gateway:
     front: Front
     clients: list[httpx.AsyncClient] = field(default_factory=list)
 
+    @property
+    def shelf(self) -> Shelf:
+        """What lies in its blob store."""
+        return shelf_of(self.home.path)
+
     def client(self, key: str | None = None) -> httpx.AsyncClient:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        client = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=30)
+        client = plain_client(base_url=self.url, headers=headers, timeout=30)
         self.clients.append(client)
         return client
 
@@ -126,7 +133,7 @@ async def serving(settings: Settings) -> AsyncIterator[Gateway]:
         await asyncio.sleep(0.01)
     home = Home(settings.home)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    gateway = Gateway(url, app.parts, httpx.AsyncClient(), home, app)
+    gateway = Gateway(url, app.parts, plain_client(), home, app)
     gateway.operator = gateway.client(home.operator_key())
     try:
         yield gateway
