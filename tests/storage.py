@@ -79,6 +79,18 @@ def local_place(folder: Path) -> Place:
     return Place(Kind.LOCAL, f"sqlite+aiosqlite:///{folder / 'tailor.db'}", blobs.as_uri(), blobs)
 
 
+def settings_at(home: Path) -> dict[str, str]:
+    """Where a gateway with this home keeps rows and blobs, as settings for one with another home."""
+    own = local_place(home).settings
+    return {name.removeprefix("TAILOR_").lower(): os.environ.get(name, own[name]) for name in SETTINGS}
+
+
+def shelf_of(home: Path) -> "Shelf":
+    """The blobs of a gateway with this home."""
+    url = settings_at(home)["blobs_url"]
+    return Shelf(Blobs.open(url), home / "blobs" if url.startswith("file:") else None)
+
+
 @contextmanager
 def environment(more: dict[str, str]) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in more}

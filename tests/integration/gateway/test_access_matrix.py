@@ -14,7 +14,6 @@ Nobody else gets further than the door: no key, a malformed, unknown, revoked or
 """
 
 import json
-import shutil
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -250,8 +249,8 @@ class World:
 
     async def importing_tenant(self) -> str:
         """A tenant, and the adapter that is to be imported for it."""
-        lies = self.gateway.home.path / "blobs" / "imports" / "spare"
-        shutil.copytree(self.folder, lies, dirs_exist_ok=True)
+        for file in self.folder.iterdir():
+            self.gateway.shelf.write(f"imports/spare/{file.name}", file.read_bytes())
         return f"{await self.tenant()}/adapters/bot"
 
     def declared(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key
 from tests.gateways import until_ready as process_ready
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of
 from tests.integration.gateway.test_tenancy import run_command
+from tests.storage import settings_at, shelf_of
 from tests.waiting import until
 
 
@@ -48,10 +49,6 @@ async def receipt_of(client: httpx.AsyncClient, erasure_id: str, deadline_s: flo
             await asyncio.sleep(0.05)
 
 
-def blobs_of(gateway: Gateway) -> list[Path]:
-    return [path for path in (gateway.home.path / "blobs").rglob("*") if path.is_file()]
-
-
 async def test_an_adapter_goes_everywhere_and_leaves_a_receipt(
     acme: Tenant, gateway: Gateway, replica: FakeReplica, good: Path, other_good: Path
 ) -> None:
@@ -62,7 +59,7 @@ async def test_an_adapter_goes_everywhere_and_leaves_a_receipt(
     assert replica.disk == set(digests)
     receipt = await erase(acme)
     assert (receipt["state"], receipt["pending"]) == ("completed", [])
-    assert (replica.adapters, replica.disk, blobs_of(gateway)) == ({}, set(), [])
+    assert (replica.adapters, replica.disk, gateway.shelf.keys()) == ({}, set(), [])
     assert (await acme.ask()).status_code == 404
     stated = verify_shown(receipt["statement"], receipt["signature"], await keys_of(acme), Kind.ERASURE)
     assert (stated["adapter"], stated["scope"], stated["forced"]) == ("bot", "adapter", False)
@@ -167,7 +164,7 @@ async def test_what_another_version_shares_stays_for_it(
     assert {held["owner"] for held in replica.adapters.values()} == {tenant_id(gateway, globex)}
     assert replica.disk == {digest}
     assert (await globex.ask()).status_code == 200
-    assert len(blobs_of(gateway)) == 2
+    assert len(gateway.shelf.keys()) == 2
 
 
 def tenant_id(gateway: Gateway, tenant: Tenant) -> str:
@@ -213,7 +210,7 @@ async def test_a_replica_that_is_away_follows_when_it_is_back(
     await away.stop()
     pending = await erase(acme, status=202, force=True)
     assert (pending["state"], pending["pending"], pending["signature"]) == ("blobs_gone", [name], None)
-    assert (here.disk, away.disk, blobs_of(gateway)) == (set(), {digest}, [])
+    assert (here.disk, away.disk, gateway.shelf.keys()) == (set(), {digest}, [])
     before = len(away.loads)
     await away.restart()
     receipt = await receipt_of(acme.client, pending["id"])
@@ -248,12 +245,7 @@ async def test_two_gateways_share_the_work_and_the_receipt(
 ) -> None:
     """What one erases the other forgets and shows; with keys of their own, one list verifies both."""
     here = await run_gateway(replica)
-    there = await run_gateway(
-        replica,
-        home=tmp_path / "second",
-        database_url=f"sqlite+aiosqlite:///{here.home.path / 'tailor.db'}",
-        blobs_url=(here.home.path / "blobs").as_uri(),
-    )
+    there = await run_gateway(replica, home=tmp_path / "second", **settings_at(here.home.path))
     acme = await here.tenant("acme")
     elsewhere = Tenant("acme", acme.key, there.client(acme.key))
     await acme.publish(good, "one")
@@ -314,7 +306,7 @@ async def test_a_crash_between_two_steps_is_taken_up(
         await left.drop_blobs(erasure)
     second = await run_gateway(replica)
     receipt = await receipt_of(second.client(acme.key), erasure.id)
-    assert (replica.disk, replica.adapters, blobs_of(first)) == (set(), {}, [])
+    assert (replica.disk, replica.adapters, first.shelf.keys()) == (set(), {}, [])
     verify(receipt["signature"], await keys_of(acme), Kind.ERASURE)
 
 
@@ -366,7 +358,7 @@ async def killed_at_any_moment(base_folder: Path, run_replica: RunReplica, tmp_p
                 await receipt_of(client, erasure["id"])
             assert len(erasures) == number + 1
             assert (replica.disk, replica.adapters) == (set(), {})
-            assert [path for path in (tmp_path / "home/blobs").rglob("*") if path.is_file()] == []
+            assert shelf_of(tmp_path / "home").keys() == []
     await process.stop()
 
 

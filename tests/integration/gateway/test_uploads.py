@@ -24,10 +24,10 @@ from tests.integration.gateway.conftest import Gateway, RunGateway, Tenant, erro
 BOUNDARY = "frontier"
 
 
-def left_over(gateway: Gateway) -> list[Path]:
+def left_over(gateway: Gateway) -> list[str]:
     """Files of uploads, staged or stored."""
-    places = (gateway.home.path / "staging", gateway.home.path / "blobs")
-    return [path for place in places for path in place.rglob("*") if path.is_file()]
+    staged = [str(path) for path in (gateway.home.path / "staging").rglob("*") if path.is_file()]
+    return staged + gateway.shelf.keys()
 
 
 async def test_every_bad_adapter_is_refused_by_name(
@@ -505,7 +505,8 @@ async def test_an_operator_imports_a_folder(
 
 async def test_an_operator_imports_from_the_blob_store(acme: Tenant, gateway: Gateway, good: Path) -> None:
     """From below `imports/` alone; importing from folders is off unless it is set."""
-    shutil.copytree(good, gateway.home.path / "blobs" / "imports" / "from" / "afar")
+    for file in good.iterdir():
+        gateway.shelf.write(f"imports/from/afar/{file.name}", file.read_bytes())
     place = "/admin/v1/tenants/acme/adapters/bot/import"
     assert (await gateway.operator.post(place, json={"blobs": "from/afar"})).status_code == 201
     assert (await acme.ask()).status_code == 200
