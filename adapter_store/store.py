@@ -75,6 +75,7 @@ class _Order:
     quota: Quota
     reference: Reference | None
     together: Together[Version]
+    provisional: bool
 
 
 class AdapterStore:
@@ -115,10 +116,12 @@ class AdapterStore:
         quota: Quota = NO_QUOTA,
         reference: Reference | None = None,
         together: Together[Version] | None = None,
+        provisional: bool = False,
     ) -> Version:
         """Checks the bundle and makes it the version that `alias` of the adapter stands for, signed.
 
-        `alias` None: none is moved. An adapter's first version gets the default one in any case.
+        `alias` None: none is moved. An adapter's first version gets the default one in any case, but for a
+        `provisional` one, which is asked for by its number and its id alone.
         The same content again gives the version that is there, without a new number. `published_by`: id of the key.
         `reference`: what it answered where it was trained, which its proof is held to.
         `together`: what is written in the same transaction, or nothing is.
@@ -133,7 +136,16 @@ class AdapterStore:
         checked = await self._check(tenant_id, staged)
         quota.check_rank(checked.inspection.rank)
         order = _Order(
-            tenant_id, name, alias, checked, provenance, published_by, quota, reference, together or Together()
+            tenant_id,
+            name,
+            alias,
+            checked,
+            provenance,
+            published_by,
+            quota,
+            reference,
+            together or Together(),
+            provisional,
         )
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._undo, tenant_id, [file.sha256 for file in checked.files])
@@ -307,6 +319,8 @@ class AdapterStore:
     async def _to_move(self, connection: AsyncConnection, order: _Order, version: Version) -> set[str]:
         """The alias that was named, and the default one where the adapter is new; the others wait for the proof."""
         current = await aliases.find(connection, version.tenant_id, version.adapter_name, DEFAULT_ALIAS)
+        if order.provisional:
+            return set()
         if current is None:
             return {DEFAULT_ALIAS, order.alias or DEFAULT_ALIAS}
         if order.alias is None:
