@@ -80,13 +80,14 @@ def cached_tiny_base(cache: Path, on_progress: Callable[[], Any]) -> Path:
     `on_progress` is a context manager's factory (`progress_bar`), entered only when there is something to build.
     """
     _quiet()
-    from training.tiny_base import recipe_hash
+    from training.tiny_base import give_template, recipe_hash
 
     out = cache / f"tiny-base-{recipe_hash()}" / "tiny-base"
     if not out.is_dir():
         out.parent.mkdir(parents=True, exist_ok=True)
         with on_progress() as tell:
             build_tiny_base(out, 0, tell)
+    give_template(out)
     return out
 
 

@@ -1,14 +1,14 @@
-"""Supervised chat data: OpenAI's JSONL in, token rows out, with labels on what the model is to write.
+"""Training files in, token rows out, with labels on what the model is to write.
 
-Every fault of a file is found in one reading, with its line. Nothing here knows how training uses the rows.
+Every fault of a file is found in one reading, with its line; what a line may hold, `rows` says. Nothing here knows
+how training uses the rows.
 """
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -16,23 +16,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from training.rows import (
+    MAX_FAULTS,
+    Example,
+    Fault,
+    Message,
+    Method,
+    Preference,
+    RowInvalid,
+    Tool,
+    numbered_lines,
+    parse_line,
+)
+
 IGNORED = -100  # the label that torch's cross entropy leaves out
-MAX_FAULTS = 50
-MAX_LINE_BYTES = 1 << 20
-ROLES = ("system", "user", "assistant")
-
-Message = dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What is wrong with one line of a data file; lines count from 1."""
-
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.reason}"
+CHUNK_BYTES = 1 << 16
 
 
 class DatasetInvalid(Exception):
@@ -48,13 +46,8 @@ class NoGenerationMask(Exception):
     """The base's chat template does not mark what the assistant writes, so nothing says what to train on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One conversation of a data file; `weights` has one entry, 0 or 1, per assistant message."""
-
-    line: int
-    messages: list[Message]
-    weights: list[int]
+class TemplateLacks(Exception):
+    """The base's chat template would leave out, without a word, what the messages hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,42 +62,89 @@ class Row:
         return len(self.labels) - self.labels.count(IGNORED)
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt with its better and its worse answer; only the answers have labels."""
+
+    chosen: Row
+    rejected: Row
+
+
 def load(path: Path, tokenizer: PreTrainedTokenizerFast, *, max_length: int) -> list[Row]:
-    """Read and tokenise a whole data file.
+    """Read and tokenise a whole supervised file.
 
     Raises:
         DatasetInvalid: with every faulty line, rows longer than `max_length` tokens among them.
         NoGenerationMask: the fault is the base's, not the data's.
     """
-    examples, faults = parse(path)
-    rows: list[Row] = []
-    for example in examples:
-        try:
-            row = tokenize(tokenizer, example.messages, example.weights)
-        except TemplateError as error:
-            faults.append(Fault(example.line, f"the base's chat template refuses these messages: {error}"))
-            continue
-        if len(row.input_ids) > max_length:
-            reason = f"{len(row.input_ids)} tokens, but max_length is {max_length}: shorten or split it"
-            faults.append(Fault(example.line, reason))
-        rows.append(row)
-    if not examples and not faults:
+
+    def row(example: Example | Preference) -> Row:
+        assert isinstance(example, Example)
+        return _bounded(tokenizer, example, max_length)
+
+    return _load(path, "supervised", row)
+
+
+def load_pairs(path: Path, tokenizer: PreTrainedTokenizerFast, *, max_length: int) -> list[Pair]:
+    """Read and tokenise a whole preference file; `max_length` bounds the prompt with either answer.
+
+    Raises:
+        DatasetInvalid, NoGenerationMask: as `load`.
+    """
+
+    def pair(preference: Example | Preference) -> Pair:
+        assert isinstance(preference, Preference)
+        return Pair(*(_bounded(tokenizer, side, max_length) for side in (preference.chosen, preference.rejected)))
+
+    return _load(path, "dpo", pair)
+
+
+Made = TypeVar("Made")
+
+
+def _load(path: Path, method: Method, make: Callable[[Example | Preference], Made]) -> list[Made]:
+    made: list[Made] = []
+    faults: list[Fault] = []
+    with path.open("rb") as file:
+        for number, line in numbered_lines(iter(lambda: file.read(CHUNK_BYTES), b"")):
+            if not line.strip():
+                continue
+            try:
+                made.append(make(parse_line(number, line, method)))
+            except (RowInvalid, TemplateLacks) as error:
+                faults.append(Fault(number, str(error)))
+            except TemplateError as error:
+                faults.append(Fault(number, f"the base's chat template refuses these messages: {error}"))
+            if len(faults) == MAX_FAULTS:
+                break
+    if not made and not faults:
         faults.append(Fault(1, "the file holds no examples"))
     if faults:
-        raise DatasetInvalid(sorted(faults, key=lambda fault: fault.line)[:MAX_FAULTS])
-    return rows
+        raise DatasetInvalid(faults)
+    return made
+
+
+def _bounded(tokenizer: PreTrainedTokenizerFast, example: Example, max_length: int) -> Row:
+    row = tokenize(tokenizer, example.messages, example.weights, example.tools)
+    if len(row.input_ids) > max_length:
+        raise RowInvalid(f"{len(row.input_ids)} tokens, but max_length is {max_length}: shorten or split it")
+    return row
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], weights: Sequence[int] | None = None
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    weights: Sequence[int] | None = None,
+    tools: Sequence[Tool] = (),
 ) -> Row:
     """Render `messages` by the tokenizer's chat template; label the assistant turns of weight 1, end-of-turn included.
 
     Raises:
         NoGenerationMask: the template has no generation block for each assistant message.
         TemplateError: the template refuses the messages.
+        TemplateLacks: the template knows no tools, and there are some.
     """
-    text, spans = _render(tokenizer, messages)
+    text, spans = _render(tokenizer, messages, tools)
     if weights is None:
         weights = [1] * len(spans)
     if len(weights) != len(spans):
@@ -120,7 +160,9 @@ def tokenize(
     return Row(encoded["input_ids"], labels)
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+def _render(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], tools: Sequence[Tool]
+) -> tuple[str, list[tuple[int, int]]]:
     """The chat as text, and the character range of each generation block in it."""
     template = tokenizer.get_chat_template()
     if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
@@ -128,8 +170,15 @@ def _render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> 
             "the base's chat template has no {% generation %} block around the assistant's content: "
             "add one to its chat_template, or choose a base that has it"
         )
+    for word, used in (("tools", bool(tools)), ("tool_calls", any("tool_calls" in message for message in messages))):
+        if used and not re.search(rf"\b{word}\b", template):
+            raise TemplateLacks(f"the base's chat template does not write '{word}', so they cannot be trained on")
     texts, spans = render_jinja_template(
-        [list(messages)], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+        [list(messages)],
+        tools=list(tools) or None,
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
     )
     return texts[0], spans[0]
 
@@ -143,100 +192,3 @@ def as_tensors(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     input_ids = [row.input_ids + [0] * (longest - len(row.input_ids)) for row in rows]
     labels = [row.labels + [IGNORED] * (longest - len(row.labels)) for row in rows]
     return torch.tensor(input_ids), torch.tensor(labels)
-
-
-def parse(path: Path) -> tuple[list[Example], list[Fault]]:
-    """Every well-formed example of a file, and a fault for every line that is none, up to `MAX_FAULTS`."""
-    examples: list[Example] = []
-    faults: list[Fault] = []
-    for number, line in _lines(path):
-        try:
-            examples.append(_example(number, line))
-        except _Faulty as fault:
-            faults.append(Fault(number, str(fault)))
-            if len(faults) == MAX_FAULTS:
-                break
-    return examples, faults
-
-
-class _Faulty(Exception):
-    """Ends the reading of one line; its text is the reason."""
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank; of an over-long one only its first `MAX_LINE_BYTES` + 1 bytes."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            rest = line
-            while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-                rest = file.readline(MAX_LINE_BYTES + 1)
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, line
-
-
-def _example(number: int, line: bytes) -> Example:
-    row = _json_object(line)
-    if unknown := row.keys() - {"messages"}:
-        raise _Faulty(f"unknown field {_listed(unknown)}: a row has the one field 'messages'")
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise _Faulty("'messages' must be a list of at least one message")
-    for index, message in enumerate(messages):
-        _check_message(message, f"messages[{index}]")
-    if messages[-1]["role"] != "assistant":
-        raise _Faulty("the last message must be the assistant's")
-    weights = [message.get("weight", 1) for message in messages if message["role"] == "assistant"]
-    if not any(weights):
-        raise _Faulty("every assistant message has weight 0, so there is nothing to learn")
-    return Example(number, [{"role": m["role"], "content": m["content"]} for m in messages], weights)
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
-    if len(line) > MAX_LINE_BYTES:
-        raise _Faulty(f"longer than {MAX_LINE_BYTES} bytes")
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise _Faulty(f"not UTF-8: {error.reason} at byte {error.start}") from error
-    except json.JSONDecodeError as error:
-        raise _Faulty(f"not JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a nesting of thousands
-        raise _Faulty(f"not JSON that can be read: {error}") from error
-    if not isinstance(row, dict):
-        raise _Faulty("not a JSON object")
-    return row
-
-
-def _check_message(message: object, where: str) -> None:
-    if not isinstance(message, dict):
-        raise _Faulty(f"{where} is not an object")
-    role = message.get("role")
-    if role not in ROLES:
-        raise _Faulty(f"{where}.role is {role!r}, not one of {', '.join(ROLES)}")
-    allowed = {"role", "content", "weight"} if role == "assistant" else {"role", "content"}
-    if unknown := message.keys() - allowed:
-        raise _Faulty(f"{where} has the unknown field {_listed(unknown)}")
-    content = message.get("content")
-    if not isinstance(content, str) or not content:
-        raise _Faulty(f"{where}.content must be a text of at least one character")
-    if not _encodable(content):
-        raise _Faulty(f"{where}.content holds half of a surrogate pair, which is not valid Unicode")
-    weight = message.get("weight", 1)
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise _Faulty(f"{where}.weight is {weight!r}, not 0 or 1")
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(repr(name) for name in sorted(names))

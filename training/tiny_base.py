@@ -6,6 +6,7 @@ Read `build` first; the rest is in the order in which it is called.
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,32 +24,16 @@ from training.dataset import IGNORED, Row
 from training.determinism import reproducible
 from training.output_folder import new_folder
 from training.progress import OnProgress, Progress, no_library_bars
-from training.tiny_text import Conversation
+from training.tiny_template import CHAT_TEMPLATE
+from training.tiny_text import MIXTURE, Conversation
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 SPECIAL_TOKENS = [PAD, BOS, END, *ROLES.values()]
 
-# One token per turn header and one that ends every turn; what the model is to produce, its end included,
-# stands between the generation tags, which is where training takes its labels from.
-CHAT_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {{- '<|assistant|>' }}
-        {%- generation %}
-        {{- message.content + '<|end|>' }}
-        {%- endgeneration %}
-    {%- elif message.role in ('system', 'user') %}
-        {{- '<|' + message.role + '|>' + message.content + '<|end|>' }}
-    {%- else %}
-        {{- raise_exception('unknown role: ' + message.role) }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|assistant|>' }}
-{%- endif %}
-"""
+# What it learns from, as tokens and labels: the first rows of each stream. A test holds it, so that whoever changes
+# the template or the labels learns here that other rows make another base.
+ROWS_SHA256 = "1db50efc32bb14ef9fc2a60e644352c633513c83a177875df46a9b8bab4d002e"
 
 # The order of partial sums, and so every bit of the result, follows the number of threads.
 THREADS = 1
@@ -88,13 +73,14 @@ class TinyBase:
 
 
 def recipe_hash(*, seed: int = 0, recipe: Recipe = DEFAULT) -> str:
-    """Hash of all that decides the bytes of `build`, to cache its result by: numbers, text, code, libraries."""
+    """Hash of all that decides the weights of `build`, to cache them by: numbers, text, code, libraries.
+
+    The chat template counts as far as it changes `ROWS_SHA256`; see `give_template`.
+    """
     parts = {
         "recipe": asdict(recipe),
         "seed": seed,
-        "code": [
-            Path(source).read_text(encoding="utf-8") for source in (__file__, tiny_text.__file__, dataset.__file__)
-        ],
+        "code": [Path(source).read_text(encoding="utf-8") for source in (__file__, tiny_text.__file__)],
         "libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers", "safetensors")},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -117,6 +103,15 @@ def build(out: Path, *, seed: int = 0, recipe: Recipe = DEFAULT, on_progress: On
         tokenizer.save_pretrained(folder)
         _write_card(folder, base, seed, recipe)
     return base
+
+
+def give_template(folder: Path) -> None:
+    """Bring the chat template of a base built earlier up to date; its weights are the same with either."""
+    path = folder / "chat_template.jinja"
+    if path.read_text(encoding="utf-8") != CHAT_TEMPLATE:
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_text(CHAT_TEMPLATE, encoding="utf-8")
+        new.replace(path)
 
 
 def make_tokenizer(seed: int, recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -193,6 +188,14 @@ def _train(
             on_progress(Progress(step, recipe.steps, loss.item()))
 
 
+def rows_sha256(*, seed: int = 0, recipe: Recipe = DEFAULT, batches: int = 40) -> str:
+    """Digest of the first `batches` batches of repetition and of everything."""
+    tokenizer = make_tokenizer(seed, recipe)
+    streams = (_stream(tokenizer, random.Random(seed), recipe.batch_size, tasks) for tasks in (["repeat"], MIXTURE))
+    rows = [[(row.input_ids, row.labels) for batch in islice(stream, batches) for row in batch] for stream in streams]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
 def _learning_rate_factor(step: int, recipe: Recipe) -> float:
     """Linear up over the warmup, then linear down to zero."""
     warm = (step + 1) / recipe.warmup_steps
@@ -208,7 +211,7 @@ def _batches(tokenizer: PreTrainedTokenizerFast, seed: int, recipe: Recipe) -> I
     """
     rng = random.Random(seed)
     repetition = _stream(tokenizer, rng, recipe.batch_size, ["repeat"])
-    everything = _stream(tokenizer, rng, recipe.batch_size, tiny_text.MIXTURE)
+    everything = _stream(tokenizer, rng, recipe.batch_size, MIXTURE)
     yield from islice(repetition, recipe.repeat_only_steps)
     yield from everything
 

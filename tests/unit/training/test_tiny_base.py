@@ -48,6 +48,21 @@ def test_the_recipe_hash_follows_seed_and_recipe() -> None:
     assert tiny_base.recipe_hash() == tiny_base.recipe_hash(seed=0)
 
 
+def test_the_rows_are_those_of_the_recipe_hash() -> None:
+    """Template and labels are not hashed, so that they may grow; what the weights are made of may not change unseen."""
+    assert tiny_base.rows_sha256() == tiny_base.ROWS_SHA256
+
+
+def test_a_cached_base_gets_the_template_of_today(base: Path, tmp_path: Path) -> None:
+    """The template is no part of the weights: a base of an older one is not made again."""
+    for name in ("chat_template.jinja", "tokenizer.json"):
+        (tmp_path / name).write_bytes((base / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("old")
+    tiny_base.give_template(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_bytes() == (base / "chat_template.jinja").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_the_card_tells_what_was_measured(base: Path) -> None:
     """`tailor.json` holds the held-out accuracy and the hash of the recipe."""
     card = json.loads((base / "tailor.json").read_text())

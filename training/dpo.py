@@ -1,0 +1,47 @@
+"""Direct preference optimisation: the loss of Rafailov et al. 2023 (arXiv:2305.18290), in its sigmoid form.
+
+The reference is the frozen base, which is the policy with its adapter off: no second model is kept. Equal to TRL
+1.16's `DPOTrainer` with `loss_type="sigmoid"`.
+"""
+
+import torch
+from torch import Tensor
+
+from training.dataset import IGNORED
+
+
+def loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    beta: float = 0.1,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The loss of each pair (pairs,), from its answers' `log_probabilities` under policy and reference.
+
+    `label_smoothing` is the share of pairs that are taken to be the wrong way round (Mitchell 2023, conservative DPO).
+    The reference's must carry no gradient: compute them with the adapter off, once.
+    """
+    margin = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))
+    log_sigmoid = torch.nn.functional.logsigmoid
+    return -(1 - label_smoothing) * log_sigmoid(margin) - label_smoothing * log_sigmoid(-margin)
+
+
+def reward(policy: Tensor, reference: Tensor, beta: float = 0.1) -> Tensor:
+    """How much more the policy likes each answer than the reference does, times beta; carries no gradient."""
+    return beta * (policy - reference).detach()
+
+
+def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the trained tokens of each row of the logarithm of its probability, in nats; (rows,).
+
+    `logits` are (rows, seq, vocabulary), `labels` (rows, seq) as `dataset.as_tensors` gives them: the label at a
+    position is that position's own token, told by the logits before it.
+    """
+    targets = labels[:, 1:]
+    trained = targets != IGNORED
+    told = -torch.nn.functional.cross_entropy(logits[:, :-1][trained].float(), targets[trained], reduction="none")
+    rows = trained.nonzero()[:, 0]
+    return torch.zeros(len(labels), device=told.device, dtype=told.dtype).index_add(0, rows, told)
