@@ -5,7 +5,6 @@ them, but never calls fsync, so that is done here. S3 is sent the SHA-256 of eve
 part that it does not match.
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
+from adapter_store.bundle import NO_LINK
 from adapter_store.errors import BlobCorrupt, StorageFull, StorageUnavailable
 from adapter_store.ids import TenantId
 from adapter_store.s3_leftovers import Leftovers
@@ -34,7 +34,6 @@ READ_BYTES = 1 << 20
 PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 KEY = re.compile(rf"{PREFIX}/([A-Za-z0-9_-]{{1,64}})/([0-9a-f]{{64}})")
-NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP})
 # ENOSPC, EFBIG and EDQUOT, as obstore's text has them: it gives no errno.
 FULL = re.compile(r"os error (?:28|27|122)\)")
 
@@ -73,7 +72,7 @@ class Blobs:
 
     def __init__(self, store: "ObjectStore | None", folder: Path | None, leftovers: Leftovers | None = None) -> None:
         self._opened = store
-        self._folder = folder
+        self.folder = folder
         self._leftovers = leftovers
         self._part_bytes = REMOTE_PART_BYTES if folder is None else FOLDER_PART_BYTES
 
@@ -87,15 +86,15 @@ class Blobs:
         if parts.scheme not in ("", "file"):
             return cls(_obstore().store.from_url(url), None)
         folder = Path(unquote(parts.path) if parts.scheme else url).absolute()
-        with _store_errors():
+        with store_errors():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return cls(None, folder)
 
     @property
     def _store(self) -> "ObjectStore":
         if self._opened is None:
-            assert self._folder is not None
-            self._opened = _obstore().store.LocalStore(self._folder)
+            assert self.folder is not None
+            self._opened = _obstore().store.LocalStore(self.folder)
         return self._opened
 
     async def put(self, key: str, path: Path) -> None:
@@ -107,24 +106,24 @@ class Blobs:
 
     async def adopt(self, key: str, path: Path) -> None:
         """`put` of a file that nobody writes to any more: a folder on its own filesystem takes it without a copy."""
-        with _store_errors():
-            if self._folder is not None and await in_thread(_link, self._folder, _path(self._folder, key), path):
+        with store_errors():
+            if self.folder is not None and await in_thread(_link, self.folder, _path(self.folder, key), path):
                 return
         await self._put(key, path)
 
     async def _put(self, key: str, content: Path | AsyncIterator[bytes]) -> None:
-        with _store_errors():
+        with store_errors():
             await _obstore().put_async(
                 self._store, key, content, chunk_size=self._part_bytes, max_concurrency=PARTS_AT_ONCE
             )
-            if self._folder is not None:
-                await in_thread(_make_durable, self._folder, _path(self._folder, key))
+            if self.folder is not None:
+                await in_thread(make_durable, self.folder, _path(self.folder, key))
 
     async def exists(self, key: str, size_bytes: int) -> bool:
-        with _store_errors():
+        with store_errors():
             try:
-                if self._folder is not None:
-                    return (await in_thread(_path(self._folder, key).stat)).st_size == size_bytes
+                if self.folder is not None:
+                    return (await in_thread(_path(self.folder, key).stat)).st_size == size_bytes
                 return bool((await _obstore().head_async(self._store, key))["size"] == size_bytes)
             except FileNotFoundError:
                 return False
@@ -132,10 +131,10 @@ class Blobs:
     @asynccontextmanager
     async def read(self, key: str) -> AsyncIterator[AsyncIterator[bytes]]:
         """The blob's bytes in pieces. Raises BlobCorrupt where there is none, StorageUnavailable."""
-        with _store_errors(), ExitStack() as held:
+        with store_errors(), ExitStack() as held:
             try:
-                if self._folder is not None:
-                    pieces = _pieces(held.enter_context(_path(self._folder, key).open("rb", buffering=0)))
+                if self.folder is not None:
+                    pieces = _pieces(held.enter_context(_path(self.folder, key).open("rb", buffering=0)))
                 else:
                     pieces = (await _obstore().get_async(self._store, key)).stream(min_chunk_size=READ_BYTES)
             except FileNotFoundError as error:
@@ -180,7 +179,7 @@ class Blobs:
 
     async def delete(self, key: str) -> None:
         """Removes the blob; it may be gone already."""
-        with _store_errors():
+        with store_errors():
             try:
                 await _obstore().delete_async(self._store, key)
             except FileNotFoundError:
@@ -188,7 +187,7 @@ class Blobs:
 
     async def names(self, prefix: str) -> Sequence[str]:
         """The keys that begin with `prefix/`, in order."""
-        with _store_errors():
+        with store_errors():
             return sorted([item["path"] async for page in _obstore().list(self._store, f"{prefix}/") for item in page])
 
     async def list(self) -> AsyncIterator[StoredBlob]:
@@ -198,16 +197,16 @@ class Blobs:
 
     async def list_keys(self, prefix: str) -> AsyncIterator[tuple[str, float]]:
         """What lies below `prefix`: key, and when it was put, in seconds since 1970."""
-        with _store_errors():
+        with store_errors():
             async for page in _obstore().list(self._store, f"{prefix}/"):
                 for item in page:
                     yield item["path"], item["last_modified"].timestamp()
 
     async def sweep_partial(self, before: float) -> int:
         """Removes what puts that were interrupted before that time left in a folder or in S3; how many."""
-        with _store_errors():
-            if self._folder is not None:
-                return await in_thread(_sweep_partial, self._folder, before)
+        with store_errors():
+            if self.folder is not None:
+                return await in_thread(_sweep_partial, self.folder, before)
             return 0 if self._leftovers is None else await in_thread(self._leftovers.sweep, before)
 
 
@@ -241,11 +240,11 @@ def _link(root: Path, target: Path, source: Path) -> bool:
         spare.replace(target)
     finally:
         spare.unlink(missing_ok=True)  # a replacement by another name of the same file does nothing
-    _make_durable(root, target)
+    make_durable(root, target)
     return True
 
 
-def _make_durable(root: Path, path: Path) -> None:
+def make_durable(root: Path, path: Path) -> None:
     """fsync of the file, then of every folder up to the root: each may be new."""
     with suppress(FileNotFoundError):  # a delete was faster; who commits looks again
         _fsync(path)
@@ -272,7 +271,7 @@ def _sweep_partial(folder: Path, before: float) -> int:
 
 
 @contextmanager
-def _store_errors() -> Iterator[None]:
+def store_errors() -> Iterator[None]:
     """obstore's errors → StorageFull or StorageUnavailable; the text of the store stays in the cause."""
     try:
         yield

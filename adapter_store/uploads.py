@@ -1,15 +1,14 @@
 """Uploads in parts: declared, received in any order and as often as need be, put together at the end.
 
-A part is a blob and a row, both durable before it is acknowledged, so an upload survives restarts of either side, and
-each call may meet another gateway with other disks. Blobs of parts lie under `uploads/<tenant>/`, apart from those of
-versions. An upload that has ended keeps its row until it expires, with the answer that it was given.
+A part is bytes in the blob store and a row, both durable before it is acknowledged, so an upload survives restarts of
+either side, and each call may meet another gateway with other disks. Parts lie under `uploads/<tenant>/`, apart from
+the blobs of versions (`part_storage`). An upload that has ended keeps its row until it expires, with the answer that it
+was given.
 """
 
-import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -31,7 +30,7 @@ from sqlalchemy import (
     update,
 )
 
-from adapter_store.blobs import PLAIN, Blobs
+from adapter_store.blobs import Blobs
 from adapter_store.bundle import BUNDLE_FILES, CONFIG_FILE, WEIGHTS_FILE, StagedBundle
 from adapter_store.catalog import metadata
 from adapter_store.changes import take_turn
@@ -42,21 +41,20 @@ from adapter_store.errors import (
     PartConflict,
     PartInvalid,
     PartsMissing,
-    StorageError,
     TooManyUploads,
     UploadNotFound,
 )
 from adapter_store.faults import listing
 from adapter_store.ids import TenantId, UploadId, new_upload_id
+from adapter_store.part_storage import PREFIX, Part, PartFile, PartStorage
 from adapter_store.together import Together
 from adapter_store.transactions import reading, writing
 
-PREFIX: Final = "uploads"
 PART_BYTES: Final = 16 << 20
 EXPIRY_S: Final = 86_400.0
 MOST_OPEN: Final = 64
 ORPHANS_AFTER_S: Final = 3_600.0  # far above the time between a part's blob and its row
-KEY: Final = re.compile(rf"{PREFIX}/([A-Za-z0-9_-]{{1,64}})/(upl_[0-9a-f]{{24}})-[0-9]+-[0-9]+-[0-9a-f]{{64}}")
+KEY: Final = re.compile(rf"{PREFIX}/([A-Za-z0-9_-]{{1,64}})/(upl_[0-9a-f]{{24}})-[0-9]+(-[0-9]+-[0-9a-f]{{64}})?")
 
 uploads = Table(
     "uploads",
@@ -129,9 +127,18 @@ class Upload:
         """Numbers of the parts that are still to come."""
         return [number for number in range(1, self.part_count(file) + 1) if (file, number) not in self.parts]
 
-    def part_key(self, file: str, number: int) -> str:
-        """Where the part's bytes lie; its row has to be there."""
-        return _part_key(self, file, number, self.parts[file, number])
+    def part_file(self, file: str) -> PartFile:
+        return PartFile(self.tenant_id, self.id, file, BUNDLE_FILES.index(file), self.files[file].size_bytes)
+
+    def part(self, file: str, number: int, sha256: str) -> Part:
+        """Raises PartInvalid where there is none of that number."""
+        size_bytes = self.part_size(file, number)
+        return Part(self.part_file(file), number, (number - 1) * self.part_bytes, size_bytes, sha256)
+
+    def kept_parts(self, file: str) -> list[Part]:
+        """Those that are there, in order."""
+        numbers = sorted(number for name, number in self.parts if name == file)
+        return [self.part(file, number, self.parts[file, number]) for number in numbers]
 
     def _told_parts(self) -> str:
         counts = " and ".join(f"{name} has {self.part_count(name)}" for name in self.files)
@@ -152,6 +159,7 @@ class Uploads:
     ) -> None:
         self._engine = engine
         self._blobs = blobs
+        self._storage = PartStorage.of(blobs)
         self._part_bytes = part_bytes
         self._expiry_s = expiry_s
         self._clock = clock
@@ -199,21 +207,41 @@ class Uploads:
 
         The same part again is nothing new. Raises PartConflict, UploadNotFound, StorageError.
         """
-        key = _part_key(upload, file, number, sha256)
-        await self._blobs.adopt(key, path)
+        part = upload.part(file, number, sha256)
+        try:
+            now = await self._keep(upload, part, path)
+        except UploadNotFound:
+            await self._storage.drop([part.file], [part])
+            raise
+        if now.answer is not None:
+            await self._storage.drop([part.file], [part])
+            raise UploadNotFound  # completed meanwhile
+        if now.parts[file, number] != sha256:
+            await self._storage.drop([], [part])
+            check_part(now, file, number, sha256)
+        return now
+
+    async def _keep(self, upload: Upload, part: Part, path: Path) -> Upload:
+        async with self._storage.turn(part.file):
+            now = await self.find(upload.tenant_id, upload.adapter_name, upload.id)
+            if now.answer is not None or (part.file.name, part.number) in now.parts:
+                return now
+            is_first = all(name != part.file.name for name, _ in now.parts)
+            await self._storage.put(part, path, is_first=is_first)
+            return await self._note(upload, part)
+
+    async def _note(self, upload: Upload, part: Part) -> Upload:
+        """Writes the part's row, if there is none by now; the upload as it is then."""
+        place = part.file.name, part.number
         async with writing(self._engine) as connection:
             await take_turn(connection)
             now = await self.find_in(connection, upload.tenant_id, upload.adapter_name, upload.id)
-            if now.answer is None and (file, number) not in now.parts:
-                size = upload.part_size(file, number)
-                row = {"upload_id": upload.id, "file": file, "number": number, "sha256": sha256, "bytes": size}
+            if now.answer is None and place not in now.parts:
+                row = {"upload_id": upload.id, "file": place[0], "number": place[1]}
+                row |= {"sha256": part.sha256, "bytes": part.size_bytes}
                 await connection.execute(insert(upload_parts).values(row))
-                now = replace(now, parts={**now.parts, (file, number): sha256}, expires_at=self._expiry())
+                now = replace(now, parts={**now.parts, place: part.sha256}, expires_at=self._expiry())
                 await self._touch(connection, now)
-        if now.parts.get((file, number)) != sha256:
-            await self._forget_blobs([key])
-            check_part(now, file, number, sha256)
-            raise UploadNotFound  # completed meanwhile
         return now
 
     async def assemble(self, upload: Upload, bundle: StagedBundle) -> None:
@@ -224,7 +252,7 @@ class Uploads:
         check_complete(upload)
         for name in BUNDLE_FILES:
             try:
-                await bundle.write(name, self._read(upload, name))
+                await self._storage.assemble(upload.part_file(name), upload.kept_parts(name), bundle)
             except BlobCorrupt:
                 await self._drop_damaged(upload, name)
                 raise
@@ -257,8 +285,9 @@ class Uploads:
         await self.drop_parts(upload)
 
     async def drop_parts(self, upload: Upload) -> None:
-        """Removes the blobs of an upload that has ended; what fails here is swept later."""
-        await self._forget_blobs([upload.part_key(file, number) for file, number in upload.parts])
+        """Removes the bytes of an upload that has ended; what fails here is swept later."""
+        files = {name: upload.part_file(name) for name in upload.files}
+        await self._storage.drop(files.values(), [part for name in files for part in upload.kept_parts(name)])
 
     async def sweep(self) -> int:
         """Ends what has expired, and removes parts that no open upload has; how many."""
@@ -284,38 +313,19 @@ class Uploads:
             await self.drop_parts(upload)
         return sum(len(upload.parts) for upload in over)
 
-    async def _read(self, upload: Upload, file: str) -> AsyncIterator[bytes]:
-        for number in range(1, upload.part_count(file) + 1):
-            async with self._blobs.read(upload.part_key(file, number)) as pieces:
-                async for piece in pieces:
-                    yield piece
-
-    async def _drop_damaged(self, upload: Upload, file: str) -> None:
+    async def _drop_damaged(self, upload: Upload, name: str) -> None:
         """Raises PartsMissing where a part is not what it was: it has to be sent again."""
-        damaged = [
-            number for number in range(1, upload.part_count(file) + 1) if not await self._holds(upload, file, number)
-        ]
-        if not damaged:
-            return
-        async with writing(self._engine) as connection:
-            here = (upload_parts.c.upload_id == upload.id) & (upload_parts.c.file == file)
-            await connection.execute(delete(upload_parts).where(here, upload_parts.c.number.in_(damaged)))
-        raise PartsMissing(f"{file}: parts {listing(map(str, damaged))} were damaged where they lay: send them again")
-
-    async def _holds(self, upload: Upload, file: str, number: int) -> bool:
-        digest = hashlib.sha256()
-        try:
-            async with self._blobs.read(upload.part_key(file, number)) as pieces:
-                async for piece in pieces:
-                    digest.update(piece)
-        except BlobCorrupt:
-            return False
-        return digest.hexdigest() == upload.parts[file, number]
-
-    async def _forget_blobs(self, keys: Collection[str]) -> None:
-        for key in keys:
-            with suppress(StorageError):
-                await self._blobs.delete(key)
+        file, parts = upload.part_file(name), upload.kept_parts(name)
+        async with self._storage.turn(file):
+            whole = [part for part in parts if await self._storage.holds(part)]
+            damaged = sorted({part.number for part in parts} - {part.number for part in whole})
+            if not damaged:
+                return
+            await self._storage.keep_only(file, whole)
+            async with writing(self._engine) as connection:
+                here = (upload_parts.c.upload_id == upload.id) & (upload_parts.c.file == name)
+                await connection.execute(delete(upload_parts).where(here, upload_parts.c.number.in_(damaged)))
+        raise PartsMissing(f"{name}: parts {listing(map(str, damaged))} were damaged where they lay: send them again")
 
     async def _count_open(self, connection: AsyncConnection, tenant_id: TenantId) -> int:
         is_open = uploads.c.answer.is_(None) & (uploads.c.expires_at > self._clock())
@@ -351,11 +361,6 @@ async def reserved_bytes(connection: AsyncConnection, tenant_id: TenantId, *, be
     """What the tenant's open uploads will have, without `besides`."""
     asked = {"tenant_id": tenant_id, "besides": besides or ""}
     return int((await connection.execute(_RESERVED, asked)).scalar_one())
-
-
-def _part_key(upload: Upload, file: str, number: int, sha256: str) -> str:
-    assert PLAIN.fullmatch(upload.tenant_id)
-    return f"{PREFIX}/{upload.tenant_id}/{upload.id}-{BUNDLE_FILES.index(file)}-{number}-{sha256}"
 
 
 def _row_of(upload: Upload) -> dict[str, Any]:

@@ -12,7 +12,9 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Awaitable, Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,16 @@ from adapter_store.aliases import Aliases
 from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
 from adapter_store.bundle import BUNDLE_FILES, Staging
-from adapter_store.catalog import Fallback
-from adapter_store.engine import create_async_engine
+from adapter_store.catalog import Fallback, Version
+from adapter_store.engine import AsyncConnection, create_async_engine
 from adapter_store.errors import StorageError
 from adapter_store.faults import Bounds, Inspection
 from adapter_store.ids import TenantId
 from adapter_store.inspection import inspect
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
+from adapter_store.together import Together
+from adapter_store.uploads import DeclaredFile, Upload, Uploads
 from gateway.database import migrate, open_engine
 from gateway.tenants import Tenants
 from tests.bad_adapters import write_base, write_good
@@ -54,7 +58,7 @@ OPERATIONS: tuple[tuple[str, ...], ...] = (
     ("delete", "bot"),
     ("publish", "bot", "1"),  # the name again, after its blobs went
     ("publish", "third", "1"),
-    ("publish", "old", "3"),
+    ("in parts", "old", "3"),
     ("delete", "third"),
     ("publish", "old", "2"),
     ("tenant", "globex"),
@@ -67,6 +71,7 @@ WIDTHS = (1, 30)  # operations that fail: one, and as many as an upload has
 TRIES = 60
 REFUSED = "-"
 SEEDS = ("1", "2", "3")
+PART_BYTES = 16 << 10
 
 
 class InProcess(Inspector):
@@ -74,6 +79,17 @@ class InProcess(Inspector):
 
     async def inspect(self, folder: Path) -> Inspection:
         return inspect(folder, self.base, self.bounds)
+
+
+class _Ending(Together[Version]):
+    """The upload is over in the transaction that publishes it."""
+
+    def __init__(self, uploads: Uploads, upload: Upload) -> None:
+        self._uploads = uploads
+        self._upload = upload
+
+    async def after(self, connection: AsyncConnection, made: Version) -> None:
+        await self._uploads.close_in(connection, self._upload, made.id)
 
 
 class Home:
@@ -88,6 +104,7 @@ class Home:
         self.store = AdapterStore(self.engine, self.blobs, InProcess(base, Bounds()))
         self.aliases = Aliases(self.engine, base)
         self.tenants = Tenants(self.engine)
+        self.uploads = Uploads(self.engine, self.blobs, part_bytes=PART_BYTES)
 
     async def do(self, operation: tuple[str, ...]) -> None:
         match operation:
@@ -97,6 +114,8 @@ class Home:
                         async with bundle.open(file) as staged:
                             await staged.write((self.adapters / seed / file).read_bytes())
                     await self.store.publish(TENANT, name, bundle)
+            case ("in parts", name, seed):
+                await self._upload_in_parts(name, self.adapters / seed)
             case ("fallback", name):
                 await self.aliases.set_fallback(TENANT, name, "default", Fallback.BASE)
             case ("move", name, number):
@@ -109,6 +128,22 @@ class Home:
                 await self.store.delete(TENANT, name)
             case ("tenant", name):
                 await self.tenants.create(name)
+
+    async def _upload_in_parts(self, name: str, folder: Path) -> None:
+        """Each part staged, stored and noted; the last of a file first."""
+        data = {file: (folder / file).read_bytes() for file in BUNDLE_FILES}
+        declared = {file: DeclaredFile(len(read), sha256(read).hexdigest()) for file, read in data.items()}
+        upload = await self.uploads.create(TENANT, name, declared, Together())
+        for file, read in data.items():
+            for number in range(upload.part_count(file), 0, -1):
+                async with self.staging.stage() as bundle, bundle.open(file) as staged:
+                    await staged.write(read[(number - 1) * PART_BYTES : number * PART_BYTES])
+                    await staged.flush()
+                    upload = await self.uploads.keep_part(upload, file, number, staged.path, staged.sha256)
+        async with self.staging.stage() as bundle:
+            await self.uploads.assemble(upload, bundle)
+            await self.store.publish(TENANT, name, bundle, together=_Ending(self.uploads, upload))
+        await self.uploads.drop_parts(upload)
 
     async def state(self) -> Any:
         """What a client can see, without ids and times."""
@@ -142,6 +177,7 @@ class Home:
                     elif await self.blobs.sha256(file.key) != file.sha256:
                         faults.append(f"{adapter.name}@{version.number}: {file.name} is not what was published")
         await self.store.collect_orphans(older_than_s=-1e9)
+        await Uploads(self.engine, self.blobs, clock=lambda: time.time() + 1e9).sweep()
         folders = (self.blobs_folder, self.staging.root)
         kept = {str(path.relative_to(root)) for root in folders for path in root.rglob("*") if path.is_file()}
         if kept != named:
