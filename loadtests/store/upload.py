@@ -22,6 +22,9 @@ def upload_rows(folder: Path, size_bytes: int) -> Iterator[Row]:
     yield row("upload_rss_mib", max(memory.values()), megabytes=size_bytes / 1e6, each=memory)
     ratios = {one["way"]: one["throughput_ratio"] for one in ways}
     details = {
-        f"{one['way']}_{name}": one[name] for one in ways for name in ("upload_s", "cpu_s", "cpu_ratio", "baseline_s")
+        f"{one['way']}_{name}": one[name]
+        for one in ways
+        for name in ("upload_s", "complete_s", "cpu_s", "cpu_ratio", "baseline_s")
+        if name in one
     }
     yield row("upload_over_copy", min(ratios.values()), each=ratios, **details)

@@ -4,9 +4,9 @@
 
 Prints a JSON object for each way: {"way", "bytes", "rounds", "upload_s", "baseline_s", "throughput_ratio", "cpu_s",
 "baseline_cpu_s", "cpu_ratio", "extra_rss_mib"}. The file is no safetensors file: it is received, hashed and staged
-(in parts: stored, acknowledged durably, read back and hashed again), then refused by its first bytes: no values are
-inspected. `upload_s`: from the first byte sent to the answer, in parts to the last acknowledgement; `complete_s`: from
-there to the answer. Ratios are medians over rounds that alternate with the baseline, which copies to
+(in parts: stored and acknowledged durably, then put together and hashed), then refused by its first bytes: no values
+are inspected. `upload_s`: from the first byte sent to the answer, in parts to that of completing; `complete_s`: what of
+it completing took. Ratios are medians over rounds that alternate with the baseline, which copies to
 the same disk. Memory is the gateway's own process, its peak over what it had before.
 """
 
@@ -163,7 +163,7 @@ def by_tar(server: Server, weights: Path) -> None:
 
 
 def by_parts(server: Server, weights: Path, sha256: str) -> float:
-    """Until all parts are acknowledged; what completing took is returned."""
+    """What completing took, in seconds."""
     size = weights.stat().st_size
     config_sha256 = hashlib.sha256(CONFIG).hexdigest()
     files = [
@@ -208,14 +208,13 @@ def measure(way: str, server: Server, weights: Path, sha256: str, folder: Path, 
         base_s, base_cpu_s = baseline(weights, folder)
         found.baseline_s.append(base_s)
         found.baseline_cpu_s.append(base_cpu_s)
-        cpu_s, begin, complete_s = server.cpu_s(), time.perf_counter(), 0.0
+        cpu_s, begin = server.cpu_s(), time.perf_counter()
         with PeakMemory(server.pid) as memory:
             if way == "parts":
-                complete_s = by_parts(server, weights, sha256)
-                found.complete_s.append(complete_s)
+                found.complete_s.append(by_parts(server, weights, sha256))
             else:
                 send(server, weights)
-        found.upload_s.append(time.perf_counter() - begin - complete_s)
+        found.upload_s.append(time.perf_counter() - begin)
         found.cpu_s.append(server.cpu_s() - cpu_s)
         found.extra_rss_bytes = max(found.extra_rss_bytes, memory.extra_bytes)
     return found

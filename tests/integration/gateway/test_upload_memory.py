@@ -27,7 +27,7 @@ async def test_a_large_upload_takes_no_memory(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.timeout(1_800)
 async def test_two_gigabytes_take_no_memory_and_little_time(tmp_path: Path) -> None:
-    """2 GiB each way, on one connection: at most 32 MiB; a form and an archive at 0.7 of cp and sha256sum or better."""
+    """2 GiB each way, on one connection: at most 32 MiB; at 0.7 of cp and sha256sum or better, until it is answered."""
     found = await measured(2 << 30, tmp_path, rounds=3)
     assert all(told["extra_rss_mib"] <= EXTRA_MIB for told in found), found
-    assert all(told["throughput_ratio"] >= 0.7 for told in found if told["way"] != "parts"), found
+    assert all(told["throughput_ratio"] >= 0.7 for told in found), found
