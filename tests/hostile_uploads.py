@@ -1,4 +1,4 @@
-"""Uploads that strangers might send, made from seeds: archives, safetensors files and configs. No torch.
+"""Uploads that strangers might send, made from seeds: archives, safetensors files, configs, and in parts. No torch.
 
 Each generator gives an endless variety from a few dozen ways to harm; the same seed gives the same bytes. Names that
 try to leave the quarantine all have ESCAPE in them, so that a file that did is found.
@@ -6,6 +6,7 @@ try to leave the quarantine all have ESCAPE in them, so that a file that did is 
 
 import gzip
 import io
+import itertools
 import json
 import random
 import struct
@@ -14,11 +15,12 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE
+from adapter_store.bundle import BUNDLE_FILES, CONFIG_FILE, WEIGHTS_FILE
 from tests.bad_adapters import pack_raw
 
 ESCAPE = "tailor-escape"
@@ -29,11 +31,12 @@ TAR, GZIP, ZIP = "application/x-tar", "application/gzip", "application/zip"
 
 @dataclass(frozen=True)
 class Upload:
-    """One request's body; `way` says what is wrong with it."""
+    """One request's body; `way` says what is wrong with it, `files` are the two that a form was made of."""
 
     way: str
     body: bytes
     content_type: str
+    files: tuple[bytes, bytes] = (b"", b"")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def form(*parts: tuple[str, bytes]) -> bytes:
 def two_files(config: bytes, weights: bytes, way: str) -> Upload:
     body = form((f'name="{CONFIG_FILE}"; filename="{CONFIG_FILE}"', config),
                 (f'name="{WEIGHTS_FILE}"; filename="{WEIGHTS_FILE}"', weights))  # fmt: skip
-    return Upload(way, body, MULTIPART)
+    return Upload(way, body, MULTIPART, (config, weights))
 
 
 def mutated(draw: random.Random, data: bytes, *, within: int | None = None) -> bytes:
@@ -395,3 +398,209 @@ def _odd_value(draw: random.Random, depth: int = 0) -> Any:
     if draw.randrange(2):
         return [_odd_value(draw, depth + 1) for _ in range(draw.randrange(4))]
     return {str(draw.choice(plain)): _odd_value(draw, depth + 1) for _ in range(draw.randrange(4))}
+
+
+# In parts
+
+PART_BYTES = 4_096
+MOST_BYTES_IN_PARTS = 128 << 10  # each part is durable before it is answered: more of them show nothing more
+NUMBERS = (
+    "0", "-1", "1.5", "x", "", " 1", "1e3", "10000", str(1 << 31), str(1 << 63), "9" * 400, "0x1", "\u0661", "1\0",
+    f"../../{ESCAPE}", f"..%2f{ESCAPE}", "1/2", ".", "..",
+)  # fmt: skip
+CHECKSUMS = ("", "x", "0" * 63, "0" * 64, "F" * 64, "0" * 65, "g" * 64, f"../{ESCAPE}", "0" * 4_000)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One PUT; `is_cut`: its sender goes away in the middle."""
+
+    file: str
+    number: str
+    body: bytes
+    checksum: str
+    is_cut: bool = False
+
+
+@dataclass(frozen=True)
+class InParts:
+    """An upload in parts. What one round has is sent at once, and so are the calls that end it.
+
+    `by_stranger`: another tenant sends it; `starved`: the quota shrinks before its end.
+    """
+
+    way: str
+    declared: Any
+    rounds: tuple[tuple[Part, ...], ...] = ()
+    ending: tuple[str, ...] = ("complete",)
+    by_stranger: bool = False
+    starved: bool = False
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """An upload as it should be, for something to be spoiled."""
+
+    draw: random.Random
+    files: dict[str, bytes]
+    sizes: dict[str, int] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def declared(self) -> dict[str, Any]:
+        return {
+            "files": [
+                {
+                    "name": name,
+                    "bytes": self.sizes.get(name, len(data)),
+                    "sha256": self.digests.get(name, sha256(data).hexdigest()),
+                }
+                for name, data in self.files.items()
+            ]
+        }
+
+    @property
+    def parts(self) -> list[Part]:
+        return [
+            _part(name, at // PART_BYTES + 1, data[at : at + PART_BYTES])
+            for name, data in self.files.items()
+            for at in range(0, len(data), PART_BYTES)
+        ]
+
+    def one(self) -> Part:
+        return self.draw.choice(self.parts)
+
+    def sent(self, way: str, *before: tuple[Part, ...], **how: Any) -> InParts:
+        """All parts, in any order, after those."""
+        parts = self.parts
+        self.draw.shuffle(parts)
+        return InParts(way, self.declared, (*before, *((part,) for part in parts)), **how)
+
+
+def hostile_parts(seed: int, good: Good) -> InParts:
+    """Parts that are not what they say, come where or when they should not, or make up what no gateway should take."""
+    draw = random.Random(seed)
+    whole = _Whole(draw, {CONFIG_FILE: good.config, WEIGHTS_FILE: good.weights})
+    return IN_PARTS[seed % len(IN_PARTS)](whole, good)
+
+
+def _part(file: str, number: int, body: bytes) -> Part:
+    return Part(file, str(number), body, sha256(body).hexdigest())
+
+
+def _wrong_length(whole: _Whole, good: Good) -> InParts:
+    one, draw = whole.one(), whole.draw
+    body = draw.choice([b"", one.body[:-1], one.body + b"x", one.body * 3, bytes(1 << 20), one.body[: PART_BYTES // 2]])
+    checksum = draw.choice([one.checksum, sha256(body).hexdigest()])
+    return whole.sent("a part of another length", (replace(one, body=body, checksum=checksum),))
+
+
+def _wrong_checksum(whole: _Whole, good: Good) -> InParts:
+    one, draw = whole.one(), whole.draw
+    spoiled = draw.choice(
+        [replace(one, checksum=draw.choice(CHECKSUMS)), replace(one, body=bytes(len(one.body))),
+         replace(one, body=mutated(draw, one.body)), replace(one, checksum=one.checksum.upper())]
+    )  # fmt: skip
+    return whole.sent("a part of another checksum", (spoiled,))
+
+
+def _no_such_part(whole: _Whole, good: Good) -> InParts:
+    one, draw = whole.one(), whole.draw
+    names = [one.file, *HOSTILE_NAMES[:12], "adapter_model.bin"]
+    spoiled = [replace(one, number=draw.choice(NUMBERS), file=draw.choice(names)) for _ in range(4)]
+    spoiled += [replace(one, number=draw.choice(NUMBERS)) for _ in range(4)]
+    return whole.sent("parts of no number", *((part,) for part in spoiled))
+
+
+def _other_size(whole: _Whole, good: Good) -> InParts:
+    size = len(good.weights)
+    lie = whole.draw.choice([1, size - 1, size + 1, size // 2, size * 2, PART_BYTES, 4 << 20])
+    return replace(whole, sizes={WEIGHTS_FILE: lie}).sent("another size than declared")
+
+
+def _other_digest(whole: _Whole, good: Good) -> InParts:
+    digests = {whole.draw.choice(BUNDLE_FILES): sha256(b"other").hexdigest()}
+    return replace(whole, digests=digests).sent("another file than declared", ending=("complete", "complete"))
+
+
+def _odd_declaration(whole: _Whole, good: Good) -> InParts:
+    draw = whole.draw
+    declared = whole.declared
+    for _ in range(draw.randint(1, 3)):
+        told = draw.choice(declared["files"])
+        told[draw.choice(["name", "bytes", "sha256", "x"])] = draw.choice([_odd_value(draw), 1 << 62, -1, "0" * 64])
+    if draw.randrange(3) == 0:
+        declared["files"] = draw.choice([[], declared["files"] * 2, declared["files"][:1], None, _odd_value(draw)])
+    return InParts("an odd declaration", declared)
+
+
+def _other_bytes_again(whole: _Whole, good: Good) -> InParts:
+    one = whole.one()
+    other = _part(one.file, int(one.number), bytes(len(one.body)))
+    return whole.sent("a part again with other bytes", (one,), (other,), (one, other))
+
+
+def _all_at_once(whole: _Whole, good: Good) -> InParts:
+    """The same part from many, some with bytes of their own; the first decides, and the whole is checked."""
+    one = whole.one()
+    others = [_part(one.file, int(one.number), bytes([n]) * len(one.body)) for n in range(whole.draw.randint(0, 3))]
+    crowd = [*[one] * 4, *others]
+    whole.draw.shuffle(crowd)
+    return whole.sent("one part from many at once", tuple(crowd), ending=("complete",) * 3)
+
+
+def _broken_off(whole: _Whole, good: Good) -> InParts:
+    cut = tuple(replace(part, is_cut=True) for part in whole.parts[:3])
+    return whole.sent("parts broken off", cut)
+
+
+def _cancelled(whole: _Whole, good: Good) -> InParts:
+    """While parts come, or while it is completed."""
+    ending = whole.draw.choice([("cancel", "complete"), ("complete", "cancel"), ("cancel",) * 3 + ("complete",) * 3])
+    if whole.draw.randrange(2):
+        return whole.sent("cancelled while it is completed", ending=ending)
+    return InParts("cancelled between parts", whole.declared, (tuple(whole.parts[:4]),), ending)
+
+
+def _too_early(whole: _Whole, good: Good) -> InParts:
+    parts = whole.parts
+    return InParts("completed too early", whole.declared, (tuple(parts[: whole.draw.randrange(len(parts))]),))
+
+
+def _starved(whole: _Whole, good: Good) -> InParts:
+    """A value of the last tensor's is another by a rounding: no version has those bytes yet."""
+    weights = bytearray(good.weights)
+    weights[-4] ^= whole.draw.randint(1, 255)
+    files = {CONFIG_FILE: good.config, WEIGHTS_FILE: bytes(weights)}
+    return replace(whole, files=files).sent("a quota that shrinks", starved=True)
+
+
+def _of_a_stranger(whole: _Whole, good: Good) -> InParts:
+    parts = whole.parts[:3]
+    return InParts(
+        "a stranger's", whole.declared, (tuple(parts),), ("show", "complete", "cancel", "list"), by_stranger=True
+    )
+
+
+def _hostile_files(whole: _Whole, good: Good, make: Callable[[int, Good], Upload]) -> InParts:
+    """Every part is as its checksum says: only completing sees what they make up."""
+    seeds = itertools.count(whole.draw.randrange(1 << 20))
+    uploads = (make(seed, good) for seed in seeds)
+    upload = next(one for one in uploads if all(one.files) and sum(map(len, one.files)) <= MOST_BYTES_IN_PARTS)
+    files = dict(zip(BUNDLE_FILES, upload.files, strict=True))
+    return replace(whole, files=files).sent(f"{upload.way}, in parts", ending=("complete",) * whole.draw.randint(1, 2))
+
+
+def _hostile_weights(whole: _Whole, good: Good) -> InParts:
+    return _hostile_files(whole, good, hostile_weights)
+
+
+def _hostile_config(whole: _Whole, good: Good) -> InParts:
+    return _hostile_files(whole, good, hostile_config)
+
+
+IN_PARTS: tuple[Callable[[_Whole, Good], InParts], ...] = (
+    _wrong_length, _wrong_checksum, _no_such_part, _other_size, _other_digest, _odd_declaration, _other_bytes_again,
+    _all_at_once, _broken_off, _cancelled, _too_early, _starved, _of_a_stranger, _hostile_weights, _hostile_config,
+    _hostile_weights, _hostile_config,
+)  # fmt: skip
