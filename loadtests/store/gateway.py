@@ -24,6 +24,6 @@ def good(answer: Answer) -> Answer:
     Raises:
         CannotMeasureError: it is a refusal.
     """
-    if answer.status not in (200, 201):
+    if answer.status not in (200, 201, 202):
         raise CannotMeasureError(f"{answer.status}: {answer.body[:2_000]!r}")
     return answer
