@@ -25,6 +25,7 @@ from sqlalchemy import (
     Text,
     bindparam,
     delete,
+    func,
     insert,
     select,
     update,
@@ -321,13 +322,13 @@ def _proof(row: Row[Any]) -> Proof:
     return Proof(Status(row.status), row.checked_at, row.difference, row.prompts, row.reason)
 
 
-async def begin(connection: AsyncConnection, version: Version, now: int, reference: Reference | None = None) -> None:
-    """A new version waits to be proved; in the transaction that makes it."""
+async def begin(connection: AsyncConnection, version: Version, due_at: int, reference: Reference | None = None) -> None:
+    """A new version waits to be proved, until `due_at` at least; in the transaction that makes it."""
     row = {
         "version_id": version.id,
         "tenant_id": version.tenant_id,
         "status": Status.PENDING,
-        "due_at": now,
+        "due_at": due_at,
         "attempts": 0,
         "prompts": 0,
         "mismatches": 0,
@@ -351,6 +352,13 @@ async def begin_again(connection: AsyncConnection, version: Version, now: int) -
     return None
 
 
+async def hasten(connection: AsyncConnection, version_id: VersionId, now: int) -> None:
+    """Somebody waits for the verdict: a proof that has not been tried yet is due now."""
+    untried = (proofs.c.status == Status.PENDING) & (proofs.c.attempts == 0)
+    here = (proofs.c.version_id == version_id) & untried & (proofs.c.due_at > now)
+    await connection.execute(update(proofs).where(here).values(due_at=now))
+
+
 async def find(connection: AsyncConnection, version_id: VersionId) -> Proof:
     row = (await connection.execute(select(proofs).where(proofs.c.version_id == version_id))).one_or_none()
     return UNKNOWN if row is None else _proof(row)
@@ -372,6 +380,13 @@ async def next_due(connection: AsyncConnection, now: int, after: str) -> Version
         if row is not None:
             return VersionId(row.version_id)
     return None
+
+
+async def soonest(connection: AsyncConnection) -> int | None:
+    """When the first of those that wait is due; None: none waits."""
+    statement = select(func.min(proofs.c.due_at)).where(proofs.c.status == Status.PENDING)
+    found: int | None = (await connection.execute(statement)).scalar_one()
+    return found
 
 
 async def claim(

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from sqlalchemy import Row, Select, delete, insert, select, update
 
-from adapter_store import aliases, catalog
+from adapter_store import aliases, catalog, proofs
 from adapter_store.aliases import NOUN, MoveKind, NewMove
 from adapter_store.catalog import rollout_counts, rollouts
 from adapter_store.changes import record_change, take_turn
@@ -179,6 +179,12 @@ def judge(candidate: Tally, baseline: Tally, policy: Policy) -> str | None:
     return None
 
 
+async def has_running(connection: AsyncConnection, candidate: VersionId) -> bool:
+    """Whether a rollout to that version is under way."""
+    here = (rollouts.c.status == Status.RUNNING.value) & (rollouts.c.candidate_id == candidate)
+    return (await connection.execute(select(rollouts.c.id).where(here).limit(1))).one_or_none() is not None
+
+
 def _wilson_low(count: int, total: int) -> float:
     rate = count / total
     spread = Z * math.sqrt(rate * (1 - rate) / total + Z * Z / (4 * total * total))
@@ -247,6 +253,8 @@ class Rollouts:
             }
             await connection.execute(insert(rollouts).values(row))
             await self._forget_old(connection, candidate.adapter_id)
+            if policy.needs_proof:
+                await proofs.hasten(connection, candidate.id, now)
             rollout = await self._find(connection, rollout_id)
             assert rollout is not None
             await self._point(connection, rollout, policy.steps[0], f"rollout to {policy.steps[0]} %", started_by)

@@ -6,6 +6,7 @@ first, then one transaction with all rows. So a crash leaves at most blobs that 
 """
 
 import hashlib
+import math
 import re
 import time
 from collections import defaultdict
@@ -82,6 +83,7 @@ class AdapterStore:
     """Adapters of all tenants on one base model. Every call names the tenant.
 
     `moves_when_proved`: what is published for a name that stands for something already gets it once it is proved.
+    `proof_delay_s`: where no name waits for that, a version's proof is due so long after its publish.
     """
 
     def __init__(
@@ -92,10 +94,12 @@ class AdapterStore:
         *,
         signer: Signer | None = None,
         moves_when_proved: bool = False,
+        proof_delay_s: float = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`signer` None: versions are published without a signature."""
         self._moves_when_proved = moves_when_proved
+        self._proof_delay_s = 0 if moves_when_proved else math.ceil(proof_delay_s)
         self._engine = engine
         self._blobs = blobs
         self._inspector = inspector
@@ -306,7 +310,7 @@ class AdapterStore:
             await self._check_quota(connection, order)
             version = await self._new_version(connection, order, now)
             await catalog.insert_version(connection, version)
-            await proofs.begin(connection, version, now, order.reference)
+            await proofs.begin(connection, version, now + self._proof_delay_s, order.reference)
             if self._signer is not None:
                 await sign_version(connection, self._signer, version)
         for alias in await self._to_move(connection, order, version):

@@ -149,7 +149,14 @@ def _build(settings: Settings, home: Home) -> Parts:
     inspector = Inspector(base, AdapterBounds(settings.max_lora_rank, settings.max_adapter_bytes))
     blobs = Blobs.open(settings.blobs)
     signer = Signer(engine, home.signing_key(settings.signing_key))
-    store = AdapterStore(engine, blobs, inspector, signer=signer, moves_when_proved=settings.proof == "require")
+    store = AdapterStore(
+        engine,
+        blobs,
+        inspector,
+        signer=signer,
+        moves_when_proved=settings.proof == "require",
+        proof_delay_s=settings.proof_delay_s,
+    )
     rollouts = Rollouts(engine, base.fingerprint)
     freshness = Freshness(settings.max_staleness_s)
     key_rows = Keys(engine)

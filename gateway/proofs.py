@@ -1,8 +1,9 @@
 """Proof of effect, run: golden prompts through a replica, beside the base's answers; later loads are held to them.
 
 Proofs wait in the database (`adapter_store/proofs.py`); one runs at a time in each gateway, the tenants in turn. They
-are no tenant's requests: no limit, no ledger, an account of their own at the gates, with the least share. After each
-load a version's answers are compared with its fingerprint before any request uses it.
+are no tenant's requests: no limit, no ledger, an account of their own at the gates, with the least share, and prompt by
+prompt they let tenants' requests go first. After each load a version's answers are compared with its fingerprint before
+any request uses it.
 """
 
 import asyncio
@@ -11,8 +12,8 @@ import math
 import secrets
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
 from typing import Final
 
@@ -39,7 +40,7 @@ from adapter_store.proofs import (
     Reference,
     Status,
 )
-from adapter_store.rollouts import Rollout
+from adapter_store.rollouts import Rollout, has_running
 from adapter_store.transactions import reading, writing
 from gateway.errors import GatewayError, ProofFailed, ProofMissing, ReplicaFailed
 from gateway.fairness import PRIORITY_EPOCH_S
@@ -62,7 +63,8 @@ MOST_PAUSE_S: Final = 300
 CHECK_S: Final = 10.0  # requests wait for it
 DATABASE_S: Final = 1.0  # likewise
 MOST_MISMATCHES: Final = 3  # then it is the version, though all were on one replica
-BASE_ANSWERS: Final = 64  # kept, by replica and prompts
+BASE_ANSWERS: Final = 256  # kept, by replica and prompt
+YIELDS: Final = 0.25  # of a proof's time, to tenants' requests
 
 
 class Policy(StrEnum):
@@ -104,7 +106,7 @@ class Proofs:
         self._clock = clock
         self._wake = asyncio.Event()
         self._last_tenant = ""
-        self._base_answers: OrderedDict[tuple[object, ...], list[Answer]] = OrderedDict()
+        self._base_answers: OrderedDict[tuple[str, str, str], Answer] = OrderedDict()
         if policy is not Policy.OFF:
             pool.check_loads(self._refuse_held_back, self._check_load)
 
@@ -240,6 +242,8 @@ class Proofs:
         Raises:
             TimeoutError: none came in the time of two proofs.
         """
+        async with writing(self._engine) as connection:
+            await proofs.hasten(connection, version.id, int(self._clock()))
         async with asyncio.timeout(2 * self._timeout_s):
             while (proof := await self.status(version.id)).status is Status.PENDING:
                 self.wake()
@@ -252,16 +256,25 @@ class Proofs:
         """Prove what waits, for ever; meant to run as one task."""
         while self.policy is not Policy.OFF:
             self._wake.clear()
+            pause_s = LOOK_EVERY_S
             try:
                 if await self._prove_next():
                     continue
+                pause_s = await self._pause_s()
             except StorageError as error:
                 log.warning("proofs wait: %s", error)
             except Exception:  # proving must never end
                 log.exception("a proof broke off")
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_EVERY_S):
+                async with asyncio.timeout(pause_s):
                     await self._wake.wait()
+
+    async def _pause_s(self) -> float:
+        """Until the next proof is due, where that is soon."""
+        async with reading(self._engine) as connection:
+            due_at = await proofs.soonest(connection)
+        left_s = 0.0 if due_at is None else due_at - self._clock()
+        return min(left_s, LOOK_EVERY_S) if left_s > 0 else LOOK_EVERY_S
 
     async def _prove_next(self) -> bool:
         """Prove the next version in turn; False where there is none, or no replica to ask."""
@@ -348,40 +361,66 @@ class Proofs:
     ) -> tuple[Proof, tuple[str, Fingerprint] | None, tuple[str, float] | None]:
         """The verdict, the fingerprint with the build that it is of, and the score with its examples' digest.
 
-        All on one replica.
+        A prompt's two answers are of one replica, and all of one build.
         """
         async with reading(self._engine) as connection:
             wanted = await examples.of(connection, version.adapter_id)
+            is_awaited = self.policy is Policy.REQUIRE or await has_running(connection, version.id)
+        yield_until = 0.0 if is_awaited else time.monotonic() + YIELDS * self._timeout_s
+        found: list[Answer] = []
+        base: list[Answer] = []
         trained: list[Answer] = []
-        place = await self._pool.place(version, ACCOUNT, PLAN, cost=_cost(prompts))
-        try:
-            found = await self._ask(place, prompts)
-            base = await self._ask_base(place, prompts)
-            if reference is not None:
-                trained = await self._ask(place, reference.prompts, tokens=reference.answer_tokens)
-            score = await self._score(place, wanted) if wanted else None
-        finally:
-            place.release(_cost(prompts))
+        builds: set[str] = set()
+        for prompt in prompts:
+            async with self._placed(version, yield_until, _cost(prompt)) as place:
+                found.append(await self._ask(place, prompt))
+                base.append(await self._ask_base(place, prompt))
+                builds.add(_build(place.replica, self._dtype))
+        if reference is not None:
+            for asked in reference.prompts:
+                async with self._placed(version, yield_until, _cost(asked, reference.answer_tokens)) as place:
+                    trained.append(await self._ask(place, asked, tokens=reference.answer_tokens))
+        score = await self._score(version, wanted, yield_until) if wanted else None
         from_base = proofs.difference(found, base)
         if not proofs.is_finite(found):
             return self._verdict(Status.FAILED, prompts, Reason.NOT_FINITE), None, score
         if not math.isfinite(from_base):
             raise ReplicaFailed("The base gave no answers to compare with.")
-        fingerprint = _build(place.replica, self._dtype), Fingerprint(list(prompts), found)
+        if len(builds) > 1:
+            raise ReplicaFailed("The answers are of several builds of the engine.")
+        fingerprint = builds.pop(), Fingerprint(list(prompts), found)
         tolerance = TOLERANCE[self._dtype]
         if reference is not None and proofs.reference_difference(reference, trained) > tolerance:
             return self._verdict(Status.FAILED, prompts, Reason.REFERENCE_DIFFERS, from_base), fingerprint, score
         status = Status.PROVED if from_base > tolerance else Status.NO_EFFECT
         return self._verdict(status, prompts, None, from_base), fingerprint, score
 
-    async def _score(self, place: Place, wanted: Sequence[Example]) -> tuple[str, float]:
+    @asynccontextmanager
+    async def _placed(self, version: Version, yield_until: float, cost: int) -> AsyncIterator[Place]:
+        """A place for one prompt, once no tenant's request runs or waits there, or `yield_until` is over.
+
+        It is not held from one prompt to the next: the adapter's slot may be what a tenant's request waits for.
+        """
+        left_s = yield_until - time.monotonic()
+        if left_s > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._pool.until_quiet(version)
+        place = await self._pool.place(version, ACCOUNT, PLAN, cost=cost)
+        try:
+            yield place
+        finally:
+            place.release(cost)
+
+    async def _score(self, version: Version, wanted: Sequence[Example], yield_until: float) -> tuple[str, float]:
         """Mean log probability of the examples' tokens, with what names the examples."""
         total, count = 0.0, 0
         for example in wanted:
-            found, tokens = await place.replica.client.likelihood(
-                place.name, place.adapter, example.prompt, example.answer,
-                base_name=place.replica.base_name, priority=place.priority,
-            )  # fmt: skip
+            async with self._placed(version, yield_until, _cost(example.prompt)) as place:
+                found, tokens = await place.replica.client.likelihood(
+                    place.name, place.adapter, example.prompt, example.answer,
+                    base_name=place.replica.base_name, priority=place.priority,
+                )  # fmt: skip
             total += found
             count += tokens
         return examples.digest_of(wanted), total / max(1, count)
@@ -391,30 +430,28 @@ class Proofs:
     ) -> Proof:
         return Proof(status, int(self._clock()), from_base, len(prompts), reason)
 
-    async def _ask(
-        self, place: Place, prompts: Sequence[str | Sequence[int]], *, tokens: int = ANSWER_TOKENS
-    ) -> list[Answer]:
+    async def _ask(self, place: Place, prompt: str | Sequence[int], *, tokens: int = ANSWER_TOKENS) -> Answer:
         try:
-            return await _greedy(place.replica, place.name, place.adapter, prompts, place.priority, tokens)
+            return await _greedy_one(place, place.name, place.adapter, prompt, tokens)
         except AgentRefusedError as error:
             if error.status == 404:
                 place.forget_adapter()
             raise
 
-    async def _ask_base(self, place: Place, prompts: Sequence[str]) -> list[Answer]:
+    async def _ask_base(self, place: Place, prompt: str) -> Answer:
         """What the base answers there; asked once in an engine's life."""
         replica = place.replica
         generation = replica.report.generation if replica.report is not None else ""
-        key = (replica.id, generation, *prompts)
-        answers = self._base_answers.get(key)
-        if answers is None:
+        key = (replica.id, generation, prompt)
+        answer = self._base_answers.get(key)
+        if answer is None:
             name = replica.null_adapter or replica.base_name
-            answers = await _greedy(replica, name, replica.null_adapter, prompts, place.priority, ANSWER_TOKENS)
-            if proofs.is_finite(answers):
-                self._base_answers[key] = answers
+            answer = await _greedy_one(place, name, replica.null_adapter, prompt, ANSWER_TOKENS)
+            if proofs.is_finite([answer]):
+                self._base_answers[key] = answer
         while len(self._base_answers) > BASE_ANSWERS:
             self._base_answers.popitem(last=False)
-        return answers
+        return answer
 
     # checking loads
 
@@ -504,6 +541,15 @@ class Proofs:
         self.checks[replica.id, verdict.value] += 1
 
 
+async def _greedy_one(
+    place: Place, model: str, adapter: str | None, prompt: str | Sequence[int], tokens: int
+) -> Answer:
+    answers = await _greedy(place.replica, model, adapter, [prompt], place.priority, tokens)
+    if len(answers) != 1:
+        raise ReplicaFailed(f"The engine gave {len(answers)} answers to one prompt.")
+    return answers[0]
+
+
 async def _greedy(
     replica: Replica,
     model: str,
@@ -529,6 +575,6 @@ def _urgent() -> int:
     return int((time.time() - PRIORITY_EPOCH_S) * 1_000)
 
 
-def _cost(prompts: Sequence[str]) -> int:
+def _cost(prompt: str | Sequence[int], tokens: int = ANSWER_TOKENS) -> int:
     """Tokens, by estimate, of both rounds."""
-    return 2 * sum(len(prompt) // 4 + 1 + ANSWER_TOKENS for prompt in prompts)
+    return 2 * (len(prompt) // 4 + 1 + tokens)

@@ -152,6 +152,12 @@ class Settings(BaseSettings):
         pattern="^(off|flag|require)$",
         description="versions are proved and flagged; require: an alias moves only to a proved one; off: neither",
     )
+    proof_delay_s: float = Field(
+        5,
+        ge=0,
+        le=60,
+        description="from a publish to its version's proof; none where an alias or a rollout waits for it; seconds",
+    )
     proof_timeout_s: Seconds = Field(
         60, description="longest time of one version's proof, the wait for its turn included"
     )

@@ -437,6 +437,15 @@ class ReplicaPool:
         replica = self._pick(key, tried)
         return await self._place_in_turn(replica, version, tenant_id, plan, cost, choices, tried)
 
+    async def until_quiet(self, version: Version) -> None:
+        """Until no request of this gateway's runs or waits in the replica that the version's next one would go to.
+
+        Raises:
+            ReplicaUnavailable, TooBusy: it would go to none.
+        """
+        while (replica := self._pick((version.tenant_id, version.digest), ())).load:
+            await replica.turns.until_empty()
+
     def has_other(self, replica: Replica) -> bool:
         """Whether another replica takes requests."""
         return any(other is not replica and other.takes_requests for other in self._replicas.values())

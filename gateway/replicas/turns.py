@@ -78,9 +78,9 @@ class Turns:
     async def until_empty(self) -> None:
         """Until nothing is in flight or waits."""
         while self.gate.load:
-            self._empty = asyncio.Event()
+            if self._empty is None:
+                self._empty = asyncio.Event()
             await self._empty.wait()
-        self._empty = None
 
     def arm(self) -> None:
         """See to it that adapters rotate in time."""
@@ -104,6 +104,7 @@ class Turns:
     def _note_change(self) -> None:
         if self._empty is not None and not self.gate.load:
             self._empty.set()
+            self._empty = None
         self.arm()
 
 

@@ -170,6 +170,7 @@ async def run_gateway(tmp_path: Path, base_folder: Path) -> AsyncIterator[RunGat
                 "probe_interval_s": 0.1,
                 "probe_deadline_s": 1.0,
                 "proof": "off",  # its loads and requests would be counted among those that tests make
+                "proof_delay_s": 0,
                 **overrides,
             }
             started: asyncio.Future[Gateway] = asyncio.get_running_loop().create_future()

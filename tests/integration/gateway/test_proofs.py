@@ -11,8 +11,10 @@ import pytest
 from sqlalchemy import select, update
 
 from adapter_store import proofs
+from adapter_store.ids import TenantId
 from adapter_store.proofs import ANSWER_TOKENS, MOST_PROMPTS, PROMPTS, TOP, Proof, Reason, Reference, Status
 from adapter_store.transactions import reading, writing
+from gateway.plans import Plan
 from gateway.replicas.replica import ReplicaState
 from tests.bad_adapters import write_good
 from tests.fakes.golden import golden
@@ -76,7 +78,7 @@ async def test_a_published_version_is_proved_by_itself(
     listed = (await acme.client.get("/v1/adapters")).json()["data"][0]
     badge_of = {key: value for key, value in found.items() if key not in ("object", "adapter", "version")}
     assert shown["current"]["proof"] == shown["versions"][0]["proof"] == listed["current"]["proof"] == badge_of
-    assert replica.golden_prompts == [list(PROMPTS)] * 2  # the version, and the base
+    assert replica.golden_prompts == [[prompt] for prompt in PROMPTS for _ in range(2)]  # the version, and the base
     await gateway.parts.ledger.flush()
     assert (await acme.client.get("/v1/usage")).json()["data"] == []
     assert +gateway.parts.proofs.verdicts == {"proved": 1}
@@ -296,7 +298,7 @@ async def test_a_tenants_own_prompts_are_asked(acme: Tenant, good: Path, replica
     assert (told.json()["prompts"], told.json()["generated"]) == (own, False)
     await acme.client.post("/v1/adapters/bot/versions/1/proof")
     assert (await judged(acme))["prompts"] == 2
-    assert replica.golden_prompts[-1] == own
+    assert replica.golden_prompts[-4:] == [[own[0]], [own[0]], [own[1]], [own[1]]]
     assert (await acme.client.put(path, json={"prompts": []})).json()["generated"] is True
 
 
@@ -394,6 +396,77 @@ async def test_a_verdict_of_a_run_that_was_given_up_counts_for_nothing(
         assert (await proofs.find(connection, version_id)).status is Status.PROVED
 
 
+async def test_a_proof_waits_some_seconds_for_the_upload_to_be_used(
+    run_gateway: RunGateway, replica: FakeReplica, good: Path
+) -> None:
+    """It is due when the delay is over, without anybody's asking."""
+    gateway = await run_gateway(replica, proof="flag", proof_delay_s=2)
+    acme = await gateway.tenant("acme")
+    made = (await acme.publish(good)).json()["current"]
+    assert (await acme.ask()).status_code == 200
+    assert not replica.golden
+    found = await judged(acme)
+    assert found["status"] == "proved"
+    assert made["created_at"] + 2 <= found["checked_at"] <= made["created_at"] + 4
+
+
+async def test_a_proof_that_is_asked_for_begins_at_once(
+    run_gateway: RunGateway, replica: FakeReplica, good: Path
+) -> None:
+    gateway = await run_gateway(replica, proof="flag", proof_delay_s=60)
+    acme = await gateway.tenant("acme")
+    await acme.publish(good)
+    assert (await acme.client.post("/v1/adapters/bot/versions/1/proof")).status_code == 202
+    assert (await judged(acme))["status"] == "proved"
+
+
+@pytest.mark.parametrize("policy", ["flag", "require"])
+async def test_what_waits_for_a_verdict_has_it_at_once(
+    run_gateway: RunGateway, replica: FakeReplica, good: Path, policy: str
+) -> None:
+    """A rollout, and every publish where proof is required: neither delay nor tenants' requests put the proof off."""
+    gateway = await run_gateway(replica, proof=policy, proof_delay_s=60, proof_timeout_s=10 * DEADLINE_S)
+    acme = await gateway.tenant("acme")
+    tenants = await gateway.parts.pool.place(None, TenantId("acme"), Plan(name="acme"), cost=1)
+    await acme.publish(good)
+    if policy == "flag":
+        await acme.publish(write_good(good.parent / "newer", seed=3))
+        begun = await acme.client.post("/v1/adapters/bot/rollouts", json={"version": 1})
+        assert begun.status_code == 201, begun.text
+    assert (await judged(acme))["status"] == "proved"
+    tenants.release(1)
+
+
+async def test_a_proof_lets_tenants_requests_go_first(
+    gateway: Gateway, acme: Tenant, good: Path, replica: FakeReplica
+) -> None:
+    """Between any two prompts; while it waits it holds no place that they might wait for."""
+    gate = gateway.parts.pool.members()[0].replica.gate
+    replica.faults.event_delay_s = 0.2
+    await acme.publish(good)
+    await until(lambda: len(replica.golden) == 1)
+    tenants = await gateway.parts.pool.place(None, TenantId("acme"), Plan(name="acme"), cost=1)
+    await until(lambda: gate.load == 1)  # its first prompt is answered, by the version and by the base
+    assert len(replica.golden) == 2
+    probes = replica.probes
+    await until(lambda: replica.probes > probes + 5)
+    assert (len(replica.golden), gate.load) == (2, 1)
+    tenants.release(1)
+    assert (await judged(acme))["status"] == "proved"
+    assert len(replica.golden) == 2 * len(PROMPTS)
+
+
+async def test_a_proof_does_not_wait_for_ever(run_gateway: RunGateway, replica: FakeReplica, good: Path) -> None:
+    """A quarter of its time belongs to others, then it takes its turn among them."""
+    gateway = await run_gateway(replica, proof="flag", proof_timeout_s=4)
+    acme = await gateway.tenant("acme")
+    tenants = await gateway.parts.pool.place(None, TenantId("acme"), Plan(name="acme"), cost=1)
+    await acme.publish(good)
+    assert (await judged(acme))["status"] == "proved"
+    assert gateway.parts.proofs.verdicts["unsettled"] == 0
+    tenants.release(1)
+
+
 async def test_tenants_are_proved_in_turn_and_one_at_a_time(
     run_gateway: RunGateway, replica: FakeReplica, good: Path
 ) -> None:
@@ -410,7 +483,7 @@ async def test_tenants_are_proved_in_turn_and_one_at_a_time(
         tenants = (await connection.execute(select(proofs.proofs.c.tenant_id).distinct())).scalars().all()
     owners = [replica.adapters[name]["owner"] for name in replica.golden if name in replica.adapters]
     assert set(owners) == set(tenants)
-    assert len(set(owners[:2])) == 2
+    assert len(set(owners[:: len(PROMPTS)][:2])) == 2
 
 
 async def test_a_deleted_adapter_takes_its_proof_along(
@@ -525,7 +598,7 @@ async def test_golden_prompts_come_after_tenants_requests(
     await judged(acme)
     assert (await acme.ask()).status_code == 200
     asked = [request for request in replica.requests if request["body"].get("ignore_eos")]
-    assert len({request["body"]["cache_salt"] for request in asked}) == len(asked) == 2
+    assert len({request["body"]["cache_salt"] for request in asked}) == len(asked) == 2 * len(PROMPTS)
     for request in asked:
         assert request["path"] == "/v1/completions"
         assert request["body"]["temperature"] == 0
