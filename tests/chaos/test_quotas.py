@@ -183,7 +183,7 @@ async def pair(base_folder: Path, fingerprint: str, folder: Path) -> AsyncIterat
         yield Pair(gateways, operator, replica)
 
 
-@pytest.mark.parametrize("seconds", [6.0, pytest.param(600.0, marks=[pytest.mark.full, pytest.mark.timeout(1_800)])])
+@pytest.mark.parametrize("seconds", [3.0, pytest.param(600.0, marks=[pytest.mark.full, pytest.mark.timeout(1_800)])])
 async def test_limits_hold_and_the_ledger_counts_what_was_sent(
     base_folder: Path, base: BaseModel, new_client: NewClient, figure: Figure, tmp_path: Path, seconds: float
 ) -> None:

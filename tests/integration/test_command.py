@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from gateway.cli import app as command
 from gateway.database import HEAD
 from tests.bad_adapters import write_base
 from tests.storage import clean_environment
@@ -39,10 +41,17 @@ def home(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_every_verb_explains_itself(home: Path, verb: list[str]) -> None:
     """--help works everywhere, makes nothing, and says what the verb does."""
-    done = tailor(home, *verb, "--help")
-    assert done.returncode == 0
+    done = CliRunner().invoke(command, [*verb, "--help"], env={"TAILOR_HOME": str(home)})
+    assert done.exit_code == 0
     assert "Usage" in done.stdout
     assert not home.exists()
+
+
+def test_it_is_installed_as_a_command(home: Path) -> None:
+    """Under its name, in a process of its own."""
+    done = tailor(home, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: tailor" in done.stdout
 
 
 def said(done: subprocess.CompletedProcess[str]) -> str:

@@ -75,15 +75,16 @@ async def test_a_safe_request_id_is_kept(acme: Tenant, replica: FakeReplica, giv
     assert len({*upstream, given}) == 3
 
 
-@pytest.mark.parametrize("given", ["", "a b", "x" * 65, 'a"b', "é", "a;b"])
-async def test_an_unsafe_request_id_is_replaced(acme: Tenant, given: str) -> None:
+async def test_an_unsafe_request_id_is_replaced(acme: Tenant, subtests: pytest.Subtests) -> None:
     """Nothing of it comes back."""
-    answer = await acme.client.post(
-        "/v1/chat/completions",
-        json={"model": BASE, "messages": [{"role": "user", "content": "x"}]},
-        headers=[(b"x-request-id", given.encode())],
-    )
-    assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
+    for given in ("", "a b", "x" * 65, 'a"b', "é", "a;b"):
+        with subtests.test(given=given):
+            answer = await acme.client.post(
+                "/v1/chat/completions",
+                json={"model": BASE, "messages": [{"role": "user", "content": "x"}]},
+                headers=[(b"x-request-id", given.encode())],
+            )
+            assert re.fullmatch(r"[0-9a-f]{32}", answer.headers["x-request-id"])
 
 
 async def test_errors_carry_the_request_id(acme: Tenant) -> None:

@@ -78,40 +78,39 @@ async def post(tenant: Tenant, body: bytes | AsyncIterator[bytes]) -> httpx.Resp
     return await tenant.client.post("/v1/adapters", content=body, headers=headers)
 
 
-@pytest.mark.parametrize(
-    ("body", "code"),
-    [
-        (b"", "upload_incomplete"),
-        (b"garbage", "multipart_invalid"),
-        (part("name", b"bot")[:-30], "upload_incomplete"),
-        (part("name", b"bot") + END, "adapter_incomplete"),
-        (part("name", b"x" * 2_000) + END, "invalid_value"),
-        (part("name", b"\xff") + END, "invalid_value"),
-        (part("evil", b"1") + END, "unknown_parameter"),
-        (part("../../etc/passwd", b"1", "../../etc/passwd") + END, "unknown_parameter"),
-        (part("x", b"1") * 20 + END, "unknown_parameter"),
-        (part("name", b"a") * 20 + END, "multipart_invalid"),
-        (part("adapter_config.json", b"{}") * 2 + END, "adapter_incomplete"),
-        (part("adapter_config.json", b"{}") + END, "invalid_value"),
-    ],
+BROKEN_FORMS = (
+    (b"", "upload_incomplete"),
+    (b"garbage", "multipart_invalid"),
+    (part("name", b"bot")[:-30], "upload_incomplete"),
+    (part("name", b"bot") + END, "adapter_incomplete"),
+    (part("name", b"x" * 2_000) + END, "invalid_value"),
+    (part("name", b"\xff") + END, "invalid_value"),
+    (part("evil", b"1") + END, "unknown_parameter"),
+    (part("../../etc/passwd", b"1", "../../etc/passwd") + END, "unknown_parameter"),
+    (part("x", b"1") * 20 + END, "unknown_parameter"),
+    (part("name", b"a") * 20 + END, "multipart_invalid"),
+    (part("adapter_config.json", b"{}") * 2 + END, "adapter_incomplete"),
+    (part("adapter_config.json", b"{}") + END, "invalid_value"),
 )
-async def test_a_broken_form_is_told(acme: Tenant, gateway: Gateway, body: bytes, code: str) -> None:
+
+
+async def test_a_broken_form_is_told(acme: Tenant, gateway: Gateway, subtests: pytest.Subtests) -> None:
     """Whatever the form lacks or has too much of, the answer is a 400 that says so."""
-    answer = await post(acme, body)
-    assert (answer.status_code, error_of(answer)["code"]) == (400, code)
-    assert left_over(gateway) == []
+    for body, code in BROKEN_FORMS:
+        with subtests.test(body=body):
+            answer = await post(acme, body)
+            assert (answer.status_code, error_of(answer)["code"]) == (400, code)
+            assert left_over(gateway) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "status"),
-    [("", 400), ("../x", 400), ("A", 400), ("x" * 65, 400), ("a/b", 400), ("a@1", 400), ("base", 409), ("a\x00", 400)],
-)
-async def test_a_bad_name_is_told(acme: Tenant, gateway: Gateway, good: Path, name: str, status: int) -> None:
+async def test_a_bad_name_is_told(acme: Tenant, gateway: Gateway, good: Path, subtests: pytest.Subtests) -> None:
     """Names are plain; the base model's is taken."""
-    answer = await acme.publish(good, name)
-    assert answer.status_code == status
-    assert error_of(answer)["param"] == "name"
-    assert left_over(gateway) == []
+    for name in ("", "../x", "A", "x" * 65, "a/b", "a@1", "base", "a\x00"):
+        with subtests.test(name=name):
+            answer = await acme.publish(good, name)
+            assert answer.status_code == (409 if name == "base" else 400)
+            assert error_of(answer)["param"] == "name"
+            assert left_over(gateway) == []
 
 
 async def test_an_upload_that_passes_its_limit_is_cut_off(

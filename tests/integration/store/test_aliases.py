@@ -142,27 +142,25 @@ async def test_moving_to_where_it_stands_is_no_move(aliases: Aliases, three: lis
     assert len(await aliases.history(TENANT, "bot")) == 4
 
 
-@pytest.mark.parametrize(
-    ("alias", "shares", "error"),
-    [
-        ("Upper", [(1, 1)], AliasInvalid),
-        ("a/b", [(1, 1)], AliasInvalid),
-        ("", [(1, 1)], AliasInvalid),
-        ("x" * 65, [(1, 1)], AliasInvalid),
-        ("ok", [], AliasInvalid),
-        ("ok", [(1, 1), (1, 1)], AliasInvalid),
-        ("ok", [(1, 0)], AliasInvalid),
-        ("ok", [(1, 10_001)], AliasInvalid),
-        ("ok", [(number, 1) for number in range(1, 10)], AliasInvalid),
-        ("ok", [(4, 1)], AdapterNotFound),
-    ],
-)
-async def test_a_wrong_target_moves_nothing(
-    aliases: Aliases, three: list[Version], alias: str, shares: list[tuple[int, int]], error: type[AdapterStoreError]
-) -> None:
+WRONG_TARGETS: list[tuple[str, list[tuple[int, int]], type[AdapterStoreError]]] = [
+    ("Upper", [(1, 1)], AliasInvalid),
+    ("a/b", [(1, 1)], AliasInvalid),
+    ("", [(1, 1)], AliasInvalid),
+    ("x" * 65, [(1, 1)], AliasInvalid),
+    ("ok", [], AliasInvalid),
+    ("ok", [(1, 1), (1, 1)], AliasInvalid),
+    ("ok", [(1, 0)], AliasInvalid),
+    ("ok", [(1, 10_001)], AliasInvalid),
+    ("ok", [(number, 1) for number in range(1, 10)], AliasInvalid),
+    ("ok", [(4, 1)], AdapterNotFound),
+]
+
+
+async def test_a_wrong_target_moves_nothing(aliases: Aliases, three: list[Version], subtests: pytest.Subtests) -> None:
     """The error says what is wrong, and the history stays as it is."""
-    with pytest.raises(error):
-        await aliases.move(TENANT, "bot", alias, shares, moved_by=BY)
+    for alias, shares, error in WRONG_TARGETS:
+        with subtests.test(alias=alias, shares=shares), pytest.raises(error):
+            await aliases.move(TENANT, "bot", alias, shares, moved_by=BY)
     assert len(await aliases.history(TENANT, "bot")) == 3
     assert [found.name for found in await aliases.list(TENANT, "bot")] == ["default"]
 

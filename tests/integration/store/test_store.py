@@ -33,7 +33,7 @@ from adapter_store.ids import TenantId
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
 from adapter_store.transactions import reading
-from tests.bad_adapters import BAD, BadAdapter, write_good
+from tests.bad_adapters import BAD, write_good
 from tests.integration.store.conftest import OTHER, TENANT, Publish, files_under, stage
 from tests.storage import Shelf
 
@@ -119,21 +119,21 @@ async def test_blobs_that_another_adapter_uses_survive_a_delete(
     assert all([await blobs.exists(file.key, file.size_bytes) for file in second.files])
 
 
-@pytest.mark.parametrize(
-    "model", ["", "nothing", "bot@2", "bot@0", "bot@01", "bot@", "bot@x", "bot:x", "Bot", "b" * 999]
-)
-async def test_what_does_not_exist_is_not_found(model: str, publish: Publish, store: AdapterStore, good: Path) -> None:
+async def test_what_does_not_exist_is_not_found(
+    publish: Publish, store: AdapterStore, good: Path, subtests: pytest.Subtests
+) -> None:
     """Unknown names, numbers and ill-formed ones give the same error."""
     await publish(good)
-    with pytest.raises(AdapterNotFound):
-        await store.resolve(TENANT, model)
+    for model in ("", "nothing", "bot@2", "bot@0", "bot@01", "bot@", "bot@x", "bot:x", "Bot", "b" * 999):
+        with subtests.test(model=model), pytest.raises(AdapterNotFound):
+            await store.resolve(TENANT, model)
 
 
-@pytest.mark.parametrize("name", ["", "-bot", ".bot", "Bot", "b/ot", "bot@1", "..", "böt", "b" * 65, "bot\0", "bot\n"])
-async def test_a_name_that_breaks_the_rule_is_refused(name: str, store: AdapterStore) -> None:
+async def test_a_name_that_breaks_the_rule_is_refused(store: AdapterStore, subtests: pytest.Subtests) -> None:
     """The message states the rule."""
-    with pytest.raises(NameInvalid, match="1 to 64"):
-        store.check_name(name)
+    for name in ("", "-bot", ".bot", "Bot", "b/ot", "bot@1", "..", "böt", "b" * 65, "bot\0", "bot\n"):
+        with subtests.test(name=name), pytest.raises(NameInvalid, match="1 to 64"):
+            store.check_name(name)
 
 
 async def test_the_base_model_s_name_is_reserved(store: AdapterStore, base: BaseModel) -> None:
@@ -151,16 +151,17 @@ async def test_lists_come_in_pages(publish: Publish, store: AdapterStore, good: 
     assert [adapter.name for adapter in first + second] == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("bad", [bad for bad in BAD[::10] if bad.served_as is None], ids=lambda bad: bad.name)
 async def test_a_refused_adapter_leaves_nothing(
-    bad: BadAdapter, publish: Publish, store: AdapterStore, tmp_path: Path, good: Path, shelf: Shelf
+    publish: Publish, store: AdapterStore, tmp_path: Path, good: Path, shelf: Shelf, subtests: pytest.Subtests
 ) -> None:
     """Every tenth of the bad adapters through the whole door: its faults come back, nothing is stored."""
-    folder = bad.make(good, tmp_path / "bad")
-    with pytest.raises((AdapterRejected, BundleIncomplete, BundleTooLarge)):
-        await publish(folder)
-    assert shelf.keys() == files_under(tmp_path / "quarantine") == []
-    assert await store.list(TENANT) == ()
+    for bad in [bad for bad in BAD[::10] if bad.served_as is None]:
+        folder = bad.make(good, tmp_path / bad.name)
+        with subtests.test(bad=bad.name):
+            with pytest.raises((AdapterRejected, BundleIncomplete, BundleTooLarge)):
+                await publish(folder)
+            assert shelf.keys() == files_under(tmp_path / "quarantine") == []
+            assert await store.list(TENANT) == ()
 
 
 async def test_concurrent_publishes_of_one_name_number_without_gap(
