@@ -34,6 +34,7 @@ READ_BYTES = 1 << 20
 PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 KEY = re.compile(rf"{PREFIX}/([A-Za-z0-9_-]{{1,64}})/([0-9a-f]{{64}})")
+SIZE_COLUMN = "blob_size"  # in the `info` of a column that names blobs: see `blob_rows`
 # ENOSPC, EFBIG and EDQUOT, as obstore's text has them: it gives no errno.
 FULL = re.compile(r"os error (?:28|27|122)\)")
 
@@ -43,6 +44,11 @@ def blob_key(tenant_id: TenantId, sha256: str) -> str:
     if not PLAIN.fullmatch(tenant_id) or not SHA256.fullmatch(sha256):
         raise ValueError(f"{tenant_id[:80]!r}, {sha256[:80]!r}: not a tenant's id and a SHA-256")
     return f"{PREFIX}/{tenant_id}/{sha256}"
+
+
+def names_blob(size_column: str) -> dict[str, str]:
+    """For `Column(info=…)` of a column with the SHA-256 of a tenant's blob: `blob_rows`."""
+    return {SIZE_COLUMN: size_column}
 
 
 @dataclass(frozen=True, slots=True)

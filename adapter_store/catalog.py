@@ -4,7 +4,6 @@ Times are whole seconds since 1970, UTC. Versions are never updated; an alias is
 """
 
 import json
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -33,7 +32,7 @@ from sqlalchemy import (
     update,
 )
 
-from adapter_store.blobs import blob_key
+from adapter_store.blobs import blob_key, names_blob
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.engine import AsyncConnection
 from adapter_store.ids import AdapterId, TenantId, VersionId, new_adapter_id
@@ -59,9 +58,9 @@ versions = Table(
     Column("tenant_id", Text, nullable=False),
     Column("number", Integer, nullable=False),
     Column("digest", Text, nullable=False),
-    Column("config_sha256", Text, nullable=False),
+    Column("config_sha256", Text, nullable=False, info=names_blob("config_bytes")),
     Column("config_bytes", BigInteger, nullable=False),
-    Column("weights_sha256", Text, nullable=False),
+    Column("weights_sha256", Text, nullable=False, info=names_blob("weights_bytes")),
     Column("weights_bytes", BigInteger, nullable=False),
     Column("rank", Integer, nullable=False),
     Column("modules", Text, nullable=False),  # JSON list of names
@@ -241,13 +240,6 @@ _TAKE_NUMBER: Final = (
     .values(last_number=adapters.c.last_number + 1)
     .returning(adapters.c.last_number)
 )
-_WITH_FILES: Final = select(versions.c.config_sha256, versions.c.weights_sha256).where(
-    versions.c.tenant_id == bindparam("tenant_id"),
-    or_(
-        versions.c.config_sha256.in_(bindparam("digests", expanding=True)),
-        versions.c.weights_sha256.in_(bindparam("digests", expanding=True)),
-    ),
-)
 
 
 def version_of(row: Row[Any], fallback: str = Fallback.FAIL, rollout: str | None = None) -> Version:
@@ -420,10 +412,3 @@ async def _delete_with_references(connection: AsyncConnection, table: Table, whe
     for other in reversed(metadata.sorted_tables):
         if other in doomed:
             await connection.execute(delete(other).where(doomed[other]))
-
-
-async def unreferenced(connection: AsyncConnection, tenant_id: TenantId, digests: Collection[str]) -> Sequence[str]:
-    """Those of the files' sha256 that no version of the tenant has."""
-    rows = await connection.execute(_WITH_FILES, {"tenant_id": tenant_id, "digests": list(digests)})
-    used = {sha256 for row in rows for sha256 in row}
-    return sorted(set(digests) - used)

@@ -32,6 +32,7 @@ from sqlalchemy import (
 
 from adapter_store import aliases, catalog
 from adapter_store.aliases import NOUN as ADAPTER_NOUN
+from adapter_store.blob_rows import unreferenced
 from adapter_store.blobs import Blobs, blob_key
 from adapter_store.catalog import Version, metadata, versions
 from adapter_store.changes import record_change, take_turn
@@ -334,7 +335,7 @@ class Erasures:
         hashes = {sha256 for v in erasure.versions for sha256 in (v.config_sha256, v.weights_sha256)}
         async with writing(self._engine) as connection:
             await take_turn(connection)
-            loose = await catalog.unreferenced(connection, erasure.tenant_id, hashes)
+            loose = await unreferenced(connection, erasure.tenant_id, hashes)
             await forget(connection, erasure.tenant_id, loose)
             for sha256 in loose:
                 await self._blobs.delete(blob_key(erasure.tenant_id, sha256))

@@ -1,8 +1,8 @@
 """Finds stored bytes that rotted before anybody loads them, and mends them from a second copy where there is one.
 
-A pass reads every blob that a version names, at a bounded rate, and compares its SHA-256. Several gateways share a
-pass: who notes a blob's turn first reads it. A fault stays noted until the blob is whole again, is published anew or
-goes.
+A pass reads every blob that a row names (`blob_rows`), at a bounded rate, and compares its SHA-256. Several gateways
+share a pass: who notes a blob's turn first reads it. A fault stays noted until the blob is whole again, is published
+anew or goes.
 """
 
 import asyncio
@@ -12,11 +12,27 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-from sqlalchemy import BigInteger, Column, Index, Table, Text, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Index,
+    Table,
+    Text,
+    bindparam,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 
+from adapter_store.blob_rows import naming_columns, unreferenced
 from adapter_store.blobs import Blobs, blob_key
-from adapter_store.catalog import adapters, metadata, unreferenced, versions
+from adapter_store.catalog import adapters, metadata, versions
 from adapter_store.changes import take_turn
 from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.errors import BlobCorrupt, StorageError
@@ -58,7 +74,7 @@ FAULTS = (Outcome.CORRUPT, Outcome.MISSING)
 
 @dataclass(frozen=True, slots=True)
 class FaultyBlob:
-    """`versions`: what cannot be loaded any more, as `name@number`."""
+    """`versions`: what cannot be read any more, as `name@number`; of other things than versions, their ids."""
 
     tenant_id: TenantId
     sha256: str
@@ -120,27 +136,30 @@ class Scrubber:
         async with reading(self._engine) as connection:
             rows = (await connection.execute(statement)).all()
             return [
-                FaultyBlob(
-                    row.tenant_id, row.sha256, row.fault, row.checked_at, await _versions_of(connection, *row[:2])
-                )
+                FaultyBlob(row.tenant_id, row.sha256, row.fault, row.checked_at, await _named_by(connection, *row[:2]))
                 for row in rows
             ]
 
     async def _due(self) -> AsyncIterator[tuple[TenantId, str]]:
         """Blobs whose turn it is, each noted as ours before it is given."""
-        last, before = "", int(self._clock()) - self._every_s
-        columns = (versions.c.id, versions.c.tenant_id, versions.c.config_sha256, versions.c.weights_sha256)
+        before = int(self._clock()) - self._every_s
+        for column in naming_columns():
+            async for tenant_id, sha256 in self._named_in(column):
+                if await self._take(tenant_id, sha256, before):
+                    yield tenant_id, sha256
+
+    async def _named_in(self, column: Column[Any]) -> AsyncIterator[tuple[TenantId, str]]:
+        here = (column.table.c.tenant_id, column)
+        statement = select(*here).distinct().order_by(*here).limit(PAGE)
+        last = ("", "")
         while True:
             async with reading(self._engine) as connection:
-                statement = select(*columns).where(versions.c.id > last).order_by(versions.c.id).limit(PAGE)
-                page = (await connection.execute(statement)).all()
-            for _, tenant_id, *hashes in page:
-                for sha256 in hashes:
-                    if await self._take(tenant_id, sha256, before):
-                        yield TenantId(tenant_id), sha256
+                page = (await connection.execute(statement.where(tuple_(*here) > last))).all()
+            for tenant_id, sha256 in page:
+                yield TenantId(tenant_id), sha256
             if len(page) < PAGE:
                 return
-            last = page[-1].id
+            last = (page[-1][0], page[-1][1])
 
     async def _take(self, tenant_id: TenantId, sha256: str, before: float) -> bool:
         """False: somebody looked at it lately, or does now."""
@@ -204,7 +223,7 @@ class Scrubber:
                 return
             await connection.execute(update(blob_checks).where(_row(tenant_id, sha256)).values(fault=fault))
         if fault is not None:
-            log.error("blob %s is %s: its adapters cannot be loaded", blob_key(tenant_id, sha256), fault)
+            log.error("blob %s is %s: what it belongs to cannot be read", blob_key(tenant_id, sha256), fault)
         elif outcome is Outcome.REPAIRED:
             log.warning("blob %s was damaged and is repaired from the second copy", blob_key(tenant_id, sha256))
 
@@ -224,7 +243,7 @@ def _row(tenant_id: TenantId, sha256: str):  # type: ignore[no-untyped-def]  # S
     return (blob_checks.c.tenant_id == tenant_id) & (blob_checks.c.sha256 == sha256)
 
 
-async def _versions_of(connection: AsyncConnection, tenant_id: TenantId, sha256: str) -> tuple[str, ...]:
+async def _named_by(connection: AsyncConnection, tenant_id: TenantId, sha256: str) -> tuple[str, ...]:
     either = or_(versions.c.config_sha256 == sha256, versions.c.weights_sha256 == sha256)
     statement = (
         select(adapters.c.name, versions.c.number)
@@ -232,4 +251,10 @@ async def _versions_of(connection: AsyncConnection, tenant_id: TenantId, sha256:
         .where(versions.c.tenant_id == tenant_id, either)
         .order_by(adapters.c.name, versions.c.number)
     )
-    return tuple(f"{row.name}@{row.number}" for row in await connection.execute(statement))
+    found = [f"{row.name}@{row.number}" for row in await connection.execute(statement)]
+    for column in naming_columns():
+        table = column.table
+        if table is not versions:
+            others = select(table.c.id).where(table.c.tenant_id == tenant_id, column == sha256).order_by(table.c.id)
+            found += (await connection.execute(others)).scalars()
+    return tuple(found)

@@ -17,10 +17,12 @@ from pathlib import Path
 
 from adapter_store import aliases, catalog, proofs
 from adapter_store.aliases import NAME, NOUN, MoveKind, NewMove, Split, main_of
+from adapter_store.blob_rows import NamedBlob
 from adapter_store.blobs import Blobs, blob_key
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, StagedBundle, bundle_digest, storage_errors
 from adapter_store.catalog import DEFAULT_ALIAS, Adapter, BlobFile, Provenance, Version
 from adapter_store.changes import record_change, take_turn
+from adapter_store.content import PUT_TRIES, all_stored, drop_unreferenced, put_missing
 from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.erasure import Erasure, Erasures
 from adapter_store.errors import (
@@ -37,7 +39,7 @@ from adapter_store.ids import TenantId, VersionId, new_version_id
 from adapter_store.inspector import Inspector
 from adapter_store.proofs import Reference
 from adapter_store.quota import NO_QUOTA, Kept, Quota, kept_by
-from adapter_store.scrub import forget, known_faults
+from adapter_store.scrub import forget
 from adapter_store.signing import Signer, VersionSignature, sign_version, signatures_of
 from adapter_store.threads import in_thread
 from adapter_store.together import Together
@@ -50,7 +52,6 @@ FINE_TUNED = "ft:"
 FINE_TUNED_REST = re.compile(r":[a-z0-9._-]{0,64}:(?P<name>[a-z0-9][a-z0-9._-]{0,63}):(?P<id>[0-9a-f]{24})")
 """After `ft:` and the base model's name: an organisation, which selects nothing, the adapter, the version's id."""
 CANONICAL = "canonical.json"
-PUT_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,11 @@ class _Checked:
     digest: str
     files: tuple[BlobFile, BlobFile]
     paths: tuple[Path, ...]
+
+    @property
+    def named(self) -> list[tuple[NamedBlob, Path]]:
+        blobs = [NamedBlob(file.key, file.sha256, file.size_bytes) for file in self.files]
+        return list(zip(blobs, self.paths, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +241,7 @@ class AdapterStore:
         return await self.erasures.complete(erasure.id)
 
     async def collect_orphans(self, older_than_s: float) -> int:
-        """Removes blobs of that age that no version names, left by crashes; how many.
+        """Removes blobs of that age that no row names, left by crashes; how many.
 
         An age far above the longest publish keeps it from racing one.
         """
@@ -246,7 +252,7 @@ class AdapterStore:
                 stale[blob.tenant_id].add(blob.sha256)
         removed = await self._blobs.sweep_partial(before)
         for tenant_id, digests in stale.items():
-            removed += await self._drop_unreferenced(tenant_id, digests)
+            removed += len(await drop_unreferenced(self._engine, self._blobs, tenant_id, digests))
         return removed
 
     def check_name(self, name: str) -> None:
@@ -277,30 +283,17 @@ class AdapterStore:
         return _Checked(inspection, bundle_digest(config_sha256, weights_sha256), files, paths)
 
     async def _put_and_commit(self, order: _Order) -> Version:
-        """A delete may remove a shared blob before the commit, which then sees it: the put is repeated."""
         if self._signer is not None:
             await self._signer.ready()
+        files = order.checked.named
         for _ in range(PUT_TRIES):
-            await self._put(order.tenant_id, order.checked)
+            await put_missing(self._engine, self._blobs, order.tenant_id, files)
             async with writing(self._engine) as connection:
                 await take_turn(connection)
-                if await self._all_stored(order.checked.files):
-                    await forget(connection, order.tenant_id, [file.sha256 for file in order.checked.files])
+                if await all_stored(self._blobs, [blob for blob, _ in files]):
+                    await forget(connection, order.tenant_id, [blob.sha256 for blob, _ in files])
                     return await self._commit(connection, order)
         raise BlobCorrupt(f"the blobs of '{order.name}' vanish as fast as they are stored")
-
-    async def _put(self, tenant_id: TenantId, checked: _Checked) -> None:
-        """Leaves out what a version has whole already. A blob that none has may be torn by a power cut."""
-        digests = [file.sha256 for file in checked.files]
-        async with reading(self._engine) as connection:
-            loose = await catalog.unreferenced(connection, tenant_id, digests)
-            anew = {*loose, *await known_faults(connection, tenant_id, digests)}
-        for file, path in zip(checked.files, checked.paths, strict=True):
-            if file.sha256 in anew or not await self._blobs.exists(file.key, file.size_bytes):
-                await self._blobs.adopt(file.key, path)
-
-    async def _all_stored(self, files: Collection[BlobFile]) -> bool:
-        return all([await self._blobs.exists(file.key, file.size_bytes) for file in files])
 
     async def _commit(self, connection: AsyncConnection, order: _Order) -> Version:
         now = int(self._clock())
@@ -365,17 +358,7 @@ class AdapterStore:
 
     async def _undo(self, tenant_id: TenantId, digests: Collection[str]) -> None:
         with suppress(StorageError):  # the failure that led here is the one to tell; collect_orphans does the rest
-            await self._drop_unreferenced(tenant_id, digests)
-
-    async def _drop_unreferenced(self, tenant_id: TenantId, digests: Collection[str]) -> int:
-        """Removes those of the blobs that no version has, while no other writer can add one; how many."""
-        async with writing(self._engine) as connection:
-            await take_turn(connection)
-            loose = await catalog.unreferenced(connection, tenant_id, digests)
-            await forget(connection, tenant_id, loose)
-            for sha256 in loose:
-                await self._blobs.delete(blob_key(tenant_id, sha256))
-        return len(loose)
+            await drop_unreferenced(self._engine, self._blobs, tenant_id, digests)
 
 
 async def _is_proved(connection: AsyncConnection, version: Version) -> bool:

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from sqlalchemy import Connection, MetaData, inspect
 
+from adapter_store.blob_rows import NamedBlob
 from adapter_store.blobs import Blobs
 from adapter_store.engine import AsyncEngine
 from adapter_store.errors import AdapterStoreError, BlobCorrupt
 from adapter_store.transactions import reading
 from gateway.database import replace_schema
-from gateway.snapshots import NAME, NamedBlob, Snapshot, SnapshotInvalid, snapshot_name, write_snapshot
+from gateway.snapshots import NAME, Snapshot, SnapshotInvalid, snapshot_name, write_snapshot
 
 SNAPSHOTS = "snapshots"
 TELLING = ("tenants", "adapters", "api_keys")  # a database with rows in none of these holds nothing of anybody's

@@ -11,7 +11,6 @@ import hashlib
 import re
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ import msgspec
 from sqlalchemy import LargeBinary, MetaData, Table, select, text
 from sqlalchemy.engine import Connection
 
-from adapter_store.blobs import blob_key
-from adapter_store.catalog import metadata, versions
+from adapter_store.blob_rows import NamedBlob, named_blobs
+from adapter_store.catalog import metadata
 from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.errors import AdapterStoreError
-from adapter_store.ids import TenantId
 from adapter_store.transactions import reading
 from adapter_store.uploads import upload_parts, uploads
 from gateway.database import HEAD, stored_revision
@@ -32,21 +30,17 @@ from gateway.database import HEAD, stored_revision
 FORMAT = 1
 NAME = re.compile(r"snapshots/([0-9]{8}T[0-9]{6}\.[0-9]{6}Z)-([0-9a-f]{64})\.jsonl\.gz")
 BATCH_ROWS = 500
-UNDER_WAY = (uploads, upload_parts)  # their bytes are in no backup, so neither are the rows that vouch for them
+UNDER_WAY = (
+    uploads,
+    upload_parts,
+    file_uploads,
+    file_upload_parts,
+)  # their bytes are in no backup, so neither are the rows that vouch for them
 ENCODER = msgspec.json.Encoder()
 
 
 class SnapshotInvalid(AdapterStoreError):
     """The snapshot is torn, changed, or of a schema that this version does not know."""
-
-
-@dataclass(frozen=True, slots=True)
-class NamedBlob:
-    """A file that some version in the snapshot has."""
-
-    key: str
-    sha256: str
-    size_bytes: int
 
 
 async def write_snapshot(engine: AsyncEngine, path: Path) -> set[NamedBlob]:
@@ -73,8 +67,7 @@ async def write_snapshot(engine: AsyncEngine, path: Path) -> set[NamedBlob]:
                 async for row in _rows(connection, table):
                     file.write(_line(row))
                     count += 1
-                    if table is versions:
-                        named.update(_blobs(dict(zip(_columns(table), row, strict=True))))
+                    named.update(named_blobs(str(table.name), dict(zip(_columns(table), row, strict=True))))
             file.write(_line({"rows": count}))
     return named
 
@@ -95,12 +88,6 @@ def _columns(table: Table) -> list[str]:
 
 def _line(value: Any) -> bytes:
     return ENCODER.encode(value) + b"\n"
-
-
-def _blobs(version: dict[str, Any]) -> Iterator[NamedBlob]:
-    for file in ("config", "weights"):
-        sha256 = version[f"{file}_sha256"]
-        yield NamedBlob(blob_key(TenantId(version["tenant_id"]), sha256), sha256, version[f"{file}_bytes"])
 
 
 def snapshot_name(path: Path) -> str:
@@ -142,8 +129,7 @@ class Snapshot:
     def _take_stock(self) -> None:
         for table, columns, row in self.rows():
             self.row_count += 1
-            if table == versions.name:
-                self.blobs.update(_blobs(dict(zip(columns, row, strict=True))))
+            self.blobs.update(named_blobs(table, dict(zip(columns, row, strict=True))))
 
     def rows(self) -> Iterator[tuple[str, list[str], list[Any]]]:
         """(table, columns, values), in an order in which they can be written. Raises SnapshotInvalid at a torn end."""
