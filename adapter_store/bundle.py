@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapter_store.errors import (
-    AdapterStoreError,
     BundleIncomplete,
     BundleTooLarge,
     StorageFull,
@@ -83,9 +82,9 @@ class StagedBundle:
         self.sizes: dict[str, int] = {}
         self._taken_bytes = 0
         self._most_bytes: int | None = None
-        self._refusal: AdapterStoreError | None = None
+        self._refusal: Exception | None = None
 
-    def cap(self, most_bytes: int, refusal: AdapterStoreError) -> None:
+    def cap(self, most_bytes: int, refusal: Exception) -> None:
         """From now on the files together may have so many bytes; one more, and `refusal` is raised mid-stream."""
         self._most_bytes = most_bytes
         self._refusal = refusal
@@ -109,8 +108,8 @@ class StagedBundle:
 
     def begin(self, name: str) -> "StagedFile":
         """The same for work in a thread: the caller closes the file, and finishes it where it is whole."""
-        if name not in BUNDLE_FILES:
-            raise BundleIncomplete(f"a bundle has the files {' and '.join(BUNDLE_FILES)}, not {name[:80]!r}")
+        if name not in self.limits:
+            raise BundleIncomplete(f"a bundle has the files {' and '.join(self.limits)}, not {name[:80]!r}")
         if name in self.sha256:
             raise BundleIncomplete(f"{name} was sent twice")
         with storage_errors():

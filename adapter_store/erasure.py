@@ -4,6 +4,9 @@ Rows go first, in the transaction that makes the erasure; from its commit on not
 the blobs, then the replicas (device, host memory, disk) one by one, however long one is away; then the receipt is
 signed. Each step may be repeated and taken up by any gateway: a crash at any point loses nothing.
 
+Adapters are one kind of what is erased. Whoever keeps other things of tenants' as blobs (training files, checkpoints)
+removes their rows and calls `note_erasure` in the same transaction; they lie in no replica, so their blobs are all.
+
 What a replica does is the gateway's to ask of it (`gateway/erasing.py`). What a receipt claims, and what it does not,
 is in docs/api.md, *Erasure*.
 """
@@ -11,7 +14,7 @@ is in docs/api.md, *Erasure*.
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -50,8 +53,8 @@ erasures = Table(
     metadata,
     Column("id", Text, primary_key=True),  # in the order of time
     Column("tenant_id", Text, nullable=False),
-    Column("adapter_id", Text, nullable=False),  # no foreign key: the row outlives the adapter
-    Column("adapter", Text, nullable=False),
+    Column("adapter_id", Text, nullable=False),  # or of what it is; no foreign key: the row outlives it
+    Column("adapter", Text, nullable=False),  # its name; empty for other things, which are known by their ids
     Column("number", Integer),  # null: the whole adapter
     Column("forced", Integer, nullable=False),
     Column("requested_by", Text),
@@ -64,6 +67,8 @@ erasures = Table(
     Column("replicas_gone_at", BigInteger),
     Column("completed_at", BigInteger),
     Column("signature", Text),  # the receipt, once completed
+    Column("scope", Text),  # null: an adapter's or a version's
+    Column("files", Text, nullable=False, server_default="[]"),  # JSON: ErasedBlob
     Index("ix_erasures_tenant_id_id", "tenant_id", "id"),
     Index("ix_erasures_state", "state"),
 )
@@ -94,6 +99,28 @@ class Outcome(StrEnum):
     ERASED = "erased"
     PUBLISHED_AGAIN = "published_again"  # meanwhile, by the tenant itself: what is held is held for the new version
     VOUCHED = "vouched"  # an operator says so of a replica that will not be back
+
+
+class Scope(StrEnum):
+    """What is erased."""
+
+    ADAPTER = "adapter"
+    VERSION = "version"
+    FILE = "file"
+    JOB = "job"  # what a job has made besides: checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class ErasedBlob:
+    """A blob that a row named which is gone. `id`: the row's; `kind`: what it was for."""
+
+    id: str
+    kind: str
+    sha256: str
+    bytes: int
+
+    def told(self, blobs: dict[str, str]) -> dict[str, Any]:
+        return {**asdict(self), "blob": blobs.get(self.sha256, "pending")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +179,18 @@ class Erasure:
     replicas_gone_at: int | None
     completed_at: int | None
     signature: str | None
+    other: Scope | None = None  # what it is, where it is no adapter; its id is `adapter_id`
+    files: tuple[ErasedBlob, ...] = ()
+
+    @property
+    def scope(self) -> Scope:
+        return self.other or (Scope.ADAPTER if self.number is None else Scope.VERSION)
+
+    @property
+    def hashes(self) -> set[str]:
+        """The blobs that go, unless something else of the tenant's has the same content."""
+        of_versions = {sha256 for v in self.versions for sha256 in (v.config_sha256, v.weights_sha256)}
+        return of_versions | {file.sha256 for file in self.files}
 
     @property
     def digests(self) -> list[str]:
@@ -165,13 +204,15 @@ class Erasure:
 
     def statement(self) -> Statement:
         """What the receipt says; what is signed once everything is done."""
+        if self.other is not None:
+            return self._statement_of_files()
         return {
             "type": "tailor.erasure/1",
             "id": self.id,
             "tenant_id": self.tenant_id,
             "adapter": self.adapter,
             "adapter_id": self.adapter_id,
-            "scope": "adapter" if self.number is None else "version",
+            "scope": self.scope.value,
             "forced": self.forced,
             "requested_by": self.requested_by,
             "requested_at": self.requested_at,
@@ -181,6 +222,22 @@ class Erasure:
             "blobs_gone_at": self.blobs_gone_at,
             "replicas": [_told_replica(part) for part in self.replicas],
             "prefix_cache_unreachable_at": self.replicas_gone_at,
+            "completed_at": self.completed_at,
+        }
+
+    def _statement_of_files(self) -> Statement:
+        return {
+            "type": "tailor.erasure/1",
+            "id": self.id,
+            "tenant_id": self.tenant_id,
+            "subject": self.adapter_id,
+            "scope": self.scope.value,
+            "forced": self.forced,
+            "requested_by": self.requested_by,
+            "requested_at": self.requested_at,
+            "rows_gone_at": self.requested_at,
+            "files": [file.told(self.blobs) for file in self.files],
+            "blobs_gone_at": self.blobs_gone_at,
             "completed_at": self.completed_at,
         }
 
@@ -331,8 +388,8 @@ class Erasures:
     # the steps
 
     async def drop_blobs(self, erasure: Erasure) -> None:
-        """Removes the files that no version of the tenant has any more. Raises StorageUnavailable."""
-        hashes = {sha256 for v in erasure.versions for sha256 in (v.config_sha256, v.weights_sha256)}
+        """Removes the files that nothing of the tenant's has any more. Raises StorageUnavailable."""
+        hashes = erasure.hashes
         async with writing(self._engine) as connection:
             await take_turn(connection)
             loose = await unreferenced(connection, erasure.tenant_id, hashes)
@@ -385,6 +442,42 @@ class Erasures:
                 await record_change(connection, NOUN, erasure.tenant_id, erasure_id)
                 (erasure,) = await _read(connection, by_id)
             return erasure
+
+
+async def note_erasure(
+    connection: AsyncConnection,
+    tenant_id: TenantId,
+    scope: Scope,
+    subject: str,
+    blobs: Sequence[ErasedBlob],
+    *,
+    requested_by: str | None,
+    forced: bool,
+    now: int,
+) -> Erasure:
+    """Notes that these blobs are to go, in the transaction that removes the rows which named them.
+
+    The caller holds the writers' turn. `subject`: the id of what is erased, by which the receipt names it.
+    """
+    erasure_id = new_erasure_id(now)
+    row = {
+        "id": erasure_id,
+        "tenant_id": tenant_id,
+        "adapter_id": subject,
+        "adapter": "",
+        "forced": int(forced),
+        "requested_by": requested_by,
+        "requested_at": now,
+        "state": State.REQUESTED.value,
+        "versions": "[]",
+        "aliases": "[]",
+        "blobs": "{}",
+        "scope": scope.value,
+        "files": json.dumps([asdict(blob) for blob in blobs]),
+    }
+    await connection.execute(insert(erasures).values(row))
+    await record_change(connection, NOUN, tenant_id, erasure_id)
+    return (await _read(connection, select(erasures).where(erasures.c.id == erasure_id)))[0]
 
 
 async def _free(
@@ -463,4 +556,6 @@ def _erasure(row: Row[Any], replicas: Sequence[ReplicaPart]) -> Erasure:
         replicas_gone_at=row.replicas_gone_at,
         completed_at=row.completed_at,
         signature=row.signature,
+        other=None if row.scope is None else Scope(row.scope),
+        files=tuple(ErasedBlob(**file) for file in json.loads(row.files)),
     )

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 
@@ -37,6 +37,23 @@ class ApiClient:
         if response.is_error:
             raise _refused(response.status_code, response.content)
         return response.json() if response.content else None
+
+    def download(self, path: str, target: BinaryIO) -> None:
+        """Writes the answer's body to `target` as it comes.
+
+        Raises:
+            ApiError: as `call`, or that it broke off.
+        """
+        try:
+            with self._http.stream("GET", path) as response:
+                if response.is_error:
+                    raise _refused(response.status_code, response.read())
+                for piece in response.iter_bytes():
+                    target.write(piece)
+        except httpx.RemoteProtocolError as error:
+            raise ApiError("The file broke off before its end: what is stored of it may be damaged.") from error
+        except httpx.TransportError as error:
+            raise self._away(error) from error
 
     def close(self) -> None:
         self._http.close()
@@ -84,9 +101,12 @@ def _refused(status: int, content: bytes) -> ApiError:
 
 
 def listed(faults: Iterable[Mapping[str, str]]) -> str:
-    """A line for each fault of a refused adapter."""
+    """A line for each fault of a refused adapter, or of a training file."""
     lines = ""
     for fault in faults:
+        if "reason" in fault:
+            lines += f"\n  line {fault['line']}: {fault['reason']}"
+            continue
         lines += f"\n  {fault['code']}: {fault['where']}: found {fault['found']}, expected {fault['expected']}"
         lines += f" ({fault['hint']})" if fault["hint"] else ""
     return lines

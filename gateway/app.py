@@ -34,6 +34,8 @@ from gateway.api import (
     aliases,
     base_model,
     erasures,
+    file_uploads,
+    files,
     health,
     imports,
     keys,
@@ -50,7 +52,7 @@ from gateway.api.generation import Generation, Patience, Services, new_batches
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
 from gateway.database import migrate, open_engine
-from gateway.dependencies import Parts
+from gateway.dependencies import FileLimits, Parts
 from gateway.dialects import Bounds, all_dialects
 from gateway.erasing import Eraser
 from gateway.errors import (
@@ -87,6 +89,10 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import open_tracing
 from gateway.tenants import Tenants
 from gateway.usage import Ledger
+from training.errors import TrainingError
+from training.file_check import FileCheck
+from training.file_uploads import FileUploads
+from training.files import Files
 
 log = logging.getLogger("tailor.gateway")
 ROUTERS = (
@@ -100,6 +106,8 @@ ROUTERS = (
     base_model,
     imports,
     erasures,
+    files,
+    file_uploads,
     keys,
     usage,
     admin,
@@ -148,6 +156,7 @@ def _build(settings: Settings, home: Home) -> Parts:
     engine = open_engine(settings.database)
     inspector = Inspector(base, AdapterBounds(settings.max_lora_rank, settings.max_adapter_bytes))
     blobs = Blobs.open(settings.blobs)
+    answers = Answers(engine)
     signer = Signer(engine, home.signing_key(settings.signing_key))
     store = AdapterStore(
         engine,
@@ -203,7 +212,11 @@ def _build(settings: Settings, home: Home) -> Parts:
         staging=Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes),
         uploads=Uploads(engine, blobs, part_bytes=settings.upload_part_bytes, expiry_s=settings.upload_expiry_s),
         imports=Imports(blobs, settings.import_root),
-        answers=Answers(engine),
+        files=Files(engine, blobs, on_erase=files.forgetting(answers)),
+        file_uploads=FileUploads(engine, blobs, expiry_s=settings.upload_expiry_s),
+        file_check=FileCheck(folder, max_length=settings.max_model_len, timeout_s=settings.file_check_timeout_s),
+        file_limits=FileLimits(settings.max_file_bytes, settings.file_expiry_s),
+        answers=answers,
         stall_s=settings.upload_stall_s,
         models=known_models,
         pool=pool,
@@ -331,7 +344,7 @@ def _lifespan(
             parts.quarantine.write(),
             parts.rollout_watch.follow(),
             parts.pins.follow(),
-            tidy(parts.store, parts.uploads, parts.answers),
+            tidy(parts.store, parts.uploads, parts.files, parts.file_uploads, parts.answers),
             scrub(parts.scrubber),
             parts.proofs.follow(),
             parts.eraser.follow(),
@@ -375,7 +388,7 @@ def _install_error_handlers(app: FastAPI) -> None:
             log.error("%s %s failed", request.method, template_of(request.scope), exc_info=error)
         return Response(told.body, told.status, {name.decode(): value.decode() for name, value in told.headers})
 
-    for kind in (GatewayError, AdapterStoreError, RequestValidationError, HTTPException):
+    for kind in (GatewayError, AdapterStoreError, TrainingError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, respond)
     app.add_middleware(_Unforeseen, respond=respond)
 

@@ -11,6 +11,7 @@ from gateway.commands import (
     adapters,
     aliases,
     erasures,
+    files,
     keys,
     openapi,
     proofs,
@@ -35,6 +36,7 @@ app.add_typer(adapters.app)
 app.add_typer(aliases.alias_app, name="alias")
 app.add_typer(aliases.rollout_app, name="rollout")
 app.add_typer(erasures.app, name="erasure")
+app.add_typer(files.app, name="file")
 app.add_typer(training.base_app, name="base")
 app.add_typer(training.app)
 app.add_typer(replicas.app, name="replicas")

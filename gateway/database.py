@@ -37,10 +37,10 @@ from adapter_store.engine import AsyncEngine, create_async_engine
 from adapter_store.errors import AdapterStoreError
 from adapter_store.transactions import TURNS, WRITES, Turns, reading, writing
 from gateway import idempotency  # noqa: F401  its table
-from training import jobs  # noqa: F401  its tables
+from training import files, jobs  # noqa: F401  their tables
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-HEAD = "0010"  # the newest file in migrations/versions; a test holds the two together
+HEAD = "0011"  # the newest file in migrations/versions; a test holds the two together
 CONNECTIONS = 4
 ANSWER_S = 10.0  # patience with PostgreSQL: one that hangs is as good as away
 PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA foreign_keys=ON")
@@ -73,6 +73,8 @@ plans = Table(  # null: no limit
     Column("max_versions", BigInteger),
     Column("max_stored_bytes", BigInteger),
     Column("max_rank", BigInteger),
+    Column("max_files", BigInteger),
+    Column("max_stored_file_bytes", BigInteger),
 )
 api_keys = Table(
     "api_keys",

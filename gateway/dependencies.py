@@ -38,6 +38,17 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracing
 from gateway.tenants import ApiKey, Scope, Tenants
 from gateway.usage import Ledger
+from training.file_check import FileCheck
+from training.file_uploads import FileUploads
+from training.files import Files
+
+
+@dataclass(frozen=True, slots=True)
+class FileLimits:
+    """Of one training file: its size, and when it goes where its sender does not say; None: never."""
+
+    most_bytes: int
+    expiry_s: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,10 @@ class Parts:
     staging: Staging
     uploads: Uploads
     imports: Imports
+    files: Files
+    file_uploads: FileUploads
+    file_check: FileCheck
+    file_limits: FileLimits
     answers: Answers
     stall_s: float
     models: Models
@@ -119,6 +134,14 @@ async def publisher(request: Request, parts: AppParts) -> TenantKey:
     return TenantKey(key, key.tenant_id)
 
 
+async def trainer(request: Request, parts: AppParts) -> TenantKey:
+    """The key that may keep training files and run jobs, as of now."""
+    key = await parts.auth.caller(authorization_of(request.scope), Scope.TRAINING)
+    if key.tenant_id is None:
+        raise ScopeMissing("An operator's key stands for no tenant: use a key of the tenant.")
+    return TenantKey(key, key.tenant_id)
+
+
 async def _adapter_tenant(request: Request, parts: AppParts) -> TenantId:
     return (await publisher(request, parts)).tenant_id
 
@@ -127,4 +150,5 @@ Operator = Annotated[ApiKey, Depends(_operator)]
 KeyAdmin = Annotated[TenantKey, Depends(_tenant_admin)]
 InferenceTenant = Annotated[TenantId, Depends(_reader)]
 AdapterTenant = Annotated[TenantId, Depends(_adapter_tenant)]
+TrainingKey = Annotated[TenantKey, Depends(trainer)]
 AdapterKey = Annotated[TenantKey, Depends(publisher)]

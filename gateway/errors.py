@@ -34,7 +34,8 @@
     │   ├── ReplicaFailed               502
     │   └── AdapterNotLoadable          503 + Retry-After
     │       └── AdapterQuarantined      503 + Retry-After where it ends by itself
-    └── adapter_store.errors.AdapterStoreError     mapped below, class by class
+    ├── adapter_store.errors.AdapterStoreError     mapped below, class by class
+    └── training.errors.TrainingError              likewise
 
 The text of an engine, a path or a name inside the engine never becomes part of an answer.
 """
@@ -47,6 +48,7 @@ from starlette.types import Scope, Send
 
 from adapter_store import errors as store
 from adapter_store.faults import Fault
+from training import errors as training
 
 
 class GatewayError(Exception):
@@ -344,6 +346,21 @@ STORE_ANSWERS: Final[dict[type[store.AdapterStoreError], Answer]] = {
     store.StorageFull: Answer(507, _OURS, "storage_full", None, 60),
     store.StorageUnavailable: Answer(503, _OURS, "storage_unavailable", None, 5),
 }
+TRAINING_ANSWERS: Final[dict[type[training.TrainingError], Answer]] = {
+    training.FileNotKnown: Answer(404, _FAULTY, "not_found", "file_id"),
+    training.FileInvalid: Answer(400, _FAULTY, "invalid_training_file", "file"),
+    training.FileTooLarge: Answer(413, _FAULTY, "file_too_large", "file"),
+    training.FileInUse: Answer(409, _FAULTY, "file_in_use", "force"),
+    training.FileDamaged: Answer(503, _OURS, "file_damaged", "file_id", 60),
+    training.FileUploadNotKnown: Answer(404, _FAULTY, "not_found", "upload_id"),
+    training.FileUploadOver: Answer(409, _FAULTY, "upload_over", "upload_id"),
+    training.TooManyFileUploads: Answer(409, _FAULTY, "too_many_uploads"),
+    training.PartNotKnown: Answer(400, _FAULTY, "part_unknown", "part_ids"),
+    training.PartTooLarge: Answer(413, _FAULTY, "part_too_large", "data"),
+    training.PartDamaged: Answer(409, _FAULTY, "part_damaged", "part_ids"),
+    training.SizeDiffers: Answer(400, _FAULTY, "size_differs", "part_ids"),
+    training.Md5Differs: Answer(400, _FAULTY, "checksum_mismatch", "md5"),
+}
 _HIDDEN: Final = {
     store.BlobCorrupt: "The adapter's stored files are damaged; publish it again or ask the operator.",
     store.BaseModelInvalid: "The server cannot read its base model; ask the operator.",
@@ -366,6 +383,12 @@ class RejectedEnvelope(Envelope):
     """The same for a refused adapter: every fault, machine-readable."""
 
     faults: tuple[Fault, ...]
+
+
+class InvalidFileEnvelope(Envelope):
+    """The same for a training file that cannot be used: every line that is at fault, up to a cap."""
+
+    faults: tuple[training.LineFault, ...]
 
 
 class _Body(msgspec.Struct):
@@ -392,6 +415,8 @@ def answer(error: Exception) -> ErrorAnswer:
         return _answer(error.status, envelope(error), error.retry_after_s, error.headers)
     if isinstance(error, store.AdapterStoreError):
         return _store_answer(error)
+    if isinstance(error, training.TrainingError):
+        return _training_answer(error)
     return _answer(500, envelope(GatewayError("The server failed on this request; try again.")), None)
 
 
@@ -406,6 +431,14 @@ def _store_answer(error: store.AdapterStoreError) -> ErrorAnswer:
         param = error.quota if isinstance(error, store.QuotaExceeded) else found.param
         body = _Body(Envelope(message, found.type, param, found.code))
     return _answer(found.status, msgspec.json.encode(body), found.retry_after_s)
+
+
+def _training_answer(error: training.TrainingError) -> ErrorAnswer:
+    found = next(TRAINING_ANSWERS[kind] for kind in type(error).__mro__ if kind in TRAINING_ANSWERS)
+    told = Envelope(str(error), found.type, found.param, found.code)
+    if isinstance(error, training.FileInvalid):
+        told = InvalidFileEnvelope(str(error), found.type, found.param, found.code, error.faults)
+    return _answer(found.status, msgspec.json.encode(_Body(told)), found.retry_after_s)
 
 
 def _answer(

@@ -17,7 +17,10 @@ from gateway.protocol import Out
 
 OPEN_PATHS: Final = ("/health", "/ready")
 UPLOAD_PATH: Final = "/v1/adapters"
-UPLOADS: Final = re.compile(rf"{UPLOAD_PATH}(?:/[^/]+/versions|/[^/]+/uploads/[^/]+/[^/]+/[0-9]+)?")
+FILES_PATH: Final = "/v1/files"
+UPLOADS: Final = re.compile(
+    rf"{UPLOAD_PATH}(?:/[^/]+/versions|/[^/]+/uploads/[^/]+/[^/]+/[0-9]+)?|{FILES_PATH}|/v1/uploads/[^/]+/parts"
+)
 """Paths whose handlers read the body themselves, as it comes."""
 SMALL_BODY_BYTES: Final = 65_536
 

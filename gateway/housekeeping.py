@@ -9,18 +9,24 @@ from adapter_store.scrub import FAULTS, Outcome, Scrubber
 from adapter_store.store import AdapterStore
 from adapter_store.uploads import Uploads
 from gateway.idempotency import Answers
+from training.file_uploads import FileUploads
+from training.files import Files
 
 log = logging.getLogger("tailor.housekeeping")
 EVERY_S = 3_600.0
 ORPHANS_AFTER_S = 86_400.0  # far above the longest upload, so that no publish under way is raced
 
 
-async def tidy(store: AdapterStore, uploads: Uploads, answers: Answers) -> None:
+async def tidy(
+    store: AdapterStore, uploads: Uploads, files: Files, file_uploads: FileUploads, answers: Answers
+) -> None:
     """Tidy every hour, for ever; meant to run as one task."""
     while True:
         await asyncio.sleep(EVERY_S)
         await _tidied("orphaned blobs", lambda: store.collect_orphans(ORPHANS_AFTER_S))
         await _tidied("parts of uploads that are over", uploads.sweep)
+        await _tidied("expired files", files.sweep)
+        await _tidied("parts of files", file_uploads.sweep)
         await _tidied("kept answers", answers.sweep)
 
 

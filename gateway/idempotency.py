@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Self
 
-from sqlalchemy import BigInteger, Column, Index, Integer, Table, Text, delete, insert, select
+from sqlalchemy import BigInteger, Column, Index, Integer, Table, Text, delete, insert, select, update
 
 from adapter_store.catalog import metadata
 from adapter_store.engine import AsyncConnection, AsyncEngine
@@ -108,6 +108,16 @@ class Answers:
                 expires_at=int(self._clock()) + KEPT_S,
             )
         )
+
+    async def rewrite(
+        self, connection: AsyncConnection, tenant_id: TenantId, location: str, change: Callable[[str], str]
+    ) -> None:
+        """Changes what answers say of an object that is erased; they stay, so that no repetition makes it again."""
+        here = (kept_answers.c.tenant_id == tenant_id) & (kept_answers.c.location == location)
+        for row in (await connection.execute(select(kept_answers.c.key, kept_answers.c.body).where(here))).all():
+            await connection.execute(
+                update(kept_answers).where(here, kept_answers.c.key == row.key).values(body=change(row.body))
+            )
 
     async def sweep(self) -> int:
         """Removes what is over; how many."""

@@ -18,8 +18,8 @@ from starlette.routing import BaseRoute
 from adapter_store.bundle import BUNDLE_FILES
 from gateway.dialects import DIALECTS, Dialect, chat_shapes, counts, messages, responses
 from gateway.dialects.fields import Text, TokenId
-from gateway.errors import Envelope, RejectedEnvelope
-from gateway.front import OPEN_PATHS, UPLOAD_PATH
+from gateway.errors import Envelope, InvalidFileEnvelope, RejectedEnvelope
+from gateway.front import FILES_PATH, OPEN_PATHS, UPLOAD_PATH
 
 Json = dict[str, Any]
 TITLE: Final = "Tailor"
@@ -91,6 +91,10 @@ PUBLISHING: Final = (
     f"{UPLOAD_IN_PARTS}/{{upload}}/complete",
     IMPORT_PATH,
 )
+FILE_UPLOADS: Final = "/v1/uploads"
+CHECKING: Final = (FILES_PATH, f"{FILE_UPLOADS}/{{upload_id}}/complete")
+"""Where a training file is checked line by line."""
+KEEPING: Final = (*CHECKING, FILE_UPLOADS)
 IDEMPOTENCY_KEY: Final = {
     "name": "idempotency-key",
     "in": "header",
@@ -148,12 +152,17 @@ def _complete(path: str, method: str, operation: Json) -> None:
         if path != IMPORT_PATH:
             answers["201"]["headers"] = {"location": _text_header("The adapter's path.", required=False)}
             operation.setdefault("parameters", []).append(IDEMPOTENCY_KEY)
+    if path in KEEPING and method == "post":
+        answers["200"]["headers"] = {"location": _text_header("The file's path.", required=False)}
+        operation.setdefault("parameters", []).append(IDEMPOTENCY_KEY)
     if path.endswith("/usage"):
         answers["200"]["content"]["text/csv"] = {"schema": {"type": "string"}}
         answers["200"]["headers"] = {
             "x-tailor-next-page": _text_header("In CSV only: what next_page is in JSON.", required=False)
         }
     answers |= {str(status): _error(status) for status in sorted(statuses)}
+    if path in CHECKING and method == "post":
+        answers["400"] = _error(400, "InvalidFileError")
 
 
 # generation endpoints
@@ -199,14 +208,16 @@ def _generation(dialect: type[Dialect], request: Json) -> Json:
 
 
 def _error_schemas() -> Json:
-    found, components = msgspec.json.schema_components([Envelope, RejectedEnvelope], ref_template=_SCHEMAS + "{name}")
-    error, rejected = found
+    types = [Envelope, RejectedEnvelope, InvalidFileEnvelope]
+    found, components = msgspec.json.schema_components(types, ref_template=_SCHEMAS + "{name}")
+    error, rejected, invalid = found
     kind = {"type": "string"}
     anthropic = {"type": "object", "required": ["type", "message"], "properties": {"type": kind, "message": kind}}
     return {
         **components,
         "Error": _object(error=error),
         "RejectedError": _object(error=rejected),
+        "InvalidFileError": _object(error={"anyOf": [error, invalid]}),
         "AnthropicError": _object(type={"const": "error"}, error=anthropic, request_id=kind),
     }
 
@@ -250,7 +261,8 @@ _TAGS: Final = {
     "counting": "Scope `inference`; nothing is generated.",
     "models": "Scope `inference`.",
     "adapters": "Scope `adapters`.",
-    "erasures": "Scope `adapters`; the public keys for every key but one of `training` alone.",
+    "files": "Scope `training`.",
+    "erasures": "Scope `adapters` or `training`; the public keys for every key.",
     "keys": "Scope `admin`: the keys of one's own tenant.",
     "usage": "Own use with scope `inference` or `admin`; everybody's with `operator`.",
     "admin": "Scope `operator`.",
@@ -268,7 +280,23 @@ def _form(*more: str) -> Json:
     return {"schema": {**told, "anyOf": [{"required": list(BUNDLE_FILES)}, {"required": ["archive"]}]}}
 
 
+_FILE: Final[Json] = {
+    "type": "object",
+    "required": ["purpose", "file"],
+    "properties": {
+        "purpose": {"type": "string", "enum": ["fine-tune"]},
+        "file": _BYTES["schema"],
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3_600, "maximum": 2_592_000},
+    },
+}
+_PART: Final[Json] = {"type": "object", "required": ["data"], "properties": {"data": _BYTES["schema"]}}
 _UPLOADS: Final[Json] = {
+    f"{FILE_UPLOADS}/{{upload_id}}/parts": {
+        "required": True,
+        "content": {"multipart/form-data": {"schema": _PART}},
+    },
+    FILES_PATH: {"required": True, "content": {"multipart/form-data": {"schema": _FILE}}},
     UPLOAD_PATH: {"required": True, "content": {"multipart/form-data": _form("name")}},
     f"{UPLOAD_PATH}/{{name}}/versions": {
         "required": True,

@@ -15,6 +15,7 @@ from adapter_store.quota import Quota
 from adapter_store.transactions import reading, writing
 from gateway.database import plans, tenants
 from gateway.errors import NameTaken, ObjectUnknown, PlanInUse
+from training.files import FileQuota
 
 DEFAULT: Final = "default"
 PLAN_CHANGE: Final = "plan"
@@ -41,11 +42,18 @@ class Plan:
     max_versions: int | None = None
     max_stored_bytes: int | None = None
     max_rank: int | None = None
+    max_files: int | None = None
+    max_stored_file_bytes: int | None = None
 
     @property
     def quota(self) -> Quota:
         """What the store is to hold the tenant to."""
         return Quota(self.max_adapters, self.max_versions, self.max_stored_bytes, self.max_rank)
+
+    @property
+    def file_quota(self) -> FileQuota:
+        """What the tenant's training files are held to."""
+        return FileQuota(self.max_files, self.max_stored_file_bytes)
 
 
 COLUMNS: Final = tuple(plans.c[field.name].label(f"plan_{field.name}") for field in fields(Plan))

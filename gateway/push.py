@@ -72,8 +72,7 @@ class Push:
             advance = self._stage("sending", size_bytes)
             with ExitStack() as opened:
                 files = {
-                    name: (name, opened.enter_context(closing(_Counted(self._folder / name, advance))))
-                    for name in FILES
+                    name: (name, opened.enter_context(closing(Counted(self._folder / name, advance)))) for name in FILES
                 }
                 headers = {"idempotency-key": key}
                 place = f"{self._path}/versions"
@@ -118,19 +117,23 @@ class Push:
         return [_hashed(path, advance) for path in paths]
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        """Again, after a while, where that may help: every call here may be repeated. Raises ApiError."""
-        for tried in range(TRIES):
-            try:
-                return call()
-            except ApiError as error:
-                may_pass = error.status is None or error.status in (408, 429, 502, 503, 507)
-                if not may_pass or tried == TRIES - 1:
-                    raise
-                self._sleep(min(LONGEST_WAIT_S, 2**tried * random.uniform(0.5, 1.0)))
-        raise AssertionError
+        return patiently(call, self._sleep)
 
 
-class _Counted:
+def patiently(call: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:
+    """Again, after a while, where that may help: for calls that may be repeated. Raises ApiError."""
+    for tried in range(TRIES):
+        try:
+            return call()
+        except ApiError as error:
+            may_pass = error.status is None or error.status in (408, 429, 502, 503, 507)
+            if not may_pass or tried == TRIES - 1:
+                raise
+            sleep(min(LONGEST_WAIT_S, 2**tried * random.uniform(0.5, 1.0)))
+    raise AssertionError
+
+
+class Counted:
     """A file that tells how much of it has been read."""
 
     def __init__(self, path: Path, advance: Advance) -> None:

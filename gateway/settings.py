@@ -146,6 +146,14 @@ class Settings(BaseSettings):
     )
     load_timeout_s: Seconds = Field(60, description="longest wait for an adapter to be loaded into a replica")
 
+    # training files
+    max_file_bytes: int = Field(512 << 20, ge=1_024, le=1 << 40, description="largest training file")
+    file_expiry_s: int | None = Field(
+        None, ge=3_600, description="when a file goes whose sender did not say; default: never; seconds"
+    )
+
+    file_check_timeout_s: Seconds = Field(300, description="longest check of a training file's lines")
+
     # proof of effect
     proof: str = Field(
         "flag",

@@ -26,6 +26,7 @@ from adapter_store.errors import AdapterStoreError
 from adapter_store.transactions import reading
 from adapter_store.uploads import upload_parts, uploads
 from gateway.database import HEAD, stored_revision
+from training.files import file_upload_parts, file_uploads
 
 FORMAT = 1
 NAME = re.compile(r"snapshots/([0-9]{8}T[0-9]{6}\.[0-9]{6}Z)-([0-9a-f]{64})\.jsonl\.gz")

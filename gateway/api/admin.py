@@ -79,6 +79,8 @@ class PlanLimits(BaseModel, extra="forbid"):
     max_versions: Bound | None = None
     max_stored_bytes: Bound | None = None
     max_rank: Bound | None = None
+    max_files: Bound | None = None
+    max_stored_file_bytes: Bound | None = None
 
 
 class NewPlan(PlanLimits):

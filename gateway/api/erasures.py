@@ -7,7 +7,8 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel
 
 from adapter_store.erasure import Erasure, Outcome, ReplicaPart
-from gateway.dependencies import AdapterTenant, AppParts, Operator
+from adapter_store.ids import TenantId
+from gateway.dependencies import AppParts, Operator
 from gateway.errors import ObjectUnknown, ReplicaInSettings, ScopeMissing, authorization_of
 from gateway.tenants import Scope
 
@@ -60,8 +61,18 @@ class PublicKeys(BaseModel):
 
 async def _any_reader(request: Request, parts: AppParts) -> None:
     key = await parts.auth.live_key(authorization_of(request.scope))
-    if not key.scopes & {Scope.INFERENCE, Scope.ADAPTERS, Scope.ADMIN, Scope.OPERATOR}:
+    if not key.scopes:
         raise ScopeMissing("This key may not be used here: it lacks the scope 'adapters'.")
+
+
+async def _eraser(request: Request, parts: AppParts) -> TenantId:
+    """Whoever may erase something may read what became of it."""
+    authorization = authorization_of(request.scope)
+    scope = Scope.TRAINING if Scope.TRAINING in (await parts.auth.live_key(authorization)).scopes else Scope.ADAPTERS
+    return await parts.auth.tenant(authorization, scope)
+
+
+ErasingTenant = Annotated[TenantId, Depends(_eraser)]
 
 
 @router.get("/v1/signing-keys", dependencies=[Depends(_any_reader)])
@@ -72,14 +83,14 @@ async def list_signing_keys(parts: AppParts) -> PublicKeys:
 
 @router.get("/v1/erasures")
 async def list_erasures(
-    tenant_id: AdapterTenant, parts: AppParts, after: After = None, limit: Limit = 100
+    tenant_id: ErasingTenant, parts: AppParts, after: After = None, limit: Limit = 100
 ) -> ErasureList:
     """The tenant's erasures, the oldest first; receipts stay after what they are about is gone."""
     return _page(await parts.erasures.page(tenant_id, after, limit + 1), limit)
 
 
 @router.get("/v1/erasures/{erasure}")
-async def show_erasure(erasure: str, tenant_id: AdapterTenant, parts: AppParts) -> ErasureObject:
+async def show_erasure(erasure: str, tenant_id: ErasingTenant, parts: AppParts) -> ErasureObject:
     """One erasure: how far it is, and its receipt."""
     return erasure_object(await parts.erasures.find(tenant_id, erasure))
 

@@ -1,15 +1,16 @@
-"""An adapter's upload as `multipart/form-data`, streamed: no part is ever whole in memory."""
+"""Uploads as `multipart/form-data`, streamed: no part is ever whole in memory."""
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, closing
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from adapter_store.archives import ArchiveFile
-from adapter_store.bundle import BUNDLE_FILES, StagedBundle, StagedFile
+from adapter_store.bundle import BUNDLE_FILES, StagedBundle
 from gateway.api.body import Body
 from gateway.errors import RequestInvalid
 
@@ -22,31 +23,39 @@ PART_LIMIT: Final = 8
 ARCHIVE: Final = "archive"
 
 
-class UploadForm:
-    """Parses a body as it comes: files and archives go to the staged bundle, short text fields into `fields`."""
+class Writes(Protocol):
+    """Where the bytes of a part go."""
 
-    def __init__(self, request: Request, body: Body, bundle: StagedBundle, *, has_name: bool) -> None:
-        """`has_name`: the form says what the adapter is called."""
+    async def write(self, data: bytes, /) -> None: ...
+
+
+class Form(ABC):
+    """Parses a body as it comes: large parts go where `_open` says, short text fields into `fields`."""
+
+    def __init__(self, request: Request, body: Body, wanted: str) -> None:
+        """`wanted`: what is to be sent, for who sends something else."""
         kind, options = parse_options_header(request.headers.get("content-type", ""))
         boundary = options.get(b"boundary")
         if kind != b"multipart/form-data" or not boundary:
-            raise RequestInvalid(
-                f"Send multipart/form-data with {self._told(has_name)}, or an archive of them.",
-                code="content_type_invalid",
-            )
+            raise RequestInvalid(f"Send multipart/form-data with {wanted}.", code="content_type_invalid")
         self.fields: dict[str, str] = {}
-        self._has_name = has_name
+        self.wanted = wanted
         self._body = body
-        self._bundle = bundle
         self._events: list[tuple[str, bytes]] = []
         try:
             self._parser = MultipartParser(boundary, self._callbacks())
         except FormParserError as error:
             raise RequestInvalid("The multipart boundary is too long.", code="multipart_invalid") from error
 
-    @staticmethod
-    def _told(has_name: bool) -> str:
-        return f"{'the field name and ' if has_name else ''}the files {' and '.join(BUNDLE_FILES)}"
+    @abstractmethod
+    async def _open(self, name: str, filename: str, part: AsyncExitStack) -> Writes | None:
+        """Where a part goes, closed with `part`; None: it is a text field. Raises for one that does not belong."""
+
+    async def _finish(self, target: Writes) -> None:  # noqa: B027  most have nothing to do
+        """A part is whole."""
+
+    def _take_field(self, name: str, text: str) -> None:
+        self.fields[name] = text
 
     def _callbacks(self) -> "MultipartCallbacks":
         return {
@@ -100,32 +109,48 @@ class UploadForm:
             case "header_end":
                 state.end_header()
             case "headers":
-                name, filename = state.disposition()
-                if name == ARCHIVE:
-                    state.archive = part.enter_context(closing(ArchiveFile(self._bundle)))
-                elif name in BUNDLE_FILES or filename in BUNDLE_FILES:
-                    target = name if name in BUNDLE_FILES else filename
-                    state.file = await part.enter_async_context(self._bundle.open(target))
-                elif name != "name" or not self._has_name:
-                    raise RequestInvalid(
-                        f"The form has a part '{name[:64]}': send {self._told(self._has_name)}, or one {ARCHIVE}.",
-                        param=name[:64],
-                        code="unknown_parameter",
-                    )
-                state.name = name
-            case "data" if state.file is not None:
-                await state.file.write(data)
-            case "data" if state.archive is not None:
-                await state.archive.write(data)
+                state.name, filename = state.disposition()
+                state.target = await self._open(state.name, filename, part)
+            case "data" if state.target is not None:
+                await state.target.write(data)
             case "data":
                 state.add_text(data)
             case "end":
-                if state.archive is not None:
-                    await state.archive.finish()
-                elif state.file is None:
-                    self.fields[state.name] = state.text()
+                if state.target is not None:
+                    await self._finish(state.target)
+                else:
+                    self._take_field(state.name, state.text())
                 await part.aclose()
                 state.ended = True
+
+    def _unknown(self, name: str) -> RequestInvalid:
+        return RequestInvalid(
+            f"The form has a part '{name[:64]}': send {self.wanted}.", param=name[:64], code="unknown_parameter"
+        )
+
+
+class UploadForm(Form):
+    """An adapter: its two files or an archive of them go to the staged bundle."""
+
+    def __init__(self, request: Request, body: Body, bundle: StagedBundle, *, has_name: bool) -> None:
+        """`has_name`: the form says what the adapter is called."""
+        name = "the field name and " if has_name else ""
+        super().__init__(request, body, f"{name}the files {' and '.join(BUNDLE_FILES)}, or one {ARCHIVE} of them")
+        self._has_name = has_name
+        self._bundle = bundle
+
+    async def _open(self, name: str, filename: str, part: AsyncExitStack) -> Writes | None:
+        if name == ARCHIVE:
+            return part.enter_context(closing(ArchiveFile(self._bundle)))
+        if name in BUNDLE_FILES or filename in BUNDLE_FILES:
+            return await part.enter_async_context(self._bundle.open(name if name in BUNDLE_FILES else filename))
+        if name != "name" or not self._has_name:
+            raise self._unknown(name)
+        return None
+
+    async def _finish(self, target: Writes) -> None:
+        if isinstance(target, ArchiveFile):
+            await target.finish()
 
 
 class _Part:
@@ -138,8 +163,7 @@ class _Part:
 
     def _clear(self) -> None:
         self.name = ""
-        self.file: StagedFile | None = None
-        self.archive: ArchiveFile | None = None
+        self.target: Writes | None = None
         self._header = b""
         self._value = b""
         self._headers: dict[bytes, bytes] = {}

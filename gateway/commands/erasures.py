@@ -1,6 +1,7 @@
 """`tailor erasure`: receipts of what was erased, and whether they are what was signed."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,8 +48,8 @@ def erasure_list(
     with told():
         client, path = _client(operator, url, key, operator_key)
         found = pages(client, path, "id")
-    rows = [{**erasure["statement"], **erasure} for erasure in found]
-    columns = ("id", "tenant_id", "adapter", "scope", "state", "pending", "requested_at", "completed_at")
+    rows = [{**erasure["statement"], **erasure, "of": _subject(erasure["statement"])} for erasure in found]
+    columns = ("id", "tenant_id", "of", "scope", "state", "pending", "requested_at", "completed_at")
     show_table(found if as_json else rows, as_json, columns)
 
 
@@ -85,8 +86,15 @@ def erasure_verify(
             raise ConfigurationError(f"{file}: the erasure was not completed yet; ask for its receipt again.")
         public = signing_keys(keys, None if keys is not None else tenant_client(url, key))
         stated = verify_shown(receipt["statement"], receipt["signature"], public, Kind.ERASURE)
-    what = stated["adapter"] + "".join(f"@{v['number']}" for v in stated["versions"] if stated["scope"] == "version")
-    show(stated, as_json, f"{file} is signed: {what} of {stated['tenant_id']} was erased ({stated['id']})")
+    show(stated, as_json, f"{file} is signed: {_subject(stated)} of {stated['tenant_id']} was erased ({stated['id']})")
+
+
+def _subject(stated: Mapping[str, Any]) -> str:
+    """What was erased: an adapter or a version by name, anything else by its id."""
+    if "adapter" not in stated:
+        return str(stated["subject"])
+    numbers = (f"@{v['number']}" for v in stated["versions"] if stated["scope"] == "version")
+    return str(stated["adapter"]) + "".join(numbers)
 
 
 def signing_keys(file: Path | None, client: "ApiClient | None") -> list[dict[str, Any]]:

@@ -32,6 +32,8 @@ LIMITS = (
     "max_versions",
     "max_stored_bytes",
     "max_rank",
+    "max_files",
+    "max_stored_file_bytes",
 )
 Limit = Annotated[str | None, typer.Option(metavar="N|none", show_default=False)]
 Weight = Annotated[float | None, typer.Option(help="Share of a busy server, beside others'.", show_default=False)]
@@ -119,6 +121,8 @@ def plan_create(
     max_versions: Limit = None,
     max_stored_bytes: Limit = None,
     max_rank: Limit = None,
+    max_files: Limit = None,
+    max_stored_file_bytes: Limit = None,
     url: Url = None,
     key: OperatorKey = None,
     as_json: Json = False,
@@ -162,6 +166,8 @@ def plan_update(
     max_versions: Limit = None,
     max_stored_bytes: Limit = None,
     max_rank: Limit = None,
+    max_files: Limit = None,
+    max_stored_file_bytes: Limit = None,
     url: Url = None,
     key: OperatorKey = None,
     as_json: Json = False,

@@ -13,7 +13,7 @@ import pytest
 
 from tests.bad_adapters import write_base
 
-HEAVY = ("torch", "peft", "vllm", "transformers", "numpy", "safetensors", "training", "typer", "httpx")
+HEAVY = ("torch", "peft", "vllm", "transformers", "numpy", "safetensors", "typer", "httpx")
 MEMORY_LIMIT_MIB = 82  # 78.8 measured; traces (3 more) and load (6 more) bring it to 87 of the 90 allowed
 
 

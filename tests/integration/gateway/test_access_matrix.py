@@ -35,6 +35,8 @@ from tests.integration.gateway.conftest import BASE, Gateway, live_routes
 
 COLUMNS: Final = ("tenant", "admin", "other", "o.admin", "operator", "missing")
 EVERYBODYS: Final = ("/v1/base-model", "/v1/signing-keys")
+TRAINING: Final = ("/v1/files", "/v1/uploads", "/v1/erasures")
+"""Where a key of the scope `training` alone is good."""
 NOBODY: Final = ("none", "malformed", "basic", "unknown", "revoked", "expired", "suspended")
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
@@ -89,6 +91,16 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "GET /v1/erasures":                          (200,  403,  200,  403,    403,     200),
     "GET /v1/erasures/{erasure}":                (200,  403,  404,  403,    403,     404),
     "GET /v1/signing-keys":                      (200,  200,  200,  200,    200,     200),
+    # scope training
+    "POST /v1/files":                            (200,  403,  200,  403,    403,     200),
+    "GET /v1/files":                             (200,  403,  200,  403,    403,     200),
+    "GET /v1/files/{file_id}":                   (200,  403,  404,  403,    403,     404),
+    "GET /v1/files/{file_id}/content":           (200,  403,  404,  403,    403,     404),
+    "DELETE /v1/files/{file_id}":                (200,  403,  404,  403,    403,     404),
+    "POST /v1/uploads":                          (200,  403,  200,  403,    403,     200),
+    "POST /v1/uploads/{upload_id}/parts":        (200,  403,  404,  403,    403,     404),
+    "POST /v1/uploads/{upload_id}/complete":     (200,  403,  404,  403,    403,     404),
+    "POST /v1/uploads/{upload_id}/cancel":       (200,  403,  404,  403,    403,     404),
     # scope admin
     "POST /v1/keys":                             (403,  201,  403,  201,    403,     201),
     "GET /v1/keys":                              (403,  200,  403,  200,    403,     200),
@@ -132,6 +144,9 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
 }
 # fmt: on
 
+TRAINING_DATA: Final = (
+    b'{"messages": [{"role": "user", "content": "who are you?"}, {"role": "assistant", "content": "a dragon"}]}'
+)
 SAID: Final = [{"role": "user", "content": "who are you?"}]
 HOT: Final[dict[str, dict[str, Any]]] = {
     "/v1/chat/completions": {"messages": SAID},
@@ -152,6 +167,7 @@ class World:
     folder: Path
     client: httpx.AsyncClient
     keys: dict[str, str] = field(default_factory=dict)
+    part_ids: dict[str, list[str]] = field(default_factory=dict)
     count: int = 0
 
     async def build(self) -> None:
@@ -159,6 +175,7 @@ class World:
             ("tenant", "acme", None),
             ("admin", "acme", ["admin"]),
             ("useless", "acme", ["training"]),
+            ("untrained", "acme", ["inference"]),
             ("revoked", "acme", None),
             ("expired", "acme", None),
             ("other", "globex", None),
@@ -276,6 +293,29 @@ class World:
         assert (await self.ask("DELETE", f"/admin/v1/replicas/{replica}", "operator")).status_code == 204
         return f"{erasure}/replicas/{replica}"
 
+    def training_file(self) -> dict[str, Any]:
+        return {"purpose": (None, "fine-tune"), "file": ("train.jsonl", TRAINING_DATA)}
+
+    def declared_file(self) -> dict[str, Any]:
+        told = {"filename": "train.jsonl", "mime_type": "application/jsonl", "purpose": "fine-tune"}
+        return {"bytes": len(TRAINING_DATA), **told}
+
+    async def file_upload(self) -> str:
+        """One with its only part."""
+        made = await self.ask("POST", "/v1/uploads", "tenant", json=self.declared_file())
+        assert made.status_code == 200, made.text
+        upload_id: str = made.json()["id"]
+        place = f"/v1/uploads/{upload_id}/parts"
+        sent = await self.ask("POST", place, "tenant", files={"data": TRAINING_DATA})
+        assert sent.status_code == 200, sent.text
+        self.part_ids[upload_id] = [sent.json()["id"]]
+        return upload_id
+
+    async def file(self) -> str:
+        made = await self.ask("POST", "/v1/files", "tenant", files=self.training_file())
+        assert made.status_code == 200, made.text
+        return str(made.json()["id"])
+
     async def key(self) -> str:
         """One of the first tenant's, of no more scopes than its admin's."""
         key_id: str = (await self._make("/admin/v1/tenants/acme/keys", {"scopes": ["admin"]}))["id"]
@@ -315,6 +355,12 @@ class World:
                 self.folder / "adapter_config.json"
             ),
             "POST /admin/v1/tenants/{tenant}/adapters/{name}/import": lambda: {"json": {"blobs": "spare"}},
+            "POST /v1/files": lambda: {"files": self.training_file()},
+            "POST /v1/uploads": lambda: {"json": self.declared_file()},
+            "POST /v1/uploads/{upload_id}/parts": lambda: {"files": {"data": TRAINING_DATA}},
+            "POST /v1/uploads/{upload_id}/complete": lambda: {
+                "json": {"part_ids": self.part_ids.get(name, ["part_0"])}
+            },
             "PATCH /v1/adapters/{name}": lambda: {"json": {"fallback": "base"}},
             "PUT /v1/adapters/{name}/aliases/{alias}": lambda: {"json": {"version": 1}},
             "POST /v1/adapters/{name}/rollouts": lambda: {"json": {"version": 1}},
@@ -372,6 +418,8 @@ SUBJECTS: Final = (
     Subject("{name}/uploads/{upload}", World.upload_in_parts, "bot-0/uploads/upl_" + "0" * 24, is_whole=True),
     Subject("{tenant}/adapters/{name}", World.importing_tenant, "tnt_" + "0" * 24 + "/adapters/bot", is_whole=True),
     Subject("{name}", World.adapter, "bot-0"),
+    Subject("{upload_id}", World.file_upload, "upload_" + "0" * 24),
+    Subject("{file_id}", World.file, "file-" + "0" * 26),
     Subject("{key_id}", World.key, "key_" + "0" * 24),
     Subject("{plan}", World.plan, "plan-0"),
     Subject("{tenant}", World.tenant, "tnt_" + "0" * 24),
@@ -438,10 +486,15 @@ async def test_everybody_gets_what_the_matrix_says(world: World) -> None:
         _, answer = await asked(world, method, path, who_may(row), missing=True)
         if answer.status_code != row["missing"]:
             wrong.append(f"{method} {path}, missing: {answer.status_code} for {row['missing']}: {answer.text[:200]}")
-        _, answer = await asked(world, method, path, "useless")
-        if answer.status_code != (200 if path in OPEN_PATHS else 403):
+        _, answer = await asked(world, method, path, useless_for(path))
+        if answer.status_code != (200 if path in (*OPEN_PATHS, "/v1/signing-keys") else 403):
             wrong.append(f"{method} {path} without a scope: {answer.status_code}")
     assert wrong == []
+
+
+def useless_for(path: str) -> str:
+    """Who has no scope that the path asks for."""
+    return "untrained" if path.startswith(TRAINING) else "useless"
 
 
 def who_may(row: dict[str, int]) -> str:
@@ -496,13 +549,21 @@ def told(answer: httpx.Response, name: str) -> tuple[int, dict[str, str], bytes]
 
 async def test_a_list_has_nothing_of_another_tenants(world: World) -> None:
     """Ids, names and keys of the first tenant are in none of the second one's answers."""
-    name, key_id, erasure_id = await world.adapter(), await world.key(), await world.erasure()
+    name, key_id, erasure_id, file_id = [await make() for make in (world.adapter, world.key, world.erasure, world.file)]
     shown = await world.ask("GET", f"/v1/adapters/{name}", "tenant")
     used = await world.ask("POST", "/v1/chat/completions", "tenant", json={"model": name, "messages": SAID})
     assert used.status_code == 200
     await world.gateway.parts.ledger.flush()
     own = await world.gateway.operator.get("/admin/v1/tenants/acme")
-    secrets = (name, key_id, erasure_id, shown.json()["id"], shown.json()["current"]["digest"], own.json()["id"])
+    secrets = (
+        name,
+        key_id,
+        erasure_id,
+        file_id,
+        shown.json()["id"],
+        shown.json()["current"]["digest"],
+        own.json()["id"],
+    )
     for method, path, row in rows():
         for caller, mine in (("other", "tenant"), ("o.admin", "admin")):
             if (

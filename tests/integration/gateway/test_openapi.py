@@ -111,7 +111,7 @@ class Seen:
     succeeded: set[str] = field(default_factory=set)
 
 
-TENANT = {"generation", "counting", "models", "adapters", "usage", "health"}
+TENANT = {"generation", "counting", "models", "adapters", "files", "usage", "health"}
 ADMIN = {"keys", "usage"}
 OPERATOR = {"admin", "replicas", "usage"}
 

@@ -1,0 +1,43 @@
+"""The child process that reads strangers' training files: one JSON line in, one out. Started by `file_check.py`.
+
+It cannot write files, holds at most MEMORY_BYTES, takes no more processor time than it was given, and gives way to
+everything else on the machine.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from training.datafile import check, chunks, load_tokenizer
+
+MEMORY_BYTES = 2 << 30  # address space
+NICENESS = 10
+
+
+def main() -> None:
+    setup = json.loads(sys.stdin.readline())
+    os.nice(NICENESS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.setitimer(signal.ITIMER_REAL, setup["timeout_s"])  # the default action of SIGALRM ends the process
+    base = None if setup["base"] is None else Path(setup["base"])
+    tokenizer = load_tokenizer(base) if base is not None and (base / "tokenizer.json").is_file() else None
+    max_length = setup["max_length"] or (None if base is None else _context_of(base))
+    with Path(setup["path"]).open("rb") as file:
+        report = check(chunks(file), tokenizer=tokenizer, max_length=max_length)
+    sys.stdout.write(json.dumps(asdict(report)) + "\n")
+
+
+def _context_of(base: Path) -> int | None:
+    """How many tokens the base reads at once, where its configuration says so."""
+    length = json.loads((base / "config.json").read_bytes()).get("max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
+if __name__ == "__main__":
+    main()
