@@ -11,8 +11,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager
-def reproducible(seed: int, *, threads: int | None = None) -> Iterator[None]:
-    """Seed torch and allow only deterministic kernels inside the block; outside, everything is as before.
+def deterministic(*, threads: int | None = None) -> Iterator[None]:
+    """Allow only deterministic kernels inside the block; outside, everything is as before.
 
     The number of CPU threads decides the order in which partial sums are added, so give `threads` where
     the result must not depend on how many cores the process happened to see.
@@ -24,10 +24,16 @@ def reproducible(seed: int, *, threads: int | None = None) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that writes every tensor twice
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            yield
+        yield
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill_before
         torch.use_deterministic_algorithms(deterministic_before)
         torch.set_num_threads(threads_before)
+
+
+@contextmanager
+def reproducible(seed: int, *, threads: int | None = None) -> Iterator[None]:
+    """Deterministic, and torch seeded, inside the block; what was drawn in it is forgotten after."""
+    with deterministic(threads=threads), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from training import recipe, tasks
 from training.evaluation import Answerer, exact_match
@@ -31,7 +32,7 @@ def test_a_greedy_answer_takes_the_likeliest_token_each_time(base: Path) -> None
 
     prompt = answerer.tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
     with torch.inference_mode():
-        logits = recipe.load_base(base)(torch.tensor([prompt + generation.token_ids])).logits[0]
+        logits = AutoModelForCausalLM.from_pretrained(base)(torch.tensor([prompt + generation.token_ids])).logits[0]
     expected = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1).max(dim=-1)
     assert expected.indices.tolist() == generation.token_ids
     assert generation.logprobs == pytest.approx(expected.values.tolist(), abs=1e-4)

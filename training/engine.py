@@ -1,0 +1,371 @@
+"""Trains many adapters of one base at once: one forward and one backward pass a step, whoever takes part.
+
+Read `Engine.step` first. A run's bits do not depend on who steps beside it: what is summed over tokens is summed in the
+run's own shape, and a matrix product gives each row the same bits whatever rows lie around it (docs/training.md says
+where that holds).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from training import adapter_weights, checkpoints, dpo, schedule
+from training.dataset import Pair, Row
+from training.determinism import deterministic
+from training.failures import LossNotFinite, OutOfMemory, TrainingFailed
+from training.layout import Block, Item, Line, block, line
+from training.progress import no_library_bars
+from training.run import Best, Run, Spec, halves, side_by_side
+from training.slots import Part, adaptable
+from training.token_loss import LEAST_ROWS, token_losses
+
+__all__ = ["Engine", "Evaluation", "Run", "Spec", "StepReport"]
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # AdamW's, as everywhere
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """`loss` is the mean per token in nats (dpo: per pair), `token_accuracy` the share of tokens whose target was the
+    likeliest (dpo: of pairs whose better answer gained more than the worse)."""
+
+    loss: float
+    token_accuracy: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Of one run's step; `loss` and `token_accuracy` as in `Evaluation`. With `error` the run is over, its weights as
+    they were before the step."""
+
+    step: int
+    loss: float
+    token_accuracy: float
+    tokens: int
+    learning_rate: float
+    grad_norm: float
+    validation: Evaluation | None = None
+    error: TrainingFailed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What one run has in one pass. `weights` are as the layers take them, `units` the tokens or pairs of the run's
+    whole step: the step is one mean over them, however it is cut into passes."""
+
+    run: Run
+    weights: Tensor
+    block: Block
+    units: int
+
+    @property
+    def dpo(self) -> bool:
+        return self.run.spec.method == "dpo"
+
+
+@dataclass(slots=True)
+class _Step:
+    """One run's step, pass by pass. `sums` are loss and hits, on the device, since reading them would wait for it."""
+
+    run: Run
+    passes: list[list[Item]]
+    weights: Tensor
+    tokens: int = field(init=False)
+    units: int = field(init=False)
+    gradient: Tensor | None = None
+    sums: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = sum(item.trained_tokens for items in self.passes for item in items)
+        pairs = sum(map(len, self.passes)) // 2
+        self.units = pairs if self.run.spec.method == "dpo" else max(1, self.tokens)
+
+    def add(self, sums: Tensor, gradient: Tensor) -> None:
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.gradient = gradient if self.gradient is None else self.gradient.add_(gradient)
+
+
+class Engine:
+    """One base, frozen and warm."""
+
+    def __init__(
+        self, base: Path, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
+    ) -> None:
+        """Load the model in the folder `base`: on the GPU in its own precision if there is one, else in float32.
+
+        `threads` are the CPU's, torch's own choice if not given; their number decides the bits.
+
+        Raises:
+            TrainingFailed: the base's output layer does more than multiply.
+        """
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.threads = threads or torch.get_num_threads()
+        precision = dtype or ("auto" if self.device.type == "cuda" else "float32")
+        with no_library_bars():
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=precision)
+        self._model: PreTrainedModel = model.to(self.device).eval()
+        _check_output(self._model)
+        self._head: Tensor = self._model.get_output_embeddings().weight
+        self._layers = adaptable(self._model)
+        self.longest: int = self._model.config.max_position_embeddings
+        self._base = base.resolve().name
+
+    def begin(self, spec: Spec) -> Run:
+        """A run before its first step.
+
+        Raises:
+            TrainingFailed: the base has no such layers, a row is too long, or the adapter to start from does not fit.
+        """
+        hp = spec.hyperparameters
+        linears = {path: (layer.weight.shape[1], layer.weight.shape[0]) for path, layer in self._layers.items()}
+        layout = adapter_weights.plan(linears, hp)
+        if spec.warm_start is None:
+            weights = adapter_weights.fresh(layout, hp.seed)
+        else:
+            weights = adapter_weights.warm(layout, hp.seed, spec.warm_start)
+        return Run(spec, layout, weights.to(self.device), longest=self.longest, base=self._base)
+
+    def resume(self, spec: Spec, folder: Path) -> Run:
+        """The run as its newest whole checkpoint in `folder` has it, or before its first step if there is none.
+
+        Raises:
+            TrainingFailed: as `begin` does, or the checkpoint is another run's.
+        """
+        run = self.begin(spec)
+        checkpoint = checkpoints.newest(folder)
+        if checkpoint is not None:
+            run.restore(checkpoint)
+        return run
+
+    def cost(self, run: Run) -> int:
+        """Tokens, padding included, of the widest pass of the run's next step; 0 where it is done."""
+        return 0 if run.done else max(block(items).tokens for items in run.micro_batches())
+
+    def step(self, runs: Sequence[Run]) -> list[StepReport]:
+        """One optimiser step of each run, all in one batch. A run that fails is told so and is over; the rest go on.
+
+        Raises:
+            ValueError: a run is done, or stands there twice.
+        """
+        if any(run.done for run in runs) or len(set(map(id, runs))) < len(runs):
+            raise ValueError("each run of a step must have steps left, and stand there once")
+        with self._prepared(runs):
+            return [self._apply(step) for step in self._differentiated(runs)]
+
+    def evaluate(self, run: Run, rows: Sequence[Row] | Sequence[Pair]) -> Evaluation:
+        """How well the run tells `rows`, pairs where it learns from pairs, as it is now; changes nothing.
+
+        Raises:
+            ValueError: nothing in them is to be told.
+        """
+        pairs = [halves(row) for row in rows]
+        width = run.spec.hyperparameters.batch_size
+        passes = [side_by_side(pairs[at : at + width]) for at in range(0, len(pairs), width)]
+        whole = _Step(run, passes, _as_served(run, self._head.dtype))
+        if not whole.tokens:
+            raise ValueError("nothing in these rows is to be told")
+        with self._prepared([run]), torch.no_grad():
+            for items in passes:
+                sums, gradient = self._pass([_Share(run, whole.weights, block(items), whole.units)])[0]
+                whole.add(sums, gradient)
+        assert whole.sums is not None
+        loss, hits = whole.sums.tolist()
+        return Evaluation(loss, hits / whole.units, whole.tokens)
+
+    @contextmanager
+    def _prepared(self, runs: Sequence[Run]) -> Iterator[None]:
+        """Deterministic; layers are computed twice where a run asks for it, which changes no bits."""
+        twice = any(run.spec.hyperparameters.gradient_checkpointing for run in runs)
+        self._model.train(twice)  # transformers recomputes in training mode only; there is no dropout to wake
+        if twice:
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            with deterministic(threads=self.threads):
+                yield
+        finally:
+            if twice:
+                self._model.gradient_checkpointing_disable()
+
+    def _differentiated(self, runs: Sequence[Run]) -> list["_Step"]:
+        """Each run's next step with its gradient; without one where there is not the memory for it, even alone."""
+        steps = [_Step(run, run.micro_batches(), _as_served(run, self._head.dtype)) for run in runs]
+        try:
+            for turn in range(max(len(step.passes) for step in steps)):
+                taking = [step for step in steps if turn < len(step.passes)]
+                shares = [_Share(step.run, step.weights, block(step.passes[turn]), step.units) for step in taking]
+                for step, (sums, gradient) in zip(taking, self._pass(shares), strict=True):
+                    step.add(sums, gradient)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+        else:
+            return steps
+        # outside of the handler, whose traceback would hold on to the tensors
+        if len(runs) == 1:
+            return [_Step(runs[0], steps[0].passes, steps[0].weights)]
+        del steps
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return [self._differentiated([run])[0] for run in runs]
+
+    def _pass(self, shares: Sequence[_Share]) -> list[tuple[Tensor, Tensor]]:
+        """Forward and, where gradients are on, backward: loss and hits (2,), and the gradient, of each share."""
+        order = sorted(range(len(shares)), key=lambda at: _shape(shares[at]))
+        ranked = [shares[at] for at in order]
+        laid = self._laid(ranked)
+        references = self._references(ranked)
+        with self._serving(ranked, laid) as gradients:
+            losses, hits = token_losses(self._hidden(laid), self._head, laid.trained, laid.targets)
+            told = zip(ranked, losses.split(laid.counts), hits.split(laid.counts), references, strict=True)
+            outcomes = [_outcome(*one) for one in told]
+            if torch.is_grad_enabled():
+                torch.autograd.backward([loss for loss, _ in outcomes])
+        sums = [torch.stack((loss.detach(), hit.to(loss.dtype))) for loss, hit in outcomes]
+        by_share = dict(zip(order, zip(sums, gradients, strict=True), strict=True))
+        return [by_share[at] for at in range(len(shares))]
+
+    def _laid(self, shares: Sequence[_Share]) -> Line:
+        return line([share.block for share in shares], self.device, least=LEAST_ROWS * self.threads)
+
+    def _hidden(self, laid: Line) -> Tensor:
+        """(1, tokens, width), normed, as the output layer takes it."""
+        decoder = self._model.get_decoder()
+        return decoder(
+            input_ids=laid.input_ids, position_ids=laid.positions, use_cache=False, stretches=laid.stretches
+        ).last_hidden_state
+
+    @torch.no_grad()
+    def _references(self, shares: Sequence[_Share]) -> list[Tensor | None]:
+        """What the base alone gives each answer of the shares that learn from pairs: log-probabilities (rows,)."""
+        paired = [share for share in shares if share.dpo]
+        if not paired:
+            return [None] * len(shares)
+        laid = self._laid(paired)
+        losses, _ = token_losses(self._hidden(laid), self._head, laid.trained, laid.targets)
+        told = iter([_of_rows(*one) for one in zip(paired, losses.split(laid.counts), strict=True)])
+        return [next(told) if share.dpo else None for share in shares]
+
+    @contextmanager
+    def _serving(self, shares: Sequence[_Share], laid: Line) -> Iterator[list[Tensor]]:
+        """Let the layers serve these adapters, neighbours of one shape stacked; yields where each one's gradient is
+        added: of `lora_B` as the layers take it, times its scale."""
+        parts: dict[str, list[Part]] = {}
+        gradients: list[Tensor] = []
+        for _, group in groupby(zip(shares, laid.starts, strict=True), lambda one: _shape(one[0])):
+            members, starts = zip(*group, strict=True)
+            stack = torch.stack([share.weights for share in members])
+            added = torch.zeros(stack.shape, device=self.device)
+            gradients.extend(added)
+            span = (starts[0], starts[-1] + members[-1].block.tokens)
+            for place in members[0].run.layout.places:
+                part = Part(*span, *place.halves(stack), *place.halves(added))
+                parts.setdefault(place.module, []).append(part)
+        for module, serving in parts.items():
+            self._layers[module].parts = serving
+        try:
+            yield gradients
+        finally:
+            for module in parts:
+                self._layers[module].parts = ()
+
+    def _apply(self, step: _Step) -> StepReport:
+        """Clip, move the weights, validate when it is time."""
+        run, hp = step.run, step.run.spec.hyperparameters
+        number = run.step + 1
+        rate = hp.learning_rate * schedule.rate_factor(number, run.total_steps, hp)
+        if step.gradient is None or step.sums is None:
+            run.failed = OutOfMemory(number, self.cost(run))
+            return StepReport(number, math.nan, 0.0, step.tokens, rate, math.nan, error=run.failed)
+        step.gradient[run.layout.inner :].mul_(run.scales)
+        norm = torch.linalg.vector_norm(step.gradient)
+        loss, hits, length = torch.stack((*step.sums, norm)).tolist()
+        if not math.isfinite(loss) or not math.isfinite(length):
+            whose = (length, "gradient's length") if math.isfinite(loss) else (loss, "loss")
+            run.failed = LossNotFinite(number, *whose)
+            return StepReport(number, loss, 0.0, step.tokens, rate, length, error=run.failed)
+        if length > hp.max_grad_norm:
+            step.gradient.mul_(hp.max_grad_norm / (length + 1e-6))  # torch's clip_grad_norm_
+        _adamw(run, step.gradient, rate)
+        run.step = number
+        validation = self._validated(run)
+        return StepReport(number, loss, hits / step.units, step.tokens, rate, length, validation)
+
+    def _validated(self, run: Run) -> Evaluation | None:
+        """Validate if it is time; keep the weights if they are the best, end the run if that was too long ago."""
+        hp, spec = run.spec.hyperparameters, run.spec
+        due = run.step == run.total_steps or (hp.eval_steps is not None and run.step % hp.eval_steps == 0)
+        if not spec.validation or not due:
+            return None
+        found = self.evaluate(run, spec.validation)
+        if run.best is None or found.loss < run.best.loss:
+            run.best, run.worse = Best(run.step, found.loss, run.weights.cpu().clone()), 0
+        else:
+            run.worse += 1
+            run.stopped = hp.early_stopping_patience is not None and run.worse >= hp.early_stopping_patience
+        return found
+
+
+def _shape(share: _Share) -> tuple[object, ...]:
+    """Shares of one shape can be computed as one."""
+    return share.run.layout.signature, share.block.length, len(share.block.items)
+
+
+def _as_served(run: Run, dtype: torch.dtype) -> Tensor:
+    """The weights with each `lora_B` times its scale, in the base's precision."""
+    served = run.weights.clone()
+    served[run.layout.inner :].mul_(run.scales)
+    return served.to(dtype)
+
+
+def _outcome(share: _Share, losses: Tensor, hits: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The share's part of the run's loss, and its hits."""
+    if reference is None:
+        return losses.sum() / share.units, hits.sum()
+    policy = _of_rows(share, losses)
+    chosen, rejected = policy.chunk(2)
+    chosen_before, rejected_before = reference.chunk(2)
+    each = dpo.loss(chosen, rejected, chosen_before, rejected_before, share.run.spec.hyperparameters.beta)
+    gained = (chosen - chosen_before) > (rejected - rejected_before)
+    return each.sum() / share.units, gained.sum()
+
+
+def _of_rows(share: _Share, losses: Tensor) -> Tensor:
+    """Log-probability of each of the share's rows, from its tokens' losses."""
+    counts = torch.tensor([item.trained_tokens for item in share.block.items], device=losses.device)
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=losses.device), counts, output_size=len(losses))
+    return losses.new_zeros(len(counts)).index_add(0, rows, -losses)
+
+
+def _adamw(run: Run, gradient: Tensor, rate: float) -> None:
+    """The fused kernel on the whole vector, or on its halves where `lora_B` has a rate of its own (LoRA+)."""
+    hp, inner = run.spec.hyperparameters, run.layout.inner
+    halves = [(slice(0, inner), rate), (slice(inner, None), rate * hp.loraplus_ratio)]
+    if hp.loraplus_ratio == 1:
+        halves = [(slice(None), rate)]
+    first, second = run.moments
+    step = torch.tensor(float(run.step + 1), device=gradient.device)
+    for half, own_rate in halves:
+        torch._fused_adamw_(
+            [run.weights[half]], [gradient[half]], [first[half]], [second[half]], [], [step],
+            lr=own_rate, beta1=BETA1, beta2=BETA2, weight_decay=hp.weight_decay, eps=EPSILON,
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+
+def _check_output(model: PreTrainedModel) -> None:
+    config, head = model.config, model.get_output_embeddings()
+    scaled = [name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, 0)]
+    if head is None or head.bias is not None or scaled:
+        raise TrainingFailed(f"the base's output layer has {', '.join(scaled) or 'a bias'}, which is not supported yet")
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
