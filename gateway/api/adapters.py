@@ -278,7 +278,9 @@ async def _erase(
 ) -> ErasureObject:
     running = 0
     if not force:
-        running = await parts.pool.running(key.tenant_id, await parts.erasures.leaving(key.tenant_id, name, number))
+        leaving = await parts.erasures.leaving(key.tenant_id, name, number)
+        parts.proofs.give_way(key.tenant_id, leaving)
+        running = await parts.pool.running(key.tenant_id, leaving)
     erasure = await parts.erasures.request(
         key.tenant_id,
         name,
