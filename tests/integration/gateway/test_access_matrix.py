@@ -139,6 +139,7 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "PUT /admin/v1/tenants/{tenant}/pins/{adapter}": (403, 403, 403, 403,   200,     404),
     "DELETE /admin/v1/tenants/{tenant}/pins/{adapter}": (403, 403, 403, 403, 204,    404),
     "GET /admin/v1/quarantine":                  (403,  403,  403,  403,    200,     200),
+    "GET /admin/v1/storage/tenants":            (403,  403,  403,  403,    200,     200),
     "GET /admin/v1/storage/faults":             (403,  403,  403,  403,    200,     200),
     "DELETE /admin/v1/quarantine/{held_id}":     (403,  403,  403,  403,    204,     404),
 }
