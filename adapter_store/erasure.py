@@ -33,7 +33,7 @@ from sqlalchemy import (
     update,
 )
 
-from adapter_store import aliases, catalog
+from adapter_store import aliases, catalog, grants
 from adapter_store.aliases import NOUN as ADAPTER_NOUN
 from adapter_store.blob_rows import unreferenced
 from adapter_store.blobs import Blobs, blob_key
@@ -298,6 +298,7 @@ class Erasures:
                 moved = await _free(connection, gone[0], left, running=running, force=force, by=by, now=now)
             elif running and not force:
                 raise VersionInUse(name, None, [], running)
+            await grants.tell_holders(connection, [version.id for version in gone])
             if len(gone) == len(found):
                 await catalog.delete_adapter(connection, AdapterId(row.id))
             else:

@@ -33,6 +33,8 @@ AdapterStoreError
 ├── BaseModelInvalid       the base model's folder cannot be read
 ├── VersionInUse           an alias stands for it, or requests run on it
 ├── ErasureNotFound        no such erasure of this tenant
+├── PermissionNotFound     the version has no such permission
+├── TooManyPermissions     the version is lent to as many tenants as one may be
 ├── SignatureInvalid       a signed statement is not what was signed, or by whom
 ├── BlobCorrupt            stored bytes are not what their digest says, or are gone
 └── StorageError
@@ -215,6 +217,17 @@ class ErasureNotFound(AdapterStoreError):
 
     def __init__(self, erasure_id: str) -> None:
         super().__init__(f"there is no erasure {erasure_id[:64]!r}")
+
+
+class PermissionNotFound(AdapterStoreError):
+    """The version has no such permission."""
+
+    def __init__(self, grant_id: str) -> None:
+        super().__init__(f"permission {grant_id[:64]!r} does not exist")
+
+
+class TooManyPermissions(AdapterStoreError):
+    """The version is lent to as many tenants as one may be."""
 
 
 class SignatureInvalid(AdapterStoreError):

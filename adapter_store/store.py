@@ -10,12 +10,12 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapter_store import aliases, catalog, proofs
+from adapter_store import aliases, catalog, grants, proofs
 from adapter_store.aliases import NAME, NOUN, MoveKind, NewMove, Split, main_of
 from adapter_store.blob_rows import NamedBlob
 from adapter_store.blobs import Blobs, blob_key
@@ -49,8 +49,11 @@ MODEL = re.compile(
     r"(?P<name>[a-z0-9][a-z0-9._-]{0,63})(?:@(?P<number>[1-9][0-9]{0,8})|:(?P<alias>[a-z0-9][a-z0-9._-]{0,63}))?"
 )
 FINE_TUNED = "ft:"
-FINE_TUNED_REST = re.compile(r":[a-z0-9._-]{0,64}:(?P<name>[a-z0-9][a-z0-9._-]{0,63}):(?P<id>[0-9a-f]{24})")
-"""After `ft:` and the base model's name: an organisation, which selects nothing, the adapter, the version's id."""
+FINE_TUNED_REST = re.compile(
+    r":[a-z0-9._-]{0,64}:(?P<name>[a-z0-9][a-z0-9._-]{0,63}):(?P<id>[0-9a-f]{24})(?::ckpt-step-(?P<step>[1-9][0-9]{0,8}))?"
+)
+"""After `ft:` and the base model's name: an organisation, which selects nothing, the adapter, the version's id, and of
+a checkpoint its step."""
 CANONICAL = "canonical.json"
 
 
@@ -85,6 +88,14 @@ class _Order:
     provisional: bool
 
 
+IsCheckpoint = Callable[[AsyncConnection, VersionId, int], Awaitable[bool]]
+"""Whether the version is the checkpoint of a job at that step."""
+
+
+async def _no_checkpoint(_: AsyncConnection, __: VersionId, ___: int) -> bool:
+    return False
+
+
 class AdapterStore:
     """Adapters of all tenants on one base model. Every call names the tenant.
 
@@ -101,6 +112,7 @@ class AdapterStore:
         signer: Signer | None = None,
         moves_when_proved: bool = False,
         proof_delay_s: float = 0,
+        is_checkpoint: IsCheckpoint = _no_checkpoint,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`signer` None: versions are published without a signature."""
@@ -111,6 +123,7 @@ class AdapterStore:
         self._inspector = inspector
         self._base = inspector.base
         self._signer = signer
+        self._is_checkpoint = is_checkpoint
         self._clock = clock
         self.erasures = Erasures(engine, blobs, signer, clock=clock)
 
@@ -172,7 +185,8 @@ class AdapterStore:
         """What answers for `model`.
 
         `name` → what its alias `default` stands for, `name:staging` → that alias, `name@3` → that version, and
-        `ft:base:org:name:id` → the version of that id.
+        `ft:base:org:name:id` → the version of that id, the tenant's own or one that another has lent it; of a
+        checkpoint with `:ckpt-step-<step>` after it.
 
         Raises AdapterNotFound (missing and foreign alike), OtherBaseModel.
         """
@@ -188,16 +202,26 @@ class AdapterStore:
 
     async def _find(self, connection: AsyncConnection, tenant_id: TenantId, model: str) -> Version | Split | None:
         if model.startswith(FINE_TUNED):
-            parts = FINE_TUNED_REST.fullmatch(model.removeprefix(f"{FINE_TUNED}{self._base.name}"))
-            return (
-                None if parts is None else await catalog.find_by_id(connection, tenant_id, parts["name"], parts["id"])
-            )
+            return await self._find_fine_tuned(connection, tenant_id, model)
         parts = MODEL.fullmatch(model)
         if parts is None:
             return None
         if parts["number"] is not None:
             return await catalog.find_by_number(connection, tenant_id, parts["name"], int(parts["number"]))
         return await aliases.find(connection, tenant_id, parts["name"], parts["alias"] or DEFAULT_ALIAS)
+
+    async def _find_fine_tuned(self, connection: AsyncConnection, tenant_id: TenantId, model: str) -> Version | None:
+        parts = FINE_TUNED_REST.fullmatch(model.removeprefix(f"{FINE_TUNED}{self._base.name}"))
+        if parts is None:
+            return None
+        found = await catalog.find_by_id(connection, tenant_id, parts["name"], parts["id"])
+        if found is None:
+            lent = await grants.find_lent(connection, tenant_id, parts["name"], parts["id"])
+            found = None if lent is None else replace(lent, adapter_name=model)  # not to be taken for an own one
+        if found is not None and parts["step"] is not None:
+            is_one = await self._is_checkpoint(connection, found.id, int(parts["step"]))
+            return found if is_one else None
+        return found
 
     def fine_tuned_name(self, version: Version) -> str:
         """How OpenAI would call the version: it never stands for another."""

@@ -33,9 +33,11 @@ from gateway.api import (
     admin,
     aliases,
     base_model,
+    checkpoint_permissions,
     erasures,
     file_uploads,
     files,
+    fine_tuning,
     health,
     imports,
     keys,
@@ -68,6 +70,7 @@ from gateway.front import SMALL_BODY_BYTES, Front
 from gateway.home import Home
 from gateway.housekeeping import scrub, tidy
 from gateway.idempotency import Answers
+from gateway.job_figures import JobFigures
 from gateway.keys import Keys
 from gateway.limits import open_limits
 from gateway.models import Models
@@ -89,10 +92,12 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import open_tracing
 from gateway.tenants import Tenants
 from gateway.usage import Ledger
+from training import jobs
 from training.errors import TrainingError
 from training.file_check import FileCheck
 from training.file_uploads import FileUploads
 from training.files import Files
+from training.jobs import Jobs
 
 log = logging.getLogger("tailor.gateway")
 ROUTERS = (
@@ -108,6 +113,8 @@ ROUTERS = (
     erasures,
     files,
     file_uploads,
+    checkpoint_permissions,
+    fine_tuning,
     keys,
     usage,
     admin,
@@ -157,6 +164,7 @@ def _build(settings: Settings, home: Home) -> Parts:
     inspector = Inspector(base, AdapterBounds(settings.max_lora_rank, settings.max_adapter_bytes))
     blobs = Blobs.open(settings.blobs)
     answers = Answers(engine)
+    job_rows = Jobs(engine)
     signer = Signer(engine, home.signing_key(settings.signing_key))
     store = AdapterStore(
         engine,
@@ -165,6 +173,7 @@ def _build(settings: Settings, home: Home) -> Parts:
         signer=signer,
         moves_when_proved=settings.proof == "require",
         proof_delay_s=settings.proof_delay_s,
+        is_checkpoint=jobs.is_checkpoint,
     )
     rollouts = Rollouts(engine, base.fingerprint)
     freshness = Freshness(settings.max_staleness_s)
@@ -212,7 +221,9 @@ def _build(settings: Settings, home: Home) -> Parts:
         staging=Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes),
         uploads=Uploads(engine, blobs, part_bytes=settings.upload_part_bytes, expiry_s=settings.upload_expiry_s),
         imports=Imports(blobs, settings.import_root),
-        files=Files(engine, blobs, on_erase=files.forgetting(answers)),
+        files=Files(engine, blobs, in_use=jobs.uses_of_file, on_erase=files.forgetting(answers)),
+        jobs=job_rows,
+        job_figures=JobFigures(job_rows),
         file_uploads=FileUploads(engine, blobs, expiry_s=settings.upload_expiry_s),
         file_check=FileCheck(folder, max_length=settings.max_model_len, timeout_s=settings.file_check_timeout_s),
         file_limits=FileLimits(settings.max_file_bytes, settings.file_expiry_s),
@@ -348,6 +359,7 @@ def _lifespan(
             scrub(parts.scrubber),
             parts.proofs.follow(),
             parts.eraser.follow(),
+            parts.job_figures.follow(),
         )
         tasks = [asyncio.create_task(work) for work in works]
         if operators is not None:

@@ -31,7 +31,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from adapter_store import changes, erasure, examples, proofs, signing, uploads  # noqa: F401  for their tables
+from adapter_store import changes, erasure, examples, grants, proofs, signing, uploads  # noqa: F401  for their tables
 from adapter_store.catalog import metadata
 from adapter_store.engine import AsyncEngine, create_async_engine
 from adapter_store.errors import AdapterStoreError
@@ -40,7 +40,7 @@ from gateway import idempotency  # noqa: F401  its table
 from training import files, jobs  # noqa: F401  their tables
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-HEAD = "0011"  # the newest file in migrations/versions; a test holds the two together
+HEAD = "0012"  # the newest file in migrations/versions; a test holds the two together
 CONNECTIONS = 4
 ANSWER_S = 10.0  # patience with PostgreSQL: one that hangs is as good as away
 PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA foreign_keys=ON")
@@ -75,6 +75,8 @@ plans = Table(  # null: no limit
     Column("max_rank", BigInteger),
     Column("max_files", BigInteger),
     Column("max_stored_file_bytes", BigInteger),
+    Column("max_queued_jobs", BigInteger),
+    Column("max_running_jobs", BigInteger),
 )
 api_keys = Table(
     "api_keys",

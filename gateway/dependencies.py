@@ -1,6 +1,7 @@
 """What a handler may ask for."""
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from gateway.erasing import Eraser
 from gateway.errors import ScopeMissing, authorization_of
 from gateway.freshness import Freshness
 from gateway.idempotency import Answers
+from gateway.job_figures import JobFigures
 from gateway.keys import Keys
 from gateway.limits import Limits
 from gateway.models import Models
@@ -41,6 +43,7 @@ from gateway.usage import Ledger
 from training.file_check import FileCheck
 from training.file_uploads import FileUploads
 from training.files import Files
+from training.jobs import Jobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,8 @@ class Parts:
     uploads: Uploads
     imports: Imports
     files: Files
+    jobs: Jobs
+    job_figures: JobFigures
     file_uploads: FileUploads
     file_check: FileCheck
     file_limits: FileLimits
@@ -91,6 +96,8 @@ class Parts:
     freshness: Freshness
     changes: ChangeFeed
     draining: asyncio.Event = field(default_factory=asyncio.Event)
+    event_streams: Counter[TenantId] = field(default_factory=Counter)
+    """Streams of jobs' events that are open, by tenant."""
     connections: set[Any] = field(default_factory=set)
     """Clients' connections that are open."""
 

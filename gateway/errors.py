@@ -31,6 +31,7 @@
     │   ├── TooBusy                     503 + Retry-After
     │   ├── TooManyWaiting              429 + Retry-After
     │   ├── TooManyLoads                429 + Retry-After
+    │   ├── TooManyStreams              429 + Retry-After
     │   ├── ReplicaFailed               502
     │   └── AdapterNotLoadable          503 + Retry-After
     │       └── AdapterQuarantined      503 + Retry-After where it ends by itself
@@ -109,11 +110,11 @@ class ModelUnknown(GatewayError):
 
     status, type, code = 404, "invalid_request_error", "model_not_found"
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, param: str = "model") -> None:
         super().__init__(
             f"The model '{model[:128]}' does not exist or you do not have access to it. "
             "GET /v1/models lists what your key can use.",
-            param="model",
+            param=param,
         )
 
 
@@ -260,6 +261,12 @@ class TooManyWaiting(GatewayError):
     status, type, code = 429, "requests", "too_many_waiting"
 
 
+class TooManyStreams(GatewayError):
+    """The tenant follows as many jobs at once as one may."""
+
+    status, type, code = 429, "requests", "too_many_streams"
+
+
 class TooManyLoads(GatewayError):
     """The tenant's requests have brought in as many cold adapters in this minute as its plan allows."""
 
@@ -340,6 +347,8 @@ STORE_ANSWERS: Final[dict[type[store.AdapterStoreError], Answer]] = {
     store.ImportInvalid: Answer(400, _FAULTY, "import_invalid"),
     store.BaseModelInvalid: Answer(500, _OURS, "internal_error"),
     store.VersionInUse: Answer(409, _FAULTY, "version_in_use", "force"),
+    store.PermissionNotFound: Answer(404, _FAULTY, "not_found", "permission_id"),
+    store.TooManyPermissions: Answer(409, _FAULTY, "too_many_permissions", "project_ids"),
     store.ErasureNotFound: Answer(404, _FAULTY, "not_found", "erasure"),
     store.SignatureInvalid: Answer(500, _OURS, "internal_error"),
     store.BlobCorrupt: Answer(503, _OURS, "adapter_unavailable", None, 60),
@@ -360,6 +369,13 @@ TRAINING_ANSWERS: Final[dict[type[training.TrainingError], Answer]] = {
     training.PartDamaged: Answer(409, _FAULTY, "part_damaged", "part_ids"),
     training.SizeDiffers: Answer(400, _FAULTY, "size_differs", "part_ids"),
     training.Md5Differs: Answer(400, _FAULTY, "checksum_mismatch", "md5"),
+    training.FileUnfit: Answer(400, _FAULTY, "invalid_file_id"),
+    training.JobNotFound: Answer(404, _FAULTY, "fine_tune_not_found", "fine_tune_id"),
+    training.StateConflict: Answer(400, _FAULTY, "invalid_job_state", "fine_tune_id"),
+    training.TooManyQueued: Answer(429, "requests", "job_queue_full", None, 60),
+    training.LeaseLost: Answer(400, _FAULTY, "invalid_job_state", "fine_tune_id"),
+    training.NotServable: Answer(400, _FAULTY, "not_servable"),
+    training.OptionInvalid: Answer(400, _FAULTY, "invalid_value"),
 }
 _HIDDEN: Final = {
     store.BlobCorrupt: "The adapter's stored files are damaged; publish it again or ask the operator.",
@@ -389,6 +405,12 @@ class InvalidFileEnvelope(Envelope):
     """The same for a training file that cannot be used: every line that is at fault, up to a cap."""
 
     faults: tuple[training.LineFault, ...]
+
+
+class NotServableEnvelope(Envelope):
+    """The same for a job whose result could not be served: the choice for `param` that could."""
+
+    nearest: str | int | list[str]
 
 
 class _Body(msgspec.Struct):
@@ -438,6 +460,10 @@ def _training_answer(error: training.TrainingError) -> ErrorAnswer:
     told = Envelope(str(error), found.type, found.param, found.code)
     if isinstance(error, training.FileInvalid):
         told = InvalidFileEnvelope(str(error), found.type, found.param, found.code, error.faults)
+    elif isinstance(error, training.NotServable):
+        told = NotServableEnvelope(str(error), found.type, error.param, found.code, error.nearest)
+    elif isinstance(error, training.FileUnfit | training.OptionInvalid):
+        told = Envelope(str(error), found.type, error.param, found.code)
     return _answer(found.status, msgspec.json.encode(_Body(told)), found.retry_after_s)
 
 

@@ -93,7 +93,7 @@ class Models:
         if names is None:
             names = self._promoted(tenant_id)
         if names is None:
-            names = self._young[tenant_id if isinstance(found, Split) else found.tenant_id] = {}
+            names = self._young[_one_string(tenant_id, found)] = {}
         elif len(names) >= self._half:  # a single tenant has more names than there is room for
             self._young_names -= len(names)
             names.clear()
@@ -142,3 +142,8 @@ class Models:
 
     def __len__(self) -> int:
         return sum(len(names) for generation in (self._young, self._old) for names in generation.values())
+
+
+def _one_string(tenant_id: TenantId, found: Answering) -> TenantId:
+    """The tenant's id, as its own versions have it; not that of who has lent it one."""
+    return main_of(found).tenant_id if main_of(found).tenant_id == tenant_id else tenant_id

@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute
 from adapter_store.bundle import BUNDLE_FILES
 from gateway.dialects import DIALECTS, Dialect, chat_shapes, counts, messages, responses
 from gateway.dialects.fields import Text, TokenId
-from gateway.errors import Envelope, InvalidFileEnvelope, RejectedEnvelope
+from gateway.errors import Envelope, InvalidFileEnvelope, NotServableEnvelope, RejectedEnvelope
 from gateway.front import FILES_PATH, OPEN_PATHS, UPLOAD_PATH
 
 Json = dict[str, Any]
@@ -95,6 +95,8 @@ FILE_UPLOADS: Final = "/v1/uploads"
 CHECKING: Final = (FILES_PATH, f"{FILE_UPLOADS}/{{upload_id}}/complete")
 """Where a training file is checked line by line."""
 KEEPING: Final = (*CHECKING, FILE_UPLOADS)
+JOBS: Final = "/v1/fine_tuning/jobs"
+ONCE: Final = (JOBS, "/v1/fine_tuning/checkpoints/{checkpoint}/permissions")
 IDEMPOTENCY_KEY: Final = {
     "name": "idempotency-key",
     "in": "header",
@@ -155,6 +157,15 @@ def _complete(path: str, method: str, operation: Json) -> None:
     if path in KEEPING and method == "post":
         answers["200"]["headers"] = {"location": _text_header("The file's path.", required=False)}
         operation.setdefault("parameters", []).append(IDEMPOTENCY_KEY)
+    if path in ONCE and method == "post":
+        answers["200"]["headers"] = {"location": _text_header("A job's path.", required=False)}
+        operation.setdefault("parameters", []).append(IDEMPOTENCY_KEY)
+        statuses.add(429)
+    if path == f"{JOBS}/{{job}}/events":
+        answers["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}  # with `?stream=true`
+        statuses.add(429)
+    if path == f"{JOBS}/{{job}}/resume":
+        statuses.add(429)
     if path.endswith("/usage"):
         answers["200"]["content"]["text/csv"] = {"schema": {"type": "string"}}
         answers["200"]["headers"] = {
@@ -163,6 +174,8 @@ def _complete(path: str, method: str, operation: Json) -> None:
     answers |= {str(status): _error(status) for status in sorted(statuses)}
     if path in CHECKING and method == "post":
         answers["400"] = _error(400, "InvalidFileError")
+    if path == JOBS and method == "post":
+        answers["400"] = _error(400, "NotServableError")
 
 
 # generation endpoints
@@ -208,9 +221,9 @@ def _generation(dialect: type[Dialect], request: Json) -> Json:
 
 
 def _error_schemas() -> Json:
-    types = [Envelope, RejectedEnvelope, InvalidFileEnvelope]
+    types = [Envelope, RejectedEnvelope, InvalidFileEnvelope, NotServableEnvelope]
     found, components = msgspec.json.schema_components(types, ref_template=_SCHEMAS + "{name}")
-    error, rejected, invalid = found
+    error, rejected, invalid, unservable = found
     kind = {"type": "string"}
     anthropic = {"type": "object", "required": ["type", "message"], "properties": {"type": kind, "message": kind}}
     return {
@@ -218,6 +231,7 @@ def _error_schemas() -> Json:
         "Error": _object(error=error),
         "RejectedError": _object(error=rejected),
         "InvalidFileError": _object(error={"anyOf": [error, invalid]}),
+        "NotServableError": _object(error={"anyOf": [error, unservable]}),
         "AnthropicError": _object(type={"const": "error"}, error=anthropic, request_id=kind),
     }
 
@@ -262,6 +276,7 @@ _TAGS: Final = {
     "models": "Scope `inference`.",
     "adapters": "Scope `adapters`.",
     "files": "Scope `training`.",
+    "fine-tuning": "Scope `training`; permissions: scope `admin`.",
     "erasures": "Scope `adapters` or `training`; the public keys for every key.",
     "keys": "Scope `admin`: the keys of one's own tenant.",
     "usage": "Own use with scope `inference` or `admin`; everybody's with `operator`.",

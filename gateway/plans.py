@@ -44,6 +44,8 @@ class Plan:
     max_rank: int | None = None
     max_files: int | None = None
     max_stored_file_bytes: int | None = None
+    max_queued_jobs: int | None = None
+    max_running_jobs: int | None = None
 
     @property
     def quota(self) -> Quota:

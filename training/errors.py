@@ -13,7 +13,14 @@ TrainingError
 ├── PartTooLarge       more bytes than were declared, or too many parts
 ├── PartDamaged        a part is not what was sent, or is gone
 ├── SizeDiffers        the parts together have another size than was declared
-└── Md5Differs         or another MD5
+├── Md5Differs         or another MD5
+├── FileUnfit          a job cannot train on the file that it names
+├── JobNotFound        no such job of this tenant; another tenant's looks the same
+├── StateConflict      the job's state does not allow it
+├── TooManyQueued      the tenant has as many jobs waiting as its plan allows
+├── LeaseLost          the job is not this worker's any more
+├── NotServable        what the job would give could not be served; `.nearest` could
+└── OptionInvalid      the numbers of a job do not go together
 
 What goes wrong with rows and blobs is raised as `adapter_store.errors` has it: QuotaExceeded, StorageError.
 """
@@ -135,3 +142,60 @@ class Md5Differs(TrainingError):
 
     def __init__(self, found: str) -> None:
         super().__init__(f"The parts in this order have the MD5 {found}, not the one that was given.")
+
+
+class FileUnfit(TrainingError):
+    """A job names a file that it cannot train on; `param` is which of its two."""
+
+    def __init__(self, param: str, file_id: str, why: str) -> None:
+        super().__init__(f"invalid {param}: {file_id[:64]}: {why}.")
+        self.param = param
+
+
+class JobNotFound(TrainingError):
+    """The tenant has no such job."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"Could not find fine tune: {job_id[:64]}")
+        self.job_id = job_id
+
+
+class StateConflict(TrainingError):
+    """The job's state does not allow it."""
+
+    def __init__(self, job_id: str, status: str, wanted: str) -> None:
+        super().__init__(f"Job {job_id} is {status} and cannot be {wanted}.")
+        self.status = status
+
+
+class TooManyQueued(TrainingError):
+    """The tenant has as many jobs waiting as its plan allows."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"Your plan allows {limit} jobs that wait: cancel one, or wait until one has begun.")
+
+
+class LeaseLost(TrainingError):
+    """Nothing was written: the worker drops what it has of the job."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"Job {job_id} is leased to another worker, or over.")
+        self.job_id = job_id
+
+
+class NotServable(TrainingError):
+    """What a job would give could not be served; `nearest` is the choice for `param` that could."""
+
+    def __init__(self, param: str, message: str, nearest: str | int | list[str]) -> None:
+        told = ", ".join(nearest) if isinstance(nearest, list) else nearest
+        super().__init__(f"{param}: {message}; the nearest that can be served: {told}.")
+        self.param = param
+        self.nearest = nearest
+
+
+class OptionInvalid(TrainingError):
+    """The numbers of a job do not go together, or one is out of its bounds."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(f"{param}: {message}.")
+        self.param = param

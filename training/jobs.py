@@ -38,6 +38,7 @@ from adapter_store.ids import TenantId, VersionId
 from adapter_store.quota import NO_QUOTA, Quota
 from adapter_store.together import Together
 from adapter_store.transactions import reading, writing
+from training.errors import JobNotFound, LeaseLost, StateConflict, TooManyQueued
 
 JobId = NewType("JobId", str)
 Method = Literal["supervised", "dpo"]
@@ -157,41 +158,6 @@ training_accounts = Table(  # what tenants' jobs have been given, for the queue'
     Column("most_running", BigInteger),  # null: no limit
     Column("served", Double, nullable=False),  # trained tokens by weight
 )
-
-
-class JobsError(Exception):
-    """The root of what jobs raise; its text names what was wrong, where, and what to do."""
-
-
-class JobNotFound(JobsError):
-    """No such job of this tenant; another tenant's looks the same."""
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(f"Could not find fine tune: {job_id[:64]}")
-        self.job_id = job_id
-
-
-class StateConflict(JobsError):
-    """The job's state does not allow it."""
-
-    def __init__(self, job_id: str, status: Status, wanted: str) -> None:
-        super().__init__(f"job {job_id} is {status.value} and cannot be {wanted}")
-        self.status = status
-
-
-class TooManyQueued(JobsError):
-    """The tenant has as many jobs waiting as its plan allows."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"your plan allows {limit} jobs that wait: cancel one, or wait until one has begun")
-
-
-class LeaseLost(JobsError):
-    """The job is not this worker's any more, and nothing was written: it drops what it has of it."""
-
-    def __init__(self, job_id: str) -> None:
-        super().__init__(f"job {job_id} is leased to another worker, or over")
-        self.job_id = job_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -551,6 +517,12 @@ async def uses_of_file(connection: AsyncConnection, tenant_id: TenantId, file_id
     needs = (jobs.c.training_file == file_id) | (jobs.c.validation_file == file_id)
     query = select(jobs.c.id).where(jobs.c.tenant_id == tenant_id, open_ones, needs)
     return [JobId(found) for found in (await connection.execute(query)).scalars()]
+
+
+async def is_checkpoint(connection: AsyncConnection, version_id: VersionId, step: int) -> bool:
+    """Whether the version is a job's checkpoint at that step."""
+    here = (job_checkpoints.c.version_id == version_id) & (job_checkpoints.c.step == step)
+    return (await connection.execute(select(job_checkpoints.c.id).where(here).limit(1))).first() is not None
 
 
 async def move(connection: AsyncConnection, job: Job, status: Status, now: int, *told: Told, **values: Any) -> None:

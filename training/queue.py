@@ -25,6 +25,7 @@ from adapter_store.changes import take_turn
 from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.together import Together
 from adapter_store.transactions import reading, writing
+from training.errors import LeaseLost
 from training.jobs import (
     PAUSE,
     PAUSED,
@@ -32,7 +33,6 @@ from training.jobs import (
     Job,
     JobError,
     JobId,
-    LeaseLost,
     Level,
     Saved,
     Status,

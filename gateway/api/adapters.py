@@ -11,7 +11,7 @@ from adapter_store.archives import ARCHIVE_TYPES, ArchiveFile
 from adapter_store.bundle import StagedBundle
 from adapter_store.catalog import DEFAULT_ALIAS, Adapter, Fallback, Provenance, Version
 from adapter_store.engine import AsyncConnection
-from adapter_store.erasure import State
+from adapter_store.erasure import Erasure, State
 from adapter_store.errors import AdapterStoreError
 from adapter_store.ids import VersionId
 from adapter_store.proofs import UNKNOWN, Proof, find_all
@@ -276,11 +276,17 @@ async def erase_version(
 async def _erase(
     parts: Parts, key: TenantKey, name: str, number: int | None, force: bool, response: Response
 ) -> ErasureObject:
+    erasure = await erase_everywhere(parts, key, name, number, force=force)
+    response.status_code = 200 if erasure.state is State.COMPLETED else 202
+    response.headers["location"] = f"/v1/erasures/{erasure.id}"
+    return erasure_object(erasure)
+
+
+async def erase_everywhere(parts: Parts, key: TenantKey, name: str, number: int | None, *, force: bool) -> Erasure:
+    """Erases a version, or the whole adapter; the erasure as far as it is. Raises AdapterNotFound, VersionInUse."""
     running = 0
     if not force:
-        leaving = await parts.erasures.leaving(key.tenant_id, name, number)
-        parts.proofs.give_way(key.tenant_id, leaving)
-        running = await parts.pool.running(key.tenant_id, leaving)
+        running = await parts.pool.running(key.tenant_id, await parts.erasures.leaving(key.tenant_id, name, number))
     erasure = await parts.erasures.request(
         key.tenant_id,
         name,
@@ -293,10 +299,7 @@ async def _erase(
     parts.models.forget_tenant(key.tenant_id)
     if number is None:
         await parts.pins.forget(key.tenant_id, name)
-    erasure = await parts.eraser.wait(erasure, ERASE_WAIT_S)
-    response.status_code = 200 if erasure.state is State.COMPLETED else 202
-    response.headers["location"] = f"/v1/erasures/{erasure.id}"
-    return erasure_object(erasure)
+    return await parts.eraser.wait(erasure, ERASE_WAIT_S)
 
 
 async def _proofs(parts: Parts, versions: Sequence[Version]) -> Mapping[VersionId, Proof]:

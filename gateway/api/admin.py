@@ -81,6 +81,8 @@ class PlanLimits(BaseModel, extra="forbid"):
     max_rank: Bound | None = None
     max_files: Bound | None = None
     max_stored_file_bytes: Bound | None = None
+    max_queued_jobs: Bound | None = None
+    max_running_jobs: Bound | None = None
 
 
 class NewPlan(PlanLimits):

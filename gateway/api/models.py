@@ -1,11 +1,12 @@
-"""`GET /v1/models`: the base model and the tenant's own adapters, as OpenAI lists models."""
+"""`/v1/models`: the base model and the tenant's own adapters, as OpenAI lists models."""
 
 from fastapi import APIRouter
 from pydantic import BaseModel
 
 from adapter_store.aliases import main_of
-from gateway.dependencies import AppParts, InferenceTenant
-from gateway.errors import ModelUnknown
+from gateway.api.adapters import erase_everywhere
+from gateway.dependencies import AdapterKey, AppParts, InferenceTenant
+from gateway.errors import ModelUnknown, RequestInvalid
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -39,6 +40,42 @@ async def show_model(model: str, tenant_id: InferenceTenant, parts: AppParts) ->
     if version is None:
         raise ModelUnknown(model)
     return Model(id=model, created=main_of(version).created_at, owned_by=tenant_id)
+
+
+class ErasureTold(BaseModel):
+    """Where the receipt is."""
+
+    erasure: str
+
+
+class ModelDeleted(BaseModel):
+    id: str
+    object: str = "model"
+    deleted: bool = True
+    tailor: ErasureTold
+
+
+@router.delete("/{model:path}")
+async def delete_model(model: str, key: AdapterKey, parts: AppParts) -> ModelDeleted:
+    """Erase the version behind a fine-tuned name (`ft:…`, or `name@3`), in use or not, as OpenAI deletes models.
+
+    Aliases go on with their other shares; without any, `default` falls to the newest version left, and the adapter
+    goes with its last one.
+    """
+    if model == parts.models.base_name:
+        raise RequestInvalid("The base model is not yours to delete.", param="model")
+    answering = await parts.models.resolve(key.tenant_id, model)
+    if answering is None or main_of(answering).tenant_id != key.tenant_id:
+        raise ModelUnknown(model)
+    found = main_of(answering)
+    if not model.startswith("ft:") and "@" not in model:
+        raise RequestInvalid(
+            f"'{model[:128]}' stands now for one version and now for another: name one as '{found.adapter_name}@"
+            f"{found.number}', or DELETE /v1/adapters/{found.adapter_name} with all of them.",
+            param="model",
+        )
+    erasure = await erase_everywhere(parts, key, found.adapter_name, found.number, force=True)
+    return ModelDeleted(id=model, tailor=ErasureTold(erasure=erasure.id))
 
 
 def _base(parts: AppParts) -> Model:

@@ -34,6 +34,8 @@ LIMITS = (
     "max_rank",
     "max_files",
     "max_stored_file_bytes",
+    "max_queued_jobs",
+    "max_running_jobs",
 )
 Limit = Annotated[str | None, typer.Option(metavar="N|none", show_default=False)]
 Weight = Annotated[float | None, typer.Option(help="Share of a busy server, beside others'.", show_default=False)]
@@ -63,15 +65,6 @@ def tenant_list(url: Url = None, key: OperatorKey = None, as_json: Json = False)
     with told():
         found = pages(operator_client(url, key), "/admin/v1/tenants", "name")
     show_table(found, as_json, ("name", "id", "plan", "created_at", "suspended_at"))
-
-
-@tenant_app.command("storage")
-def tenant_storage(url: Url = None, key: OperatorKey = None, as_json: Json = False) -> None:
-    """What each tenant keeps: adapters, training files, and what is on its way."""
-    with told():
-        found = pages(operator_client(url, key), "/admin/v1/storage/tenants", "tenant")
-    columns = ("tenant", "adapters", "versions", "adapter_bytes", "files", "file_bytes", "uploads", "upload_bytes")
-    show_table(found, as_json, columns)
 
 
 @tenant_app.command("show")
@@ -132,6 +125,8 @@ def plan_create(
     max_rank: Limit = None,
     max_files: Limit = None,
     max_stored_file_bytes: Limit = None,
+    max_queued_jobs: Limit = None,
+    max_running_jobs: Limit = None,
     url: Url = None,
     key: OperatorKey = None,
     as_json: Json = False,
@@ -177,6 +172,8 @@ def plan_update(
     max_rank: Limit = None,
     max_files: Limit = None,
     max_stored_file_bytes: Limit = None,
+    max_queued_jobs: Limit = None,
+    max_running_jobs: Limit = None,
     url: Url = None,
     key: OperatorKey = None,
     as_json: Json = False,

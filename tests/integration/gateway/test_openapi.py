@@ -5,6 +5,7 @@ The ordinary run makes some hundred requests; `-m full` makes 200 for each opera
 
 import asyncio
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
 
 def told_routes(told: dict[str, Any]) -> set[tuple[str, str]]:
     return {
-        (method.upper(), path.replace("{model}", "{model:path}"))
+        (method.upper(), re.sub(r"{(model|checkpoint)}", r"{\1:path}", path))
         for path, item in told["paths"].items()
         for method in item.keys() & METHODS
     }
@@ -111,8 +112,8 @@ class Seen:
     succeeded: set[str] = field(default_factory=set)
 
 
-TENANT = {"generation", "counting", "models", "adapters", "files", "usage", "health"}
-ADMIN = {"keys", "usage"}
+TENANT = {"generation", "counting", "models", "adapters", "files", "fine-tuning", "usage", "health"}
+ADMIN = {"keys", "fine-tuning", "usage"}
 OPERATOR = {"admin", "replicas", "usage"}
 
 
@@ -167,7 +168,7 @@ def _check_envelope(path: str, answer: Any) -> None:
         assert set(told) == {"type", "error", "request_id"}
         assert set(told["error"]) == {"type", "message"}
     else:
-        assert set(told["error"]) - {"faults"} == {"message", "type", "param", "code"}
+        assert set(told["error"]) - {"faults", "nearest"} == {"message", "type", "param", "code"}
 
 
 REACHED = {"POST /v1/chat/completions", "GET /v1/adapters", "GET /v1/keys", "GET /admin/v1/usage"}

@@ -16,6 +16,7 @@ from adapter_store.ids import TenantId, new_version_id
 from adapter_store.together import Together
 from adapter_store.transactions import reading, writing
 from training import queue
+from training.errors import JobNotFound, LeaseLost, StateConflict, TooManyQueued
 from training.jobs import (
     OVER,
     TRANSITIONS,
@@ -23,16 +24,12 @@ from training.jobs import (
     Job,
     JobError,
     JobId,
-    JobNotFound,
     Jobs,
-    LeaseLost,
     NewJob,
     Saved,
     SavedFile,
-    StateConflict,
     Status,
     Terms,
-    TooManyQueued,
     event_number,
 )
 from training.queue import CheckpointWith, Claimed, EndWith, Metrics, Order
