@@ -247,7 +247,7 @@ class Uploads:
     async def assemble(self, upload: Upload, bundle: StagedBundle) -> None:
         """Puts the parts together in the bundle, each file checked against what was declared.
 
-        Raises PartsMissing, ChecksumMismatch, and what staging raises.
+        Raises PartsMissing, ChecksumMismatch, UploadNotFound where it has ended meanwhile, and what staging raises.
         """
         check_complete(upload)
         for name in BUNDLE_FILES:
@@ -314,18 +314,29 @@ class Uploads:
         return sum(len(upload.parts) for upload in over)
 
     async def _drop_damaged(self, upload: Upload, name: str) -> None:
-        """Raises PartsMissing where a part is not what it was: it has to be sent again."""
+        """Raises PartsMissing where a part is not what it was: it has to be sent again. UploadNotFound: it is over."""
         file, parts = upload.part_file(name), upload.kept_parts(name)
-        async with self._storage.turn(file):
-            whole = [part for part in parts if await self._storage.holds(part)]
-            damaged = sorted({part.number for part in parts} - {part.number for part in whole})
-            if not damaged:
-                return
+        try:
+            async with self._storage.turn(file):
+                if (await self.find(upload.tenant_id, upload.adapter_name, upload.id)).answer is not None:
+                    raise UploadNotFound
+                damaged = await self._forget_damaged(upload, file, parts)
+        except UploadNotFound:
+            await self._storage.drop([file], parts)
+            raise
+        if damaged:
+            told = listing(map(str, damaged))
+            raise PartsMissing(f"{name}: parts {told} were damaged where they lay: send them again")
+
+    async def _forget_damaged(self, upload: Upload, file: PartFile, parts: Sequence[Part]) -> list[int]:
+        whole = [part for part in parts if await self._storage.holds(part)]
+        damaged = sorted({part.number for part in parts} - {part.number for part in whole})
+        if damaged:
             await self._storage.keep_only(file, whole)
             async with writing(self._engine) as connection:
-                here = (upload_parts.c.upload_id == upload.id) & (upload_parts.c.file == name)
+                here = (upload_parts.c.upload_id == upload.id) & (upload_parts.c.file == file.name)
                 await connection.execute(delete(upload_parts).where(here, upload_parts.c.number.in_(damaged)))
-        raise PartsMissing(f"{name}: parts {listing(map(str, damaged))} were damaged where they lay: send them again")
+        return damaged
 
     async def _count_open(self, connection: AsyncConnection, tenant_id: TenantId) -> int:
         is_open = uploads.c.answer.is_(None) & (uploads.c.expires_at > self._clock())

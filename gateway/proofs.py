@@ -64,6 +64,7 @@ CHECK_S: Final = 10.0  # requests wait for it
 DATABASE_S: Final = 1.0  # likewise
 MOST_MISMATCHES: Final = 3  # then it is the version, though all were on one replica
 BASE_ANSWERS: Final = 256  # kept, by replica and prompt
+GIVES_WAY_S: Final = 5
 YIELDS: Final = 0.25  # of a proof's time, to tenants' requests
 
 
@@ -106,6 +107,8 @@ class Proofs:
         self._clock = clock
         self._wake = asyncio.Event()
         self._last_tenant = ""
+        self._proving: tuple[TenantId, str, asyncio.Timeout] | None = None
+        self._given_way = False
         self._base_answers: OrderedDict[tuple[str, str, str], Answer] = OrderedDict()
         if policy is not Policy.OFF:
             pool.check_loads(self._refuse_held_back, self._check_load)
@@ -236,6 +239,14 @@ class Proofs:
         """There may be something to prove."""
         self._wake.set()
 
+    def give_way(self, tenant_id: TenantId, digests: Collection[str]) -> None:
+        """Break off the proof that runs here, if it is of one of these: nobody is to wait for its requests."""
+        if self._proving is not None:
+            owner, digest, scope = self._proving
+            if owner == tenant_id and digest in digests and not scope.expired():
+                self._given_way = True
+                scope.reschedule(asyncio.get_running_loop().time())
+
     async def prove(self, version: Version) -> Proof:
         """Wait for a version's verdict, whichever gateway gives it; it must have been asked for.
 
@@ -329,13 +340,19 @@ class Proofs:
         return None if claim is None else (claim, version, prompts or PROMPTS)
 
     async def _prove(self, claim: Claim, version: Version, prompts: Sequence[str]) -> None:
+        self._given_way = False
         try:
-            async with asyncio.timeout(self._timeout_s):
-                proof, fingerprint, score = await self._examine(version, prompts, claim.reference)
+            async with asyncio.timeout(self._timeout_s) as scope:
+                self._proving = (version.tenant_id, version.digest, scope)
+                try:
+                    proof, fingerprint, score = await self._examine(version, prompts, claim.reference)
+                finally:
+                    self._proving = None
         except (*CONTROL_ERRORS, GatewayError) as error:
             if not isinstance(error, LoadFailed) or error.again:
                 log.warning("version %s not proved yet: %s", version.id, type(error).__name__)
-                await self._put_off(claim, min(FIRST_PAUSE_S << min(claim.attempts - 1, 16), MOST_PAUSE_S))
+                pause_s = GIVES_WAY_S if self._given_way else FIRST_PAUSE_S << min(claim.attempts - 1, 16)
+                await self._put_off(claim, min(pause_s, MOST_PAUSE_S))
                 self.verdicts[UNSETTLED] += 1
                 return
             proof, fingerprint, score = self._verdict(Status.FAILED, prompts, Reason.ENGINE_REFUSED), None, None

@@ -152,7 +152,7 @@ class Settings(BaseSettings):
         None, ge=3_600, description="when a file goes whose sender did not say; default: never; seconds"
     )
 
-    file_check_timeout_s: Seconds = Field(300, description="longest check of a training file's lines")
+    file_check_timeout_s: Seconds = Field(900, description="longest check of a training file's lines")
 
     # proof of effect
     proof: str = Field(

@@ -32,7 +32,7 @@ def local(tmp_path: Path) -> Place:
 
 @pytest.fixture
 def remote(servers: Servers) -> Iterator[Place]:
-    with servers.place() as place:
+    with servers.place(migrated=True) as place:
         yield place
 
 

@@ -90,9 +90,9 @@ class PostgresServer:
             time.sleep(0.01)
 
     @contextmanager
-    def database(self, name: str) -> Iterator[str]:
-        """The URL of a new, empty database, until the block ends."""
-        self._tool("createdb", name)
+    def database(self, name: str, template: str | None = None) -> Iterator[str]:
+        """The URL of a new database, empty or a copy of one that nobody is connected to, until the block ends."""
+        self._tool("createdb", *(("--template", template) if template else ()), name)
         try:
             yield f"postgresql+asyncpg://postgres@/{name}?host={self._folder}"
         finally:

@@ -44,9 +44,11 @@ class Place:
 
     def halves(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """`lora_A` and `lora_B` of (size,), or of several adapters (slots, size), as views."""
-        a = flat[..., self.a : self.a + self.width * self.fan_in]
-        b = flat[..., self.b : self.b + self.fan_out * self.width]
-        return a.unflatten(-1, (self.width, self.fan_in)), b.unflatten(-1, (self.fan_out, self.width))
+        shape, stride, begin = flat.shape[:-1], flat.stride()[:-1], flat.storage_offset()
+        return (
+            flat.as_strided((*shape, self.width, self.fan_in), (*stride, self.fan_in, 1), begin + self.a),
+            flat.as_strided((*shape, self.fan_out, self.width), (*stride, self.width, 1), begin + self.b),
+        )
 
 
 @dataclass(frozen=True, slots=True)

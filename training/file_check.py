@@ -1,7 +1,8 @@
 """Runs the check of a training file in a child process of its own, so that hostile bytes are never parsed beside keys.
 
 Each check has a new process, which has no secrets in its environment, cannot write content, and ends with its work: one
-that grew large gives its memory back. A tenant has one at a time, and all of them together `CHECKS_AT_ONCE`.
+that grew large gives its memory back. A tenant has one at a time. Small files have places of their own, for a large one
+takes minutes (about a second for each MB).
 """
 
 import asyncio
@@ -18,7 +19,9 @@ from adapter_store.ids import TenantId
 from adapter_store.inspector import PASSED_ENVIRONMENT
 from training.errors import FileInvalid, LineFault
 
-CHECKS_AT_ONCE: Final = 2
+SMALL_BYTES: Final = 4 << 20
+SMALL_AT_ONCE: Final = 2
+LARGE_AT_ONCE: Final = 1
 REPLY_LIMIT_BYTES: Final = 1 << 20
 NO_VERDICT: Final = "it could not be checked: {}; split it, or ask your operator"
 
@@ -26,16 +29,26 @@ NO_VERDICT: Final = "it could not be checked: {}; split it, or ask your operator
 class FileCheck:
     """`base`: the folder whose tokenizer counts; None, or one without it: nothing counts tokens."""
 
-    def __init__(self, base: Path | None, *, max_length: int | None = None, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self,
+        base: Path | None,
+        *,
+        max_length: int | None = None,
+        timeout_s: float = 900.0,
+        small_bytes: int = SMALL_BYTES,
+    ) -> None:
         self._base = base
+        self._small_bytes = small_bytes
         self._max_length = max_length
         self._timeout_s = timeout_s
-        self._places = asyncio.Semaphore(CHECKS_AT_ONCE)
+        self._small = asyncio.Semaphore(SMALL_AT_ONCE)
+        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._tenants: dict[TenantId, tuple[asyncio.Lock, int]] = {}
 
-    async def run(self, tenant_id: TenantId, path: Path) -> dict[str, Any]:
+    async def run(self, tenant_id: TenantId, path: Path, size_bytes: int) -> dict[str, Any]:
         """What was found: method, statistics, warnings. Raises FileInvalid."""
-        async with self._turn(tenant_id):
+        places = self._small if size_bytes <= self._small_bytes else self._large
+        async with self._turn(tenant_id, places):
             reply = await self._ask(path)
         faults = [LineFault(fault["line"], fault["reason"]) for fault in reply.pop("faults")]
         if faults:
@@ -43,12 +56,12 @@ class FileCheck:
         return reply
 
     @asynccontextmanager
-    async def _turn(self, tenant_id: TenantId) -> AsyncIterator[None]:
+    async def _turn(self, tenant_id: TenantId, places: asyncio.Semaphore) -> AsyncIterator[None]:
         """A tenant's checks wait for one another before they wait for a place."""
         lock, users = self._tenants.get(tenant_id, (asyncio.Lock(), 0))
         self._tenants[tenant_id] = lock, users + 1
         try:
-            async with lock, self._places:
+            async with lock, places:
                 yield
         finally:
             lock, users = self._tenants.pop(tenant_id)

@@ -18,7 +18,7 @@ GROUP = re.compile(r"[0-9]+")
 INTERNATIONAL = re.compile(r"\+\(?[1-9]")
 FEWEST_INTERNATIONAL_DIGITS = 8
 NATIONAL = re.compile(
-    r"""(?<![0-9])(?:
+    r"""(?:
         \([2-9][0-9]{2}\)[ ]?[0-9]{3}[ .-][0-9]{4}             # (555) 123-4567
         | [2-9][0-9]{2}([.-])[0-9]{3}\1[0-9]{4}               # 555-123-4567
         | 0[1-9](?:[ .-][0-9]{2}){4}                          # 01 23 45 67 89
@@ -26,16 +26,19 @@ NATIONAL = re.compile(
     )(?![0-9])""",
     re.VERBOSE,
 )
-# Scheme → first digits and lengths of a card's number.
-CARDS = (
-    (re.compile(r"4"), (13, 16, 19)),
-    (re.compile(r"5[1-5]|222[1-9]|22[3-9]|2[3-6]|27[01]|2720"), (16,)),
-    (re.compile(r"3[47]"), (15,)),
-    (re.compile(r"30[0-5]|3[68]"), (14,)),
-    (re.compile(r"35|6011|64[4-9]|65"), (16,)),
-    (re.compile(r"62"), (16, 17, 18, 19)),
+# By scheme: Visa, Mastercard, American Express, Diners, Discover and JCB, UnionPay.
+CARD = re.compile(
+    r"""4[0-9]{12}(?:[0-9]{3}){0,2}
+    | (?:5[1-5][0-9]{2}|222[1-9]|22[3-9][0-9]|2[3-6][0-9]{2}|27[01][0-9]|2720)[0-9]{12}
+    | 3[47][0-9]{13}
+    | 3(?:0[0-5]|[68][0-9])[0-9]{11}
+    | (?:35[0-9]{2}|6011|64[4-9][0-9]|65[0-9]{2})[0-9]{12}
+    | 62[0-9]{14,17}
+    """,
+    re.VERBOSE,
 )
 LONGEST_CARD = 19
+SHORTEST_GROUP = 3  # of a card's number as it is written; the first has four digits
 IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}[0-9]{2}(?: ?[A-Z0-9]){11,32}")
 IBAN_LENGTHS = {
     entry[:2]: int(entry[2:])
@@ -78,7 +81,7 @@ def _has_email(text: str) -> bool:
 def _is_phone(number: str) -> bool:
     if INTERNATIONAL.match(number):
         return sum(map(str.isdigit, number)) >= FEWEST_INTERNATIONAL_DIGITS
-    return NATIONAL.search(number) is not None
+    return NATIONAL.match(number) is not None
 
 
 def _holds_card(number: str) -> bool:
@@ -86,17 +89,13 @@ def _holds_card(number: str) -> bool:
     groups = GROUP.findall(number)
     for first in range(len(groups)):
         digits = ""
-        for group in groups[first : first + LONGEST_CARD]:
+        for group in groups[first : first + LONGEST_CARD // SHORTEST_GROUP]:
             digits += group
-            if len(digits) > LONGEST_CARD:
+            if len(group) < SHORTEST_GROUP or len(digits) > LONGEST_CARD:
                 break
-            if _is_card(digits):
+            if CARD.fullmatch(digits) and _passes_luhn(digits):
                 return True
     return False
-
-
-def _is_card(digits: str) -> bool:
-    return any(start.match(digits) and len(digits) in lengths for start, lengths in CARDS) and _passes_luhn(digits)
 
 
 def _passes_luhn(digits: str) -> bool:

@@ -286,7 +286,9 @@ async def erase_everywhere(parts: Parts, key: TenantKey, name: str, number: int 
     """Erases a version, or the whole adapter; the erasure as far as it is. Raises AdapterNotFound, VersionInUse."""
     running = 0
     if not force:
-        running = await parts.pool.running(key.tenant_id, await parts.erasures.leaving(key.tenant_id, name, number))
+        leaving = await parts.erasures.leaving(key.tenant_id, name, number)
+        parts.proofs.give_way(key.tenant_id, leaving)
+        running = await parts.pool.running(key.tenant_id, leaving)
     erasure = await parts.erasures.request(
         key.tenant_id,
         name,

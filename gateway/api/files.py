@@ -234,7 +234,7 @@ async def keep_staged(
 ) -> File:
     """Checks what was staged and keeps it, as the key allows by now. Raises FileInvalid, and what `Files` raises."""
     await trainer(request, parts)  # an upload may take long: the key may be revoked by now
-    report = await parts.file_check.run(asker.tenant_id, staged.folder / DATA)
+    report = await parts.file_check.run(asker.tenant_id, staged.folder / DATA, staged.sizes[DATA])
     expires_after_s = described.expires_after_s
     new = NewFile(
         asker.tenant_id,

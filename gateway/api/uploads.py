@@ -222,8 +222,19 @@ async def _complete(
     await completion.once.check(completion.request_sha256)
     check_complete(upload)
     async with parts.staging.stage() as bundle:
-        await parts.uploads.assemble(upload, bundle)
+        try:
+            await parts.uploads.assemble(upload, bundle)
+        except UploadNotFound:
+            await _repeat_if_answered(parts, upload)
+            raise
         return await publish_bundle(request, parts, asker, upload.adapter_name, bundle, completion)
+
+
+async def _repeat_if_answered(parts: Parts, upload: Upload) -> None:
+    """Raises Repeated where another call has completed the upload meanwhile, UploadNotFound where it was cancelled."""
+    now = await parts.uploads.find(upload.tenant_id, upload.adapter_name, upload.id)
+    if now.answer is not None:
+        raise Repeated(Kept.from_text(now.answer))
 
 
 @router.delete("/{upload}", status_code=204)

@@ -67,6 +67,15 @@ def tenant_list(url: Url = None, key: OperatorKey = None, as_json: Json = False)
     show_table(found, as_json, ("name", "id", "plan", "created_at", "suspended_at"))
 
 
+@tenant_app.command("storage")
+def tenant_storage(url: Url = None, key: OperatorKey = None, as_json: Json = False) -> None:
+    """What each tenant keeps: adapters, training files, and what is on its way."""
+    with told():
+        found = pages(operator_client(url, key), "/admin/v1/storage/tenants", "tenant")
+    columns = ("tenant", "adapters", "versions", "adapter_bytes", "files", "file_bytes", "uploads", "upload_bytes")
+    show_table(found, as_json, columns)
+
+
 @tenant_app.command("show")
 def tenant_show(name: str, url: Url = None, key: OperatorKey = None, as_json: Json = False) -> None:
     """Show one tenant, by name or id."""

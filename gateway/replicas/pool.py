@@ -326,8 +326,8 @@ class ReplicaPool:
     async def running(self, tenant_id: TenantId, digests: Collection[str]) -> int:
         """Requests on these versions, of every gateway's, that still run a second from now.
 
-        Shorter ones, a proof of effect among them, are over before anybody could do anything about them. A replica
-        that does not answer within a second has none.
+        Shorter ones are over before anybody could do anything about them. A replica that does not answer within a
+        second has none.
         """
         until = time.monotonic() + RUNNING_S
         while True:

@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace, effort: Effort, folder: Path) -> Iterator[
     if "upload" in args.only:
         yield from upload_rows(folder, effort.large_bytes)
     if {"first-token", "first-token-s3"} & set(args.only):
-        yield from first_token_rows(args, folder, effort.uploads)
+        yield from first_token_rows(args, folder, args.uploads or effort.uploads)
 
 
 def first_token_rows(args: argparse.Namespace, folder: Path, uploads: int) -> Iterator[Row]:
@@ -98,6 +98,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m loadtests.store", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes: for a look, not for a record")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts alone")
+    parser.add_argument("--uploads", type=int, help="so many to a first token each, instead of 20")
     parser.add_argument("--postgres", action="store_true", help="the catalogue in PostgreSQL instead of SQLite")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where all files go; default: %(default)s")
     parser.add_argument("--nice", type=int, default=0, help="niceness of all that is measured; below 0 asks for root")

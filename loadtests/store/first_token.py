@@ -29,6 +29,8 @@ from loadtests.store.report import percentile, row
 
 BASE_NAME: Final = "wide"
 BUCKET: Final = "tailor"
+IN_MEMORY: Final = {"MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(1 << 30)}
+"""moto writes what is larger into a temporary file."""
 START_S: Final = 400.0
 PROOF_S: Final = 120.0
 LOOK_S: Final = 0.25
@@ -167,12 +169,12 @@ def up(folder: Path, base: Path, settings: Mapping[str, str]) -> Iterator[Runnin
 
 @contextmanager
 def s3(folder: Path) -> Iterator[Mapping[str, str]]:
-    """An S3 server on loopback with an empty bucket: settings that make it the blob store."""
+    """An S3 server on loopback with an empty bucket, all in its memory: settings that make it the blob store."""
     port = free_port()
     folder.mkdir()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-p", str(port)]
-    with running(command, f"{url}/moto-api/", core=None, log=folder / "s3.log", env=os.environ):
+    with running(command, f"{url}/moto-api/", core=None, log=folder / "s3.log", env={**os.environ, **IN_MEMORY}):
         if httpx.put(f"{url}/{BUCKET}", trust_env=False).status_code != 200:
             raise CannotMeasureError("the S3 server makes no bucket")
         yield {

@@ -13,7 +13,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from adapter_store import blobs as blobs_module
 from adapter_store.aliases import Aliases
 from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
-from adapter_store.bundle import BUNDLE_FILES, Staging
+from adapter_store.bundle import BUNDLE_FILES, StagedFile, Staging
 from adapter_store.catalog import Fallback, Version
 from adapter_store.engine import AsyncConnection, create_async_engine
 from adapter_store.errors import StorageError
@@ -41,6 +42,8 @@ from gateway.database import migrate, open_engine
 from gateway.tenants import Tenants
 from tests.bad_adapters import write_base, write_good
 from tests.crash.tracer import Durable, Loss, Trouble, trace
+from training.file_uploads import FileUpload, FileUploads, NewUpload
+from training.files import NO_QUOTA, File, Files, NewFile, Purpose
 
 TENANT = TenantId("ten_a")
 OPERATIONS: tuple[tuple[str, ...], ...] = (
@@ -59,10 +62,14 @@ OPERATIONS: tuple[tuple[str, ...], ...] = (
     ("publish", "bot", "1"),  # the name again, after its blobs went
     ("publish", "third", "1"),
     ("in parts", "old", "3"),
+    ("file", "train.jsonl", "1"),
+    ("file in parts", "parts.jsonl", "2"),
     ("delete", "third"),
     ("publish", "old", "2"),
     ("tenant", "globex"),
     ("delete", "old"),
+    ("erase file", "train.jsonl"),
+    ("erase file", "parts.jsonl"),
     ("delete", "bot"),  # the last: no blob is left
     ("publish", "bot", "2"),
 )
@@ -72,6 +79,7 @@ TRIES = 60
 REFUSED = "-"
 SEEDS = ("1", "2", "3")
 PART_BYTES = 16 << 10
+FILE_BYTES = 3_000
 
 
 class InProcess(Inspector):
@@ -92,6 +100,21 @@ class _Ending(Together[Version]):
         await self._uploads.close_in(connection, self._upload, made.id)
 
 
+class _FileEnding(Together[File]):
+    """The same for a file."""
+
+    def __init__(self, uploads: FileUploads, upload: FileUpload) -> None:
+        self._uploads = uploads
+        self._upload = upload
+
+    async def after(self, connection: AsyncConnection, made: File) -> None:
+        await self._uploads.close_in(connection, self._upload, "{}", made.id)
+
+
+def _new_file(name: str, sha256: str) -> NewFile:
+    return NewFile(TENANT, Purpose.FINE_TUNE, name, sha256, FILE_BYTES)
+
+
 class Home:
     """A store on SQLite and a folder, opened anew."""
 
@@ -105,6 +128,8 @@ class Home:
         self.aliases = Aliases(self.engine, base)
         self.tenants = Tenants(self.engine)
         self.uploads = Uploads(self.engine, self.blobs, part_bytes=PART_BYTES)
+        self.files = Files(self.engine, self.blobs)
+        self.file_uploads = FileUploads(self.engine, self.blobs)
 
     async def do(self, operation: tuple[str, ...]) -> None:
         match operation:
@@ -128,6 +153,38 @@ class Home:
                 await self.store.delete(TENANT, name)
             case ("tenant", name):
                 await self.tenants.create(name)
+            case ("file", name, seed):
+                async with self._staged(seed.encode() * FILE_BYTES) as staged:
+                    await self.files.create(_new_file(name, staged.sha256), staged.path)
+            case ("file in parts", name, seed):
+                await self._file_in_parts(name, seed.encode() * FILE_BYTES)
+            case ("erase file", name):
+                (file_id,) = [file.id for file in await self.files.page(TENANT) if file.filename == name]
+                erasure = await self.files.erase(TENANT, file_id)
+                await self.store.erasures.drop_blobs(erasure)
+                await self.store.erasures.complete(erasure.id)
+
+    @asynccontextmanager
+    async def _staged(self, data: bytes) -> AsyncIterator[StagedFile]:
+        async with self.staging.stage({"data": len(data)}) as bundle, bundle.open("data") as file:
+            await file.write(data)
+            await file.flush()
+            yield file
+
+    async def _file_in_parts(self, name: str, data: bytes) -> None:
+        """Two parts, the last first."""
+        new = NewUpload(TENANT, Purpose.FINE_TUNE, name, len(data), None)
+        upload = await self.file_uploads.create(new, NO_QUOTA, Together())
+        ids: list[str] = []
+        for half in (data[len(data) // 3 :], data[: len(data) // 3]):
+            async with self._staged(half) as file:
+                ids.insert(0, (await self.file_uploads.keep_part(upload, file.path, file.sha256, len(half))).id)
+        parts = await self.file_uploads.parts_in_order(upload, ids)
+        async with self._staged(b"".join([piece async for piece in self.file_uploads.read(upload, parts)])) as file:
+            await self.files.create(
+                _new_file(name, file.sha256), file.path, together=_FileEnding(self.file_uploads, upload)
+            )
+        await self.file_uploads.drop_parts(upload)
 
     async def _upload_in_parts(self, name: str, folder: Path) -> None:
         """Each part staged, stored and noted; the last of a file first."""
@@ -157,7 +214,8 @@ class Home:
             ]
             found[adapter.name] = [adapter.default.number, adapter.default.fallback.value, numbers, names, moves]
         tenants = [tenant.name for tenant in await self.tenants.page(None, 10)]
-        return json.loads(json.dumps([found, tenants]))  # lists throughout, as what it is compared with
+        files = sorted((file.filename, file.sha256) for file in await self.files.page(TENANT))
+        return json.loads(json.dumps([found, tenants, files]))  # lists throughout, as what it is compared with
 
     async def faults(self, acknowledged: int, expected: list[Any]) -> list[str]:
         """What is not as it should be after a restart."""
@@ -176,6 +234,11 @@ class Home:
                         faults.append(f"{adapter.name}@{version.number}: {file.name} is gone or short")
                     elif await self.blobs.sha256(file.key) != file.sha256:
                         faults.append(f"{adapter.name}@{version.number}: {file.name} is not what was published")
+        for sent in await self.files.page(TENANT):
+            named.add(sent.blob.key)
+            if await self.blobs.sha256(sent.blob.key) != sent.sha256:
+                faults.append(f"{sent.filename} is not what was sent")
+        await FileUploads(self.engine, self.blobs, clock=lambda: time.time() + 1e9).sweep()
         await self.store.collect_orphans(older_than_s=-1e9)
         await Uploads(self.engine, self.blobs, clock=lambda: time.time() + 1e9).sweep()
         folders = (self.blobs_folder, self.staging.root)

@@ -151,6 +151,7 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "PUT /admin/v1/tenants/{tenant}/pins/{adapter}": (403, 403, 403, 403,   200,     404),
     "DELETE /admin/v1/tenants/{tenant}/pins/{adapter}": (403, 403, 403, 403, 204,    404),
     "GET /admin/v1/quarantine":                  (403,  403,  403,  403,    200,     200),
+    "GET /admin/v1/storage/tenants":            (403,  403,  403,  403,    200,     200),
     "GET /admin/v1/storage/faults":             (403,  403,  403,  403,    200,     200),
     "DELETE /admin/v1/quarantine/{held_id}":     (403,  403,  403,  403,    204,     404),
 }
@@ -494,13 +495,13 @@ def subject_of(method: str, path: str) -> Subject | None:
 
 
 async def asked(
-    world: World, method: str, path: str, caller: str, *, missing: bool = False
+    world: World, method: str, path: str, caller: str, *, missing: bool = False, name: str = ""
 ) -> tuple[str, httpx.Response]:
-    """The answer, and the name of what was asked for."""
+    """The answer, and the name of what was asked for: `name`, or else something new."""
     subject = subject_of(method, path)
     if subject is None:
         return "", await world.ask(method, path, caller, **world.body_of(method, path, ""))
-    name = subject.missing if missing else await subject.make(world)
+    name = subject.missing if missing else name or await subject.make(world)
     parameter = subject.parameter if subject.is_whole else subject.parameter.partition("/")[0]
     place = path.replace(parameter, name) if parameter else path
     place = place.replace("{alias}", "staging").replace("{number}", "1")
@@ -526,18 +527,20 @@ async def test_everybody_gets_what_the_matrix_says(world: World) -> None:
     """Status by status; a key that is for nothing that the route asks for is 403, whatever the object."""
     wrong = []
     for method, path, row in rows():
-        for caller in COLUMNS[:-1]:
-            _, answer = await asked(world, method, path, caller)
-            if answer.status_code != row[caller]:
+        expected = {caller: row[caller] for caller in COLUMNS[:-1]}
+        expected[useless_for(path)] = 200 if path in (*OPEN_PATHS, "/v1/signing-keys") else 403
+        name = ""
+        for caller in sorted(expected, key=expected.__getitem__, reverse=True):
+            name, answer = await asked(world, method, path, caller, name=name)
+            if answer.status_code != expected[caller]:
                 wrong.append(
-                    f"{method} {path} as {caller}: {answer.status_code} for {row[caller]}: {answer.text[:200]}"
+                    f"{method} {path} as {caller}: {answer.status_code} for {expected[caller]}: {answer.text[:200]}"
                 )
+            if answer.status_code < 300 or "{rollout}" in path:  # who is refused has changed nothing
+                name = ""
         _, answer = await asked(world, method, path, who_may(row), missing=True)
         if answer.status_code != row["missing"]:
             wrong.append(f"{method} {path}, missing: {answer.status_code} for {row['missing']}: {answer.text[:200]}")
-        _, answer = await asked(world, method, path, useless_for(path))
-        if answer.status_code != (200 if path in (*OPEN_PATHS, "/v1/signing-keys") else 403):
-            wrong.append(f"{method} {path} without a scope: {answer.status_code}")
     assert wrong == []
 
 

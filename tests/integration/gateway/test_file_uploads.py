@@ -78,22 +78,20 @@ async def test_parts_come_in_any_order_and_more_than_once(client: openai.AsyncOp
     assert len([file async for file in client.files.list()]) == 1
 
 
-async def test_an_upload_survives_a_restart(run_gateway: RunGateway, tmp_path: Path) -> None:
+async def test_an_upload_survives_its_gateway(run_gateway: RunGateway, tmp_path: Path) -> None:
     """Half is sent to one gateway, half to another with a home of its own, and a third completes it."""
     shared = {
         "database_url": f"sqlite+aiosqlite:///{tmp_path / 'shared.db'}",
         "blobs_url": (tmp_path / "shared-blobs").as_uri(),
     }
-    first = await run_gateway(home=tmp_path / "one", **shared)
-    acme = await first.tenant("acme")
-    upload = await begin(client_of(first, acme.key))
-    ids = await send(client_of(first, acme.key), upload, cut()[:2])
-    second = await run_gateway(home=tmp_path / "two", **shared)
-    ids += await send(client_of(second, acme.key), upload, cut()[2:])
-    third = await run_gateway(home=tmp_path / "three", **shared)
-    done = await client_of(third, acme.key).uploads.complete(upload.id, part_ids=ids)
-    assert done.file is not None
-    assert (await client_of(first, acme.key).files.content(done.file.id)).content == DATA
+    first, second, third = [await run_gateway(home=tmp_path / name, **shared) for name in ("one", "two", "three")]
+    key = (await first.tenant("acme")).key
+    async with client_of(first, key) as one, client_of(second, key) as two, client_of(third, key) as three:
+        upload = await begin(one)
+        ids = [*await send(one, upload, cut()[:2]), *await send(two, upload, cut()[2:])]
+        done = await three.uploads.complete(upload.id, part_ids=ids)
+        assert done.file is not None
+        assert (await one.files.content(done.file.id)).content == DATA
 
 
 async def test_a_cancelled_upload_is_over(client: openai.AsyncOpenAI, gateway: Gateway, acme: Tenant) -> None:

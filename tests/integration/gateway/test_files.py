@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,17 @@ import httpx
 import openai
 import pytest
 from sqlalchemy import update
+from typer.testing import CliRunner, Result
 
 from adapter_store.catalog import metadata
 from adapter_store.engine import AsyncConnection
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
+from gateway.api_client import ApiClient
+from gateway.cli import app as command
+from gateway.push_file import PushFile
 from tests.integration.gateway.conftest import Gateway, RunGateway, Tenant, error_of
+from tests.integration.gateway.test_tenancy import run_command
 from tests.waiting import until
 from training.files import FileId, files
 
@@ -327,3 +333,69 @@ async def test_a_file_that_a_job_needs_stays_unless_forced(run_gateway: RunGatew
     assert (await acme.client.delete(path, params={"force": True})).status_code == 200
     (erasure,) = (await acme.client.get("/v1/erasures")).json()["data"]
     assert erasure["statement"]["forced"] is True
+
+
+async def test_operators_see_what_each_tenant_keeps(
+    client: openai.AsyncOpenAI, acme: Tenant, globex: Tenant, gateway: Gateway, good: Path
+) -> None:
+    """Adapters, files and uploads under way, in counts and bytes; page by page, and from the command."""
+    data = jsonl()
+    for _ in range(2):
+        await client.files.create(file=("a", data), purpose="fine-tune")
+    await client.uploads.create(bytes=77, filename="b", mime_type="", purpose="fine-tune")
+    assert (await globex.publish(good)).status_code == 201
+    first = (await gateway.operator.get("/admin/v1/storage/tenants", params={"limit": 1})).json()
+    assert first["has_more"]
+    (told,) = first["data"]
+    assert (told["tenant"], told["files"], told["file_bytes"]) == ("acme", 2, 2 * len(data))
+    assert (told["adapters"], told["versions"], told["uploads"], told["upload_bytes"]) == (0, 0, 1, 77)
+    listed = await run_command(gateway, "tenant", "storage")
+    assert listed[0] == told
+    assert (listed[1]["adapters"], listed[1]["versions"], listed[1]["files"]) == (1, 1, 0)
+    assert listed[1]["adapter_bytes"] > 0
+
+
+async def test_files_are_kept_from_the_command(gateway: Gateway, acme: Tenant, tmp_path: Path) -> None:
+    """Put, listed, shown, fetched, erased with a receipt; a faulty one is told line by line."""
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(jsonl())
+    made = await run_command(gateway, "file", "put", str(path), "--expires-after-s", "3600", key=acme.key)
+    assert (made["filename"], made["expires_at"]) == ("train.jsonl", made["created_at"] + 3_600)
+    assert [file["id"] for file in await run_command(gateway, "file", "list", key=acme.key)] == [made["id"]]
+    assert await run_command(gateway, "file", "show", made["id"], key=acme.key) == made
+    run = tell(gateway, acme)
+    assert "3 examples (supervised)" in (await run("show", made["id"])).stdout
+    out = tmp_path / "out.jsonl"
+    assert (await run("get", made["id"], "--out", str(out))).exit_code == 0
+    assert out.read_bytes() == (await run("get", made["id"])).stdout_bytes == jsonl()
+    assert (await run("get", made["id"], "--out", str(out))).exit_code == 1  # nothing is written over
+    assert "receipt: tailor erasure show ers_" in (await run("delete", made["id"])).stdout
+    path.write_bytes(jsonl() + b"{\n[]\n")
+    refused = await run("put", str(path))
+    assert refused.exit_code == 1
+    assert "\n  line 4: " in refused.stderr
+    assert "\n  line 5: " in refused.stderr
+
+
+async def test_the_command_sends_large_files_in_parts(gateway: Gateway, acme: Tenant, tmp_path: Path) -> None:
+    """What comes out is what went in."""
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(jsonl(500))
+
+    def push() -> Any:
+        with closing(ApiClient(gateway.url, acme.key)) as client:
+            return PushFile(client, path, stage=lambda *_: lambda _: None, in_parts_from_bytes=1).run()
+
+    made = await asyncio.to_thread(push)
+    assert made["tailor"]["report"]["statistics"]["examples"] == 500
+    assert (await acme.client.get(f"/v1/files/{made['id']}/content")).content == jsonl(500)
+
+
+def tell(gateway: Gateway, tenant: Tenant) -> Callable[..., Awaitable[Result]]:
+    """`tailor file …` as a person runs it."""
+
+    async def run(*arguments: str) -> Result:
+        environment = {"TAILOR_URL": gateway.url, "TAILOR_API_KEY": tenant.key, "TAILOR_HOME": str(gateway.home.path)}
+        return await asyncio.to_thread(CliRunner().invoke, command, ["file", *arguments], env=environment)
+
+    return run

@@ -503,6 +503,21 @@ async def test_a_deleted_adapter_takes_its_proof_along(
             assert (await connection.execute(select(table))).all() == []
 
 
+async def test_a_proof_is_no_use_that_keeps_a_version(
+    acme: Tenant, good: Path, other_good: Path, replica: FakeReplica
+) -> None:
+    """A delete without force breaks it off: it asks no further prompt."""
+    await acme.publish(good)
+    await judged(acme)
+    golden = len(replica.golden)
+    replica.faults.event_delay_s = 0.5
+    await acme.publish(other_good, "other")
+    await until(lambda: len(replica.golden) == golden + 1)
+    gone = await acme.client.delete("/v1/adapters/other")
+    assert gone.status_code in (200, 202), gone.text
+    assert len(replica.golden) == golden + 1
+
+
 async def test_where_proof_is_required_an_alias_moves_to_what_is_proved(
     run_gateway: RunGateway, replica: FakeReplica, good: Path
 ) -> None:

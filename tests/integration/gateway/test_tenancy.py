@@ -340,6 +340,7 @@ async def test_an_adapter_declares_its_fallback(
     assert (await acme.client.get("/v1/adapters")).json()["data"][0]["fallback"] == "previous"
     models, tenant_id = gateway.parts.models, (await gateway.parts.tenants.named("acme")).id
     assert models.known(tenant_id, "bot") is None
+    await gateway.parts.changes.catch_up()  # else what the uploads have changed would be taken in, and forgotten, later
     current = await models.resolve(tenant_id, "bot")
     assert isinstance(current, Version)
     assert models.known(tenant_id, "bot") is current

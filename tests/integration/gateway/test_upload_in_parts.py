@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import delete, func, select, update
 
 from adapter_store.bundle import BUNDLE_FILES, WEIGHTS_FILE
+from adapter_store.errors import UploadNotFound
 from adapter_store.transactions import reading, writing
 from adapter_store.uploads import MOST_OPEN, upload_parts, uploads
 from gateway.api_client import ApiClient, ApiError
@@ -316,6 +317,24 @@ async def test_a_cancelled_upload_is_gone(sender: Sender, gateway: Gateway, acme
     assert parts_stored(gateway) == []
     for answer in (await acme.client.delete(sender.place), await sender.state(), await sender.complete()):
         assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
+
+
+async def test_an_upload_that_ends_while_it_is_put_together_leaves_nothing(
+    sender: Sender, gateway: Gateway, acme: Tenant
+) -> None:
+    """Cancelled, or completed by another call, in the moment before its parts are looked for."""
+    found = gateway.parts.uploads
+    for end in (acme.client.delete, lambda place: acme.client.post(f"{place}/complete")):
+        await sender.create()
+        await sender.put_all()
+        async with reading(gateway.parts.engine) as connection:
+            (tenant_id,) = (await connection.execute(select(uploads.c.tenant_id).distinct())).scalars()
+        stale = await found.find(tenant_id, "bot", sender.place.rpartition("/")[2])
+        assert (await end(sender.place)).is_success
+        async with gateway.parts.staging.stage() as bundle:
+            with pytest.raises(UploadNotFound):
+                await found.assemble(stale, bundle)
+        assert parts_stored(gateway) == staged(gateway) == []
 
 
 async def test_an_upload_that_is_left_alone_expires(sender: Sender, gateway: Gateway, acme: Tenant) -> None:
