@@ -8,7 +8,7 @@ where that holds).
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from training import adapter_weights, checkpoints, dpo, schedule
 from training.dataset import Pair, Row
 from training.determinism import deterministic
 from training.failures import LossNotFinite, OutOfMemory, TrainingFailed
-from training.layout import Block, Item, Line, block, line
+from training.layout import Block, Item, Line, block, levelled, line
 from training.progress import no_library_bars
 from training.run import Best, Run, Spec, halves, side_by_side
 from training.slots import Part, adaptable
@@ -97,17 +97,26 @@ class Engine:
     """One base, frozen and warm."""
 
     def __init__(
-        self, base: Path, *, device: str | None = None, dtype: str | None = None, threads: int | None = None
+        self,
+        base: Path,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        threads: int | None = None,
+        level: bool | None = None,
     ) -> None:
         """Load the model in the folder `base`: on the GPU in its own precision if there is one, else in float32.
 
-        `threads` are the CPU's, torch's own choice if not given; their number decides the bits.
+        `threads` are the CPU's, torch's own choice if not given; their number decides the bits. `level`: runs of like
+        shape are padded to one length where they step together, so that one kernel takes them all. It is what a GPU
+        is quick at, and its default there; on a CPU it would cost time, and a run's last bits would follow its company.
 
         Raises:
             TrainingFailed: the base's output layer does more than multiply.
         """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.threads = threads or torch.get_num_threads()
+        self.level = self.device.type == "cuda" if level is None else level
         precision = dtype or ("auto" if self.device.type == "cuda" else "float32")
         with no_library_bars():
             model = AutoModelForCausalLM.from_pretrained(base, dtype=precision)
@@ -218,6 +227,8 @@ class Engine:
 
     def _pass(self, shares: Sequence[_Share]) -> list[tuple[Tensor, Tensor]]:
         """Forward and, where gradients are on, backward: loss and hits (2,), and the gradient, of each share."""
+        if self.level:
+            shares = _levelled(shares)
         order = sorted(range(len(shares)), key=lambda at: _shape(shares[at]))
         ranked = [shares[at] for at in order]
         laid = self._laid(ranked)
@@ -316,6 +327,11 @@ class Engine:
 def _shape(share: _Share) -> tuple[object, ...]:
     """Shares of one shape can be computed as one."""
     return share.run.layout.signature, share.block.length, len(share.block.items)
+
+
+def _levelled(shares: Sequence[_Share]) -> list[_Share]:
+    blocks = levelled([share.block for share in shares], [share.run.layout.signature for share in shares])
+    return [replace(share, block=block) for share, block in zip(shares, blocks, strict=True)]
 
 
 def _as_served(run: Run, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,11 @@
 """Rows of several runs as one line of tokens, without padding between runs.
 
 A run's rows of one forward pass are a block: `rows` lines of `length` tokens, padded among themselves only. How a block
-looks follows from its own rows alone, and so does every bit that is computed of it. Blocks of one shape lie side by
-side, so that attention and adapters take them at once.
+looks follows from its own rows alone, and so does every bit that is computed of it, unless blocks are `levelled`.
+Blocks of one shape lie side by side, so that attention and adapters take them at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +64,18 @@ class Block:
 def block(items: Sequence[Item]) -> Block:
     longest = max(len(item.input_ids) for item in items)
     return Block(items, -(-longest // ROUND_TO) * ROUND_TO)
+
+
+def levelled(blocks: Sequence[Block], kinds: Sequence[Hashable]) -> list[Block]:
+    """The same blocks, those of one kind and as many rows made of one length, where that at most doubles one."""
+    lengths: dict[Hashable, int] = {}
+    changed = list(blocks)
+    for at in sorted(range(len(blocks)), key=lambda at: -blocks[at].length):
+        shape, own = (kinds[at], len(blocks[at].items)), blocks[at].length
+        if lengths.get(shape, 0) > 2 * own or shape not in lengths:
+            lengths[shape] = own
+        changed[at] = Block(blocks[at].items, lengths[shape])
+    return changed
 
 
 @dataclass(frozen=True, slots=True)

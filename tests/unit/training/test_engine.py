@@ -1,21 +1,26 @@
 """The engine on a very small base. A run's gradient is read off its first moment: after one step that is a tenth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import PreTrainedTokenizerFast
 
 from training import dataset, tasks
 from training.dataset import Pair, Row
 from training.engine import Engine, Run, Spec, StepReport
 from training.hyperparameters import Hyperparameters
+from training.layout import Block, item, levelled
+from training.slots import AdaptedLinear
 
 QUICK: dict[str, Any] = {"rank": 4, "lora_alpha": 8, "epochs": 1, "batch_size": 4, "learning_rate": 1e-2}
 UNCLIPPED = 1000.0
+NOTHING = item([Row([0], [0])])
 
 Rows = Callable[[int], list[Row]]
 
@@ -73,6 +78,46 @@ def test_accumulated_gradients_equal_those_of_the_full_batch(engine: Engine, row
     mean_of_means = torch.stack(means).mean(0)
     assert difference(ragged, whole) < 1e-6
     assert difference(mean_of_means, whole) > 1e-4
+
+
+def test_levelled_runs_learn_the_same_up_to_rounding(engine: Engine, base: Path) -> None:
+    """Padding to one length, as on a GPU, makes fewer kernels of unequal runs, and changes no result."""
+    level = Engine(base, threads=1, level=True)
+    short, long = [Row([7] * 9, [7] * 9)] * 4, [Row([*range(5, 25)], [*range(5, 25)])] * 4
+    specs = [spec(some, seed=seed, max_steps=3) for seed, some in enumerate((short, long))]
+    ended, widths = [], []
+    for one in (engine, level):
+        runs = [one.begin(spec) for spec in specs]
+        with watched_widths() as seen:
+            while not runs[0].done:
+                one.step(runs)
+        ended.append(runs)
+        widths.append(seen)
+    assert all(difference(a.weights, b.weights) < 1e-5 for a, b in zip(*ended, strict=True))
+    assert widths == [{4 * 16 + 4 * 24}, {8 * 24}]
+
+
+@contextmanager
+def watched_widths() -> Iterator[set[int]]:
+    """How many tokens the adapted layers are given at once."""
+    seen: set[int] = set()
+
+    def note(layer: object, given: tuple[Tensor, ...], _: object) -> None:
+        if isinstance(layer, AdaptedLinear):
+            seen.add(given[0].shape[1])
+
+    handle = register_module_forward_hook(note)
+    yield seen
+    handle.remove()
+
+
+def test_blocks_are_levelled_among_their_kind() -> None:
+    """A block may double, not more; other shapes of adapters or counts of rows are left alone."""
+    lengths = [64, 120, 128, 200, 96, 72]
+    blocks = [Block([NOTHING] * (2 if length == 72 else 1), length) for length in lengths]
+    kinds = ["a", "a", "a", "a", "b", "a"]
+    assert [block.length for block in levelled(blocks, kinds)] == [64, 200, 200, 200, 96, 72]
+    assert levelled([], []) == []
 
 
 def mixture(rows: Rows) -> list[Spec]:
