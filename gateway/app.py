@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -92,7 +93,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import open_tracing
 from gateway.tenants import Tenants
 from gateway.usage import Ledger
-from training import jobs
+from training import jobs, saved_runs
 from training.errors import TrainingError
 from training.file_check import FileCheck
 from training.file_uploads import FileUploads
@@ -225,6 +226,7 @@ def _build(settings: Settings, home: Home) -> Parts:
         jobs=job_rows,
         job_figures=JobFigures(job_rows),
         file_uploads=FileUploads(engine, blobs, expiry_s=settings.upload_expiry_s),
+        sweep_saved_runs=partial(saved_runs.sweep, engine, blobs),
         file_check=FileCheck(folder, max_length=settings.max_model_len, timeout_s=settings.file_check_timeout_s),
         file_limits=FileLimits(settings.max_file_bytes, settings.file_expiry_s),
         answers=answers,
@@ -355,7 +357,14 @@ def _lifespan(
             parts.quarantine.write(),
             parts.rollout_watch.follow(),
             parts.pins.follow(),
-            tidy(parts.store, parts.uploads, parts.files, parts.file_uploads, parts.answers),
+            tidy(
+                parts.store,
+                parts.uploads,
+                parts.files,
+                parts.file_uploads,
+                parts.sweep_saved_runs,
+                parts.answers,
+            ),
             scrub(parts.scrubber),
             parts.proofs.follow(),
             parts.eraser.follow(),

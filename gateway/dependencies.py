@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -82,6 +83,7 @@ class Parts:
     jobs: Jobs
     job_figures: JobFigures
     file_uploads: FileUploads
+    sweep_saved_runs: Callable[[], Awaitable[int]]
     file_check: FileCheck
     file_limits: FileLimits
     answers: Answers

@@ -18,7 +18,12 @@ ORPHANS_AFTER_S = 86_400.0  # far above the longest upload, so that no publish u
 
 
 async def tidy(
-    store: AdapterStore, uploads: Uploads, files: Files, file_uploads: FileUploads, answers: Answers
+    store: AdapterStore,
+    uploads: Uploads,
+    files: Files,
+    file_uploads: FileUploads,
+    saved_runs: Callable[[], Awaitable[int]],
+    answers: Answers,
 ) -> None:
     """Tidy every hour, for ever; meant to run as one task."""
     while True:
@@ -27,6 +32,7 @@ async def tidy(
         await _tidied("parts of uploads that are over", uploads.sweep)
         await _tidied("expired files", files.sweep)
         await _tidied("parts of files", file_uploads.sweep)
+        await _tidied("saves of training runs", saved_runs)
         await _tidied("kept answers", answers.sweep)
 
 

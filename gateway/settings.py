@@ -203,6 +203,27 @@ class Settings(BaseSettings):
     cache_limit_bytes: int = Field(20 << 30, ge=1 << 20, description="a replica's disk cache of adapters")
     vllm_args: str = Field("", description="further vLLM arguments, as one would type them")
 
+    # training (`tailor worker`, and those that `tailor up` starts)
+    training_workers: int | None = Field(
+        None, ge=0, le=64, description="training workers that `tailor up` starts; default: 1 where torch is installed"
+    )
+    training_device: str = Field("auto", pattern="^(auto|cpu|cuda)$", description="where a worker trains")
+    training_threads: int | None = Field(
+        None,
+        ge=1,
+        le=1_024,
+        description="CPU threads of a worker; equal numbers give equal bytes; default: all, or 1 for a tiny base",
+    )
+    training_tokens: int = Field(
+        4_096, ge=1, le=1 << 24, description="tokens of one batch, padding included, up to which jobs are put together"
+    )
+    training_jobs: int = Field(32, ge=1, le=1_024, description="most jobs that a worker trains at once")
+    training_save_every_s: Seconds = Field(30, description="how much of a job's work a dead worker loses at most")
+    training_lease_s: int = Field(
+        60, ge=2, le=3_600, description="a worker that is silent for so long has lost its jobs; seconds"
+    )
+    training_nice: int = Field(10, ge=0, le=19, description="how far a worker stands back behind other processes")
+
     @field_validator("replicas", "allowed_fields", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:

@@ -1,14 +1,16 @@
-"""`tailor up`: replicas and gateway on one machine, supervised, restarted part by part, drained and gone on Ctrl-C."""
+"""`tailor up`: replicas, gateway, training workers of one machine: supervised, restarted in turn, drained on Ctrl-C."""
 
 import asyncio
 import fcntl
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -127,6 +129,7 @@ class Stack:
         home: Home,
         workers: Workers,
         replicas: Sequence[LocalReplica],
+        trainers: Sequence[Child],
         lock: StackLock,
         tell: Tell,
     ) -> None:
@@ -134,6 +137,7 @@ class Stack:
         self.home = home
         self.workers = workers
         self.replicas = replicas
+        self._trainers = trainers
         self._lock = lock
         self._tell = tell
         self._one_by_one = len(replicas) > 1 and device_of(settings.device) == "cpu"
@@ -143,6 +147,7 @@ class Stack:
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._start_workers()), asyncio.create_task(self._start_replicas())]
+        self._tasks += [asyncio.create_task(trainer.run()) for trainer in self._trainers]
 
     async def _start_workers(self) -> None:
         with suppress(WorkerFailed):  # `wait_ready` tells
@@ -204,6 +209,7 @@ class Stack:
             await self.workers.replace_all()
         except WorkerFailed as error:
             raise RestartFailed(f"{error}; the gateway that ran before still runs") from error
+        await asyncio.gather(*(trainer.restart() for trainer in self._trainers))
 
     async def _restart_replica(self, replica: LocalReplica) -> None:
         name = replica.child.command.name
@@ -247,7 +253,8 @@ class Stack:
         """Drain the gateway, then stop the replicas."""
         self._api.close()
         await self.workers.stop()
-        await asyncio.gather(*(replica.child.stop() for replica in self.replicas))
+        children = (*(replica.child for replica in self.replicas), *self._trainers)
+        await asyncio.gather(*(child.stop() for child in children))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -255,8 +262,8 @@ class Stack:
     def kill(self) -> None:
         """At once, without draining."""
         self.workers.kill()
-        for replica in self.replicas:
-            replica.child.kill()
+        for child in (*(replica.child for replica in self.replicas), *self._trainers):
+            child.kill()
 
 
 @asynccontextmanager
@@ -293,7 +300,11 @@ async def running_stack(settings: Settings, tell: Tell, launch: ReplicaLaunch | 
             drain_s=settings.drain_s,
             notice_s=settings.drain_notice_s,
         )
-        stack = Stack(settings, home, workers, replicas, lock, tell)
+        trainers = [
+            _trainer(number, logs, {**os.environ, **overrides}, settings.drain_s)
+            for number in range(_trainers(settings))
+        ]
+        stack = Stack(settings, home, workers, replicas, trainers, lock, tell)
         stack.start()
         try:
             yield stack
@@ -327,6 +338,19 @@ def _replica(number: int, run: Path, logs: Path, launch: ReplicaLaunch, stop_s: 
     argv, environment = launch(number, f"unix:{socket}")
     command = Command(name, argv, environment, logs / f"{name}.log", prepare=lambda: socket.unlink(missing_ok=True))
     return LocalReplica(f"unix:{socket}", Child(command, stop_s=stop_s))
+
+
+def _trainers(settings: Settings) -> int:
+    """How many training workers to start: one, where there is what it needs. It loads that with its first job."""
+    if settings.training_workers is not None:
+        return settings.training_workers
+    return 1 if all(find_spec(name) is not None for name in ("torch", "peft", "transformers")) else 0
+
+
+def _trainer(number: int, logs: Path, environment: Mapping[str, str], stop_s: float) -> Child:
+    name = f"training-worker-{number}"
+    argv = [sys.executable, "-m", "gateway.training_worker", "--with-parent"]
+    return Child(Command(name, argv, environment, logs / f"{name}.log"), stop_s=stop_s)
 
 
 @contextmanager

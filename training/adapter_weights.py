@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from training.failures import TrainingFailed
@@ -162,7 +162,7 @@ def write(layout: Plan, flat: Tensor, folder: Path, hp: Hyperparameters, base: s
     metadata = {"format": "pt"}
     if fingerprint is not None:
         metadata[FINGERPRINT_KEY] = fingerprint
-    save_file(tensors, folder / WEIGHTS, metadata)
+    (folder / WEIGHTS).write_bytes(_canonical(save(tensors, metadata)))
     from peft import LoraConfig  # takes a second to import
 
     config = LoraConfig(
@@ -177,6 +177,14 @@ def write(layout: Plan, flat: Tensor, folder: Path, hp: Hyperparameters, base: s
         inference_mode=True,
     )
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted) + "\n")
+
+
+def _canonical(content: bytes) -> bytes:
+    """The same file with its metadata in order: safetensors 0.8 writes that of a hash table, another with each call."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    return content[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(length) + content[8 + length :]
 
 
 def _scale_of(config: Mapping[str, object], module: str, rank: int) -> float:

@@ -122,9 +122,8 @@ async def claim(
 
     A job that has been saved goes on from `job.saved`. Raises StorageError.
     """
-    async with reading(engine) as connection:
-        if not await _is_work(connection, base_fingerprint, now):
-            return []  # as mostly: nobody's turn is taken for it
+    if not await is_work(engine, base_fingerprint, now):
+        return []  # as mostly: nobody's turn is taken for it
     found: list[Claimed] = []
     async with writing(engine) as connection:
         await take_turn(connection)
@@ -135,6 +134,14 @@ async def claim(
                 break
             found.append(await _lease(connection, job, worker, now, lease_s))
     return found
+
+
+async def is_work(engine: AsyncEngine, base_fingerprint: str, now: int) -> bool:
+    """Whether a job of that base model waits, or a worker fell silent. Raises StorageUnavailable."""
+    waits = (jobs.c.status == Status.QUEUED.value) & (jobs.c.base_fingerprint == base_fingerprint)
+    silent = (jobs.c.status == Status.RUNNING.value) & (jobs.c.lease_until <= now)
+    async with reading(engine) as connection:
+        return (await connection.execute(select(jobs.c.id).where(or_(waits, silent)).limit(1))).first() is not None
 
 
 async def renew(
@@ -310,12 +317,6 @@ async def result_csv(connection: AsyncConnection, job_id: JobId) -> bytes:
         names = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
         lines.writerow([data.get(name, "") for name in names])
     return out.getvalue().encode()
-
-
-async def _is_work(connection: AsyncConnection, base_fingerprint: str, now: int) -> bool:
-    waits = (jobs.c.status == Status.QUEUED.value) & (jobs.c.base_fingerprint == base_fingerprint)
-    silent = (jobs.c.status == Status.RUNNING.value) & (jobs.c.lease_until <= now)
-    return (await connection.execute(select(jobs.c.id).where(or_(waits, silent)).limit(1))).first() is not None
 
 
 async def _deal_with_abandoned(connection: AsyncConnection, now: int, most_losses: int) -> None:

@@ -62,6 +62,10 @@ class Run:
     def done(self) -> bool:
         return self.stopped or self.failed is not None or self.step >= self.total_steps
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return schedule.steps_per_epoch(len(self._drawn), self.spec.hyperparameters)
+
     def micro_batches(self) -> list[list[Item]]:
         """What the next step takes; of pairs the better answers first, then the worse."""
         taken = schedule.items_of_step(self.step + 1, len(self._drawn), self.spec.hyperparameters)

@@ -12,7 +12,7 @@ from training.hyperparameters import Hyperparameters
 
 def step_count(items: int, hp: Hyperparameters) -> int:
     """Steps of a whole run; the last step of an epoch takes the items (rows, packs, pairs) that are left."""
-    steps = hp.epochs * _steps_per_epoch(items, hp)
+    steps = hp.epochs * steps_per_epoch(items, hp)
     return steps if hp.max_steps is None else min(steps, hp.max_steps)
 
 
@@ -21,7 +21,7 @@ def items_of_step(step: int, items: int, hp: Hyperparameters) -> list[list[int]]
 
     Nothing is carried from step to step, so a run goes on at any step without its past.
     """
-    per_epoch = _steps_per_epoch(items, hp)
+    per_epoch = steps_per_epoch(items, hp)
     epoch, position = divmod(step - 1, per_epoch)
     order = epoch_order(items, hp.seed, epoch)
     per_step = hp.batch_size * hp.gradient_accumulation_steps
@@ -69,5 +69,6 @@ def packed(lengths: Sequence[int], limit: int) -> list[list[int]]:
     return packs
 
 
-def _steps_per_epoch(items: int, hp: Hyperparameters) -> int:
+def steps_per_epoch(items: int, hp: Hyperparameters) -> int:
+    """Of which the last takes the items that are left."""
     return math.ceil(items / (hp.batch_size * hp.gradient_accumulation_steps))

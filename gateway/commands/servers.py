@@ -1,4 +1,4 @@
-"""`tailor up`, `gateway`, `replica`: the processes that serve."""
+"""`tailor up`, `gateway`, `replica`, `worker`: the processes that serve and train."""
 
 import asyncio
 import os
@@ -77,3 +77,15 @@ def replica(
             token=settings.replica_token.get_secret_value(),
         )
         os.execve(command[0], command, dict(environment))  # noqa: S606  becoming vLLM is the point
+
+
+@app.command()
+def worker(
+    base_model: Annotated[str | None, typer.Option(help="Folder or cached Hugging Face id of the base model.")] = None,
+) -> None:
+    """Become a training worker: it takes jobs from the database, as many workers as there are machines."""
+    with told():
+        settings = settings_of(base_model=base_model)
+        given = {} if settings.base_model is None else {"TAILOR_BASE_MODEL": settings.base_model}
+        command = [sys.executable, "-m", "gateway.training_worker"]
+        os.execve(command[0], command, {**os.environ, **given})  # noqa: S606  a worker without the command's weight

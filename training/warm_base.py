@@ -1,0 +1,93 @@
+"""The side of a worker that needs torch: one base, loaded once, and the runs of whichever jobs are leased.
+
+Every call blocks, and all of them are made in one thread: torch's number of threads is set for each thread on its own.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+from transformers import AutoTokenizer
+
+from training import dataset
+from training.dataset import DatasetInvalid, NoGenerationMask, Pair, Row
+from training.engine import Engine, Run, Spec, StepReport
+from training.failures import TrainingFailed
+from training.hyperparameters import Hyperparameters
+from training.jobs import JobError, Method
+from training.material import Material, Refused, job_error
+
+__all__ = ["Run", "StepReport", "WarmBase"]
+
+
+class WarmBase:
+    """A base that runs are begun on, stepped together, saved and written."""
+
+    def __init__(
+        self, folder: Path, *, fingerprint: str, device: str | None = None, threads: int | None = None
+    ) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._engine = Engine(folder, device=device, threads=threads)
+        self._fingerprint = fingerprint
+
+    @property
+    def means(self) -> str:
+        """What the bytes of a result depend on beside the job itself."""
+        threads = self._engine.threads
+        return f"{self._engine.device.type}, {threads} thread{'' if threads == 1 else 's'}"
+
+    def begin(self, material: Material) -> Run:
+        """The job's run, where it was saved or before its first step. Raises Refused."""
+        try:
+            hp = Hyperparameters(**material.recipe)
+        except ValidationError as error:
+            raise Refused(JobError("invalid_hyperparameters", str(error), "hyperparameters")) from error
+        rows = self._rows(material.training_file, material.method, hp, "training_file")
+        validation = (
+            []
+            if material.validation_file is None
+            else self._rows(material.validation_file, material.method, hp, "validation_file")
+        )
+        try:
+            return self._engine.resume(Spec(material.method, hp, rows, validation, material.warm_start), material.saved)
+        except (TrainingFailed, MemoryError) as error:
+            raise Refused(job_error(error)) from error
+
+    def step(self, runs: Sequence[Run]) -> list[StepReport]:
+        """One step of each, in one batch."""
+        return self._engine.step(runs)
+
+    def cost(self, run: Run) -> int:
+        """Padded tokens of the run's next step."""
+        return self._engine.cost(run)
+
+    def ends_epoch(self, run: Run) -> bool:
+        """Whether all of the data has been taken once more."""
+        return run.step % run.steps_per_epoch == 0
+
+    def save(self, run: Run, folder: Path) -> Path:
+        """The file of the run at rest. Raises OSError; what was there before is whole."""
+        run.save(folder)
+        return max(folder.glob("step-*.safetensors"))  # names begin with the step, in eight digits
+
+    def write_adapter(self, run: Run, folder: Path) -> Path:
+        """The run's two files in `folder`, which is made. Raises Refused, OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            run.write_adapter(folder, base_fingerprint=self._fingerprint)
+        except TrainingFailed as error:
+            raise Refused(job_error(error)) from error
+        return folder
+
+    def _rows(self, path: Path, method: Method, hp: Hyperparameters, param: str) -> Sequence[Row] | Sequence[Pair]:
+        length = min(hp.max_length, self._engine.longest)
+        try:
+            if method == "dpo":
+                return dataset.load_pairs(path, self._tokenizer, max_length=length)
+            return dataset.load(path, self._tokenizer, max_length=length)
+        except DatasetInvalid as error:
+            raise Refused(JobError(f"invalid_{param}", str(error), param)) from error
+        except NoGenerationMask as error:
+            raise Refused(JobError("base_not_trainable", str(error))) from error
+        except MemoryError as error:
+            raise Refused(JobError("out_of_memory", "the file does not fit into memory: split it", param)) from error
