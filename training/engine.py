@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from training import adapter_weights, checkpoints, dpo, schedule
+from training.adapter_weights import Plan
 from training.dataset import Pair, Row
 from training.determinism import deterministic
 from training.failures import LossNotFinite, OutOfMemory, TrainingFailed
@@ -91,6 +92,33 @@ class _Step:
     def add(self, sums: Tensor, gradient: Tensor) -> None:
         self.sums = sums if self.sums is None else self.sums + sums
         self.gradient = gradient if self.gradient is None else self.gradient.add_(gradient)
+
+
+class _Group:
+    """Adapters of one shape, stacked (slots, size); their gradients come layer by layer."""
+
+    def __init__(self, layout: Plan, stack: Tensor) -> None:
+        self._layout, self._stack = layout, stack
+        self._gradients: list[Tensor | None] = [None] * (2 * len(layout.places))
+
+    def parts(self, start: int, stop: int) -> Iterator[tuple[str, Part]]:
+        """Each layer's path with the adapters it is to serve on these tokens."""
+        count = len(self._layout.places)
+        for number, place in enumerate(self._layout.places):
+            halves = place.halves(self._stack)
+            yield place.module, Part(start, stop, *halves, self._gradients, (number, count + number))
+
+    def flat_gradients(self) -> Tensor:
+        """(slots, size), of the weights as the layers take them; zero where nothing came."""
+        slots, places = len(self._stack), self._layout.places
+        widths = [p.width * p.fan_in for p in places] + [p.fan_out * p.width for p in places]
+        return torch.cat(
+            [
+                self._stack.new_zeros(slots, width) if found is None else found.view(slots, width)
+                for found, width in zip(self._gradients, widths, strict=True)
+            ],
+            dim=1,
+        ).float()
 
 
 class Engine:
@@ -233,13 +261,14 @@ class Engine:
         ranked = [shares[at] for at in order]
         laid = self._laid(ranked)
         references = self._references(ranked)
-        with self._serving(ranked, laid) as gradients:
+        with self._serving(ranked, laid) as groups:
             losses, hits = token_losses(self._hidden(laid), self._head, laid.trained, laid.targets)
             told = zip(ranked, losses.split(laid.counts), hits.split(laid.counts), references, strict=True)
             outcomes = [_outcome(*one) for one in told]
             if torch.is_grad_enabled():
                 torch.autograd.backward([loss for loss, _ in outcomes])
         sums = [torch.stack((loss.detach(), hit.to(loss.dtype))) for loss, hit in outcomes]
+        gradients = [gradient for group in groups for gradient in group.flat_gradients()]
         by_share = dict(zip(order, zip(sums, gradients, strict=True), strict=True))
         return [by_share[at] for at in range(len(shares))]
 
@@ -265,27 +294,23 @@ class Engine:
         return [next(told) if share.dpo else None for share in shares]
 
     @contextmanager
-    def _serving(self, shares: Sequence[_Share], laid: Line) -> Iterator[list[Tensor]]:
-        """Let the layers serve these adapters, neighbours of one shape stacked; yields where each one's gradient is
-        added: of `lora_B` as the layers take it, times its scale."""
+    def _serving(self, shares: Sequence[_Share], laid: Line) -> Iterator[list["_Group"]]:
+        """Let the layers serve these adapters, neighbours of one shape stacked."""
         parts: dict[str, list[Part]] = {}
-        gradients: list[Tensor] = []
-        for _, group in groupby(zip(shares, laid.starts, strict=True), lambda one: _shape(one[0])):
-            members, starts = zip(*group, strict=True)
-            stack = torch.stack([share.weights for share in members])
-            added = torch.zeros(stack.shape, device=self.device)
-            gradients.extend(added)
-            span = (starts[0], starts[-1] + members[-1].block.tokens)
-            for place in members[0].run.layout.places:
-                part = Part(*span, *place.halves(stack), *place.halves(added))
-                parts.setdefault(place.module, []).append(part)
+        groups: list[_Group] = []
+        for _, members in groupby(zip(shares, laid.starts, strict=True), lambda one: _shape(one[0])):
+            grouped, starts = zip(*members, strict=True)
+            group = _Group(grouped[0].run.layout, torch.stack([share.weights for share in grouped]))
+            groups.append(group)
+            for module, part in group.parts(starts[0], starts[-1] + grouped[-1].block.tokens):
+                parts.setdefault(module, []).append(part)
         for module, serving in parts.items():
-            self._layers[module].parts = serving
+            self._layers[module].serving.parts = serving
         try:
-            yield gradients
+            yield groups
         finally:
             for module in parts:
-                self._layers[module].parts = ()
+                self._layers[module].serving.parts = ()
 
     def _apply(self, step: _Step) -> StepReport:
         """Clip, move the weights, validate when it is time."""

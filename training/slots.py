@@ -20,19 +20,25 @@ ATTENTION = "tailor_stretches"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Adapters of one layer on tokens `start` to `stop`: (slots, width, fan_in), (slots, fan_out, width), and where
-    their gradients are added. The outer halves come multiplied by the adapters' scales."""
+    """Adapters of one layer on tokens `start` to `stop`: (slots, width, fan_in), (slots, fan_out, width).
+
+    The outer halves come multiplied by the adapters' scales. What the layer's backward pass finds is put into
+    `gradients`, the group's, under `number` and the number of its outer half.
+    """
 
     start: int
     stop: int
     a: Tensor
     b: Tensor
-    grad_a: Tensor
-    grad_b: Tensor
+    gradients: list[Tensor | None]
+    number: tuple[int, int]
 
     def of(self, tokens: Tensor) -> Tensor:
-        """(slots, tokens of each, features), a view."""
-        return tokens[self.start : self.stop].view(self.a.shape[0], -1, tokens.shape[-1])
+        """(slots, tokens of each, features), a view of (1, tokens, features)."""
+        slots, features = self.a.shape[0], tokens.shape[-1]
+        each = (self.stop - self.start) // slots * features
+        begin = tokens.storage_offset() + self.start * features
+        return tokens.as_strided((slots, each // features, features), (each, features, 1), begin)
 
 
 class _Adapted(torch.autograd.Function):
@@ -42,11 +48,10 @@ class _Adapted(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, parts: Sequence[Part]
     ) -> Tensor:
-        y = linear(x, weight, bias)
-        flat_x, flat_y = x[0], y[0]
-        inner = [torch.bmm(part.of(flat_x), part.a.transpose(1, 2)) for part in parts]
+        x, y = x.contiguous(), linear(x, weight, bias)
+        inner = [torch.bmm(part.of(x), part.a.transpose(1, 2)) for part in parts]
         for part, h in zip(parts, inner, strict=True):
-            part.of(flat_y).baddbmm_(h, part.b.transpose(1, 2))
+            part.of(y).baddbmm_(h, part.b.transpose(1, 2))
         ctx.save_for_backward(x, weight, *inner)
         ctx.parts = parts
         return y
@@ -54,32 +59,49 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *inner = ctx.saved_tensors
-        flat_x, flat_grad = x[0], grad[0].contiguous()
-        grad_x = flat_grad @ weight if ctx.needs_input_grad[0] else None
+        grad = grad.contiguous()
+        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         for part, h in zip(ctx.parts, inner, strict=True):
-            grad_y = part.of(flat_grad)
+            grad_y = part.of(grad)
             grad_h = torch.bmm(grad_y, part.b)
-            part.grad_a.add_(torch.bmm(grad_h.transpose(1, 2), part.of(flat_x)))
-            part.grad_b.add_(torch.bmm(grad_y.transpose(1, 2), h))
+            _add(part.gradients, part.number[0], torch.bmm(grad_h.transpose(1, 2), part.of(x)))
+            _add(part.gradients, part.number[1], torch.bmm(grad_y.transpose(1, 2), h))
             if grad_x is not None:
                 part.of(grad_x).baddbmm_(grad_h, part.a)
-        return None if grad_x is None else grad_x[None], None, None, None, None
+        return grad_x, None, None, None, None
+
+
+def _add(gradients: list[Tensor | None], number: int, found: Tensor) -> None:
+    before = gradients[number]
+    gradients[number] = found if before is None else before + found  # a base may use a layer more than once
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer; `parts` says which adapters it serves in this pass, none at rest."""
+    """A frozen linear layer; `serving.parts` says which adapters it serves in this pass, none at rest."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
-        self.parts: Sequence[Part] = ()
-        # autograd follows a function only if something that it is given wants a gradient
-        self._anchor = torch.zeros((), requires_grad=True, device=base.weight.device)
+        self.serving = Serving(base.weight, base.bias, torch.zeros((), requires_grad=True, device=base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.parts:
-            return linear(x, self.weight, self.bias)
-        return _Adapted.apply(x, self.weight, self.bias, self._anchor, self.parts)
+        now = self.serving
+        if not now.parts:
+            return linear(x, now.weight, now.bias)
+        return _Adapted.apply(x, now.weight, now.bias, now.anchor, now.parts)
+
+
+@dataclass(slots=True)
+class Serving:
+    """What a layer's pass needs, within quick reach: torch looks up a module's parameters by detours.
+
+    autograd follows a function only if something that it is given wants a gradient, which is what the anchor is for.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    anchor: Tensor
+    parts: Sequence[Part] = ()
 
 
 def adaptable(model: PreTrainedModel) -> dict[str, AdaptedLinear]:
@@ -117,19 +139,15 @@ def _attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.device.type == "cpu":  # the CPU's fused kernel knows no shared keys
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    sizes = [stretch.stop - stretch.start for stretch in stretches]
     outputs = []
-    for stretch in stretches:
-        q, k, v = (_rows_of(tensor, stretch) for tensor in (query, key, value))
+    for stretch, *each in zip(stretches, *(tensor[0].split(sizes, 1) for tensor in (query, key, value)), strict=True):
+        q, k, v = (tensor.unflatten(1, (stretch.rows, -1)).transpose(0, 1) for tensor in each)
         mask = stretch.mask if sliding_window is None else _windowed(stretch, q.shape[2], sliding_window, q.device)
         shared = k.shape[1] != q.shape[1]
         output = scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=shared)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
-
-
-def _rows_of(tensor: Tensor, stretch: Stretch) -> Tensor:
-    """(1, heads, tokens, width) → (rows, heads, length, width)."""
-    return tensor[0, :, stretch.start : stretch.stop].unflatten(1, (stretch.rows, -1)).transpose(0, 1)
 
 
 def _windowed(stretch: Stretch, length: int, window: int, device: torch.device) -> Tensor | None:

@@ -19,7 +19,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Of a base, and of what its tenants bring: rows of `lengths` tokens, half of them trained."""
+    """Of a base, and of what its tenants bring: rows of `lengths` tokens, the last `trained` share of them trained."""
 
     vocabulary: int
     hidden: int
@@ -29,6 +29,7 @@ class Size:
     key_value_heads: int
     lengths: tuple[int, int]
     rank: int
+    trained: float = 0.5
 
 
 def write_base(folder: Path, size: Size, *, dtype: torch.dtype, device: str) -> int:
@@ -56,7 +57,7 @@ def rows(size: Size, count: int, seed: int) -> list[Row]:
     made = []
     for _ in range(count):
         ids = [rng.randrange(1, size.vocabulary) for _ in range(rng.randint(*size.lengths))]
-        asked = len(ids) // 2
+        asked = round(len(ids) * (1 - size.trained))
         made.append(Row(ids, [IGNORED] * asked + ids[asked:]))
     return made
 
