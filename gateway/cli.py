@@ -12,6 +12,7 @@ from gateway.commands import (
     aliases,
     erasures,
     files,
+    jobs,
     keys,
     openapi,
     proofs,
@@ -31,6 +32,7 @@ app.add_typer(tenants.plan_app, name="plan")
 app.add_typer(keys.app, name="key")
 adapters.adapter_app.command("proof")(proofs.adapter_proof)
 adapters.adapter_app.command("prompts")(proofs.adapter_prompts)
+app.add_typer(jobs.app, name="job")
 app.add_typer(adapters.adapter_app, name="adapter")
 app.add_typer(adapters.app)
 app.add_typer(aliases.alias_app, name="alias")

@@ -372,11 +372,13 @@ TRAINING_ANSWERS: Final[dict[type[training.TrainingError], Answer]] = {
     training.FileUnfit: Answer(400, _FAULTY, "invalid_file_id"),
     training.JobNotFound: Answer(404, _FAULTY, "fine_tune_not_found", "fine_tune_id"),
     training.StateConflict: Answer(400, _FAULTY, "invalid_job_state", "fine_tune_id"),
-    training.TooManyQueued: Answer(429, "requests", "job_queue_full", None, 60),
+    training.TooManyQueued: Answer(429, "requests", "job_queue_full"),
     training.LeaseLost: Answer(400, _FAULTY, "invalid_job_state", "fine_tune_id"),
     training.NotServable: Answer(400, _FAULTY, "not_servable"),
     training.OptionInvalid: Answer(400, _FAULTY, "invalid_value"),
 }
+_NO_RETRY: Final = ((b"x-should-retry", b"false"),)
+"""For OpenAI's clients, which try again after each 429: a queue is not shorter a moment later."""
 _HIDDEN: Final = {
     store.BlobCorrupt: "The adapter's stored files are damaged; publish it again or ask the operator.",
     store.BaseModelInvalid: "The server cannot read its base model; ask the operator.",
@@ -464,7 +466,8 @@ def _training_answer(error: training.TrainingError) -> ErrorAnswer:
         told = NotServableEnvelope(str(error), found.type, error.param, found.code, error.nearest)
     elif isinstance(error, training.FileUnfit | training.OptionInvalid):
         told = Envelope(str(error), found.type, error.param, found.code)
-    return _answer(found.status, msgspec.json.encode(_Body(told)), found.retry_after_s)
+    more = _NO_RETRY if isinstance(error, training.TooManyQueued) else ()
+    return _answer(found.status, msgspec.json.encode(_Body(told)), found.retry_after_s, more)
 
 
 def _answer(

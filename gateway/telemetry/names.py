@@ -148,6 +148,13 @@ ROLLOUTS_RUNNING: Final = Metric("tailor_rollouts_running", "gauge", (), "Aliase
 ROLLOUTS_ENDED: Final = Metric(
     "tailor_rollouts_ended_total", "counter", ("outcome",), "Rollouts that this gateway ended: completed, rolled_back."
 )
+JOBS_QUEUED: Final = Metric(
+    "tailor_jobs_queued", "gauge", (), "Fine-tuning jobs that wait for a worker, of all tenants."
+)
+JOBS_RUNNING: Final = Metric("tailor_jobs_running", "gauge", (), "Fine-tuning jobs that a worker has.")
+JOBS_OLDEST_AGE: Final = Metric(
+    "tailor_jobs_oldest_queued_seconds", "gauge", (), "How long the job has waited that has waited longest; 0: none."
+)
 BLOB_FAULTS: Final = Metric(
     "tailor_blob_faults", "gauge", (), "Stored files that are damaged or gone, as they were last counted."
 )

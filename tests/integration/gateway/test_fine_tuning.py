@@ -11,9 +11,11 @@ import pytest
 from openai import AsyncOpenAI, AsyncStream, BadRequestError, NotFoundError, PermissionDeniedError, RateLimitError
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
+from typer.testing import CliRunner
 
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
+from gateway.cli import app as command
 from tests.bad_adapters import write_good
 from tests.integration.gateway.conftest import BASE, Gateway, Tenant, error_of
 from tests.integration.store.conftest import stage
@@ -388,6 +390,7 @@ async def test_limits_of_the_plan(gateway: Gateway, openai: AsyncOpenAI, file_id
     with pytest.raises(RateLimitError) as refused:
         await openai.fine_tuning.jobs.create(model=BASE, training_file=file_id)
     assert refused.value.code == "job_queue_full"
+    assert refused.value.response.headers["x-should-retry"] == "false"
     with pytest.raises(BadRequestError) as too_high:
         await openai.fine_tuning.jobs.create(model=BASE, training_file=file_id, extra_body={"tailor": {"rank": 16}})
     assert (too_high.value.param, nearest(too_high.value)) == ("tailor.rank", 8)
@@ -400,6 +403,33 @@ async def test_a_file_that_a_job_needs_stays(acme: Tenant, openai: AsyncOpenAI, 
     assert (refused.status_code, error_of(refused)["code"]) == (409, "file_in_use")
     await openai.fine_tuning.jobs.cancel(job.id)
     assert (await acme.client.delete(f"/v1/files/{file_id}")).is_success
+
+
+async def test_the_command(gateway: Gateway, acme: Tenant, file_id: str, trainer: Trainer) -> None:
+    """`tailor job`: made, paused, resumed, followed to its end, listed with its checkpoint and story."""
+
+    async def tailor(*words: str, code: int = 0) -> str:
+        arguments = ["job", *words, "--url", gateway.url, "--key", acme.key]
+        result = await asyncio.to_thread(CliRunner().invoke, command, arguments)
+        assert result.exit_code == code, result.output
+        return result.output
+
+    made = json.loads(await tailor("create", file_id, "--suffix", "bot", "--epochs", "2", "--rank", "8", "--json"))
+    assert (made["hyperparameters"]["n_epochs"], made["tailor"]["recipe"]["rank"]) == (2, 8)
+    assert "paused" in await tailor("pause", made["id"])
+    assert "queued" in await tailor("resume", made["id"])
+    watching = asyncio.create_task(tailor("watch", made["id"]))
+    claimed = await trainer.claim()
+    await trainer.train(claimed, 1, 2)
+    await trainer.checkpoint(claimed, 2)
+    await trainer.end(claimed)
+    seen = await watching
+    assert "Step 2/4: training loss=1.00" in seen
+    assert f"{made['id']}: succeeded, step 2/4" in seen
+    assert "succeeded" in await tailor("list")
+    assert "ckpt-step-2" in await tailor("checkpoints", made["id"])
+    assert "The job has successfully completed" in await tailor("events", made["id"])
+    assert "cannot be cancelled" in await tailor("cancel", made["id"], code=1)
 
 
 def supervised(**hyperparameters: Any) -> dict[str, Any]:
