@@ -16,17 +16,13 @@ def loss(
     reference_chosen: Tensor,
     reference_rejected: Tensor,
     beta: float = 0.1,
-    *,
-    label_smoothing: float = 0.0,
 ) -> Tensor:
     """The loss of each pair (pairs,), from its answers' `log_probabilities` under policy and reference.
 
-    `label_smoothing` is the share of pairs that are taken to be the wrong way round (Mitchell 2023, conservative DPO).
     The reference's must carry no gradient: compute them with the adapter off, once.
     """
-    margin = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))
-    log_sigmoid = torch.nn.functional.logsigmoid
-    return -(1 - label_smoothing) * log_sigmoid(margin) - label_smoothing * log_sigmoid(-margin)
+    gain = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
+    return -torch.nn.functional.logsigmoid(beta * gain)
 
 
 def reward(policy: Tensor, reference: Tensor, beta: float = 0.1) -> Tensor:

@@ -5,17 +5,19 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from training import dataset, dpo, tiny_text
+from training import dataset, dpo, schedule, tiny_text
 from training.dataset import IGNORED, Row
 from training.determinism import reproducible
+from training.engine import Engine, Spec
+from training.hyperparameters import Hyperparameters
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL and what it imports
 
@@ -98,17 +100,65 @@ def as_trl_takes_it(row: dict[str, Any]) -> dict[str, Any]:
     return {"messages": messages, "tools": json.dumps(row["tools"]) if "tools" in row else None}
 
 
-def sft_trainer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], out: Path, **arguments: Any) -> Any:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+def in_order(trainer_class: type[Any]) -> type[Any]:
+    """The trainer, made to take the rows as they come, with the exact loss of each step in `step_losses`."""
 
-    class InOrder(SFTTrainer):  # type: ignore[misc]
+    class InOrder(trainer_class):  # type: ignore[misc]
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
 
-    arguments = {"output_dir": str(out), "assistant_only_loss": True} | TRL_ARGUMENTS | arguments
-    given = Dataset.from_list([as_trl_takes_it(row) for row in rows])
-    return InOrder(model=model, args=SFTConfig(**arguments), train_dataset=given, processing_class=tokenizer)
+        def training_step(self, *given: Any, **named: Any) -> Any:
+            loss = super().training_step(*given, **named)
+            told = self.__dict__.setdefault("pass_losses", [])
+            told.append(loss.item())
+            return loss
+
+        @property
+        def step_losses(self) -> list[float]:
+            passes = self.args.gradient_accumulation_steps
+            return [sum(self.pass_losses[i : i + passes]) for i in range(0, len(self.pass_losses), passes)]
+
+    return InOrder
+
+
+def sft_trainer(
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], out: Path, optimizers: Any = (None, None), **arguments: Any
+) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    return in_order(SFTTrainer)(
+        model=model,
+        args=SFTConfig(output_dir=str(out), assistant_only_loss=True, **TRL_ARGUMENTS, **arguments),
+        train_dataset=Dataset.from_list([as_trl_takes_it(row) for row in rows]),
+        processing_class=tokenizer,
+        optimizers=optimizers,
+    )
+
+
+def dpo_trainer(
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], out: Path, optimizers: Any = (None, None), **arguments: Any
+) -> Any:
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    chats = [as_trl_takes_it(row["input"]) for row in rows]
+    given = [
+        {
+            "prompt": chat["messages"],
+            "chosen": row["preferred_output"],
+            "rejected": row["non_preferred_output"],
+            "tools": chat["tools"],
+        }
+        for chat, row in zip(chats, rows, strict=True)
+    ]
+    return in_order(DPOTrainer)(
+        model=model,
+        args=DPOConfig(output_dir=str(out), **TRL_ARGUMENTS, **arguments),
+        train_dataset=Dataset.from_list(given),
+        processing_class=tokenizer,
+        optimizers=optimizers,
+    )
 
 
 def write_jsonl(rows: list[dict[str, Any]], path: Path) -> Path:
@@ -143,30 +193,6 @@ def preferences(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def dpo_trainer(model: Any, tokenizer: Any, rows: list[dict[str, Any]], out: Path, **arguments: Any) -> Any:
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
-    class InOrder(DPOTrainer):  # type: ignore[misc]
-        def _get_train_sampler(self, dataset: Any = None) -> Any:
-            return torch.utils.data.SequentialSampler(dataset or self.train_dataset)
-
-    arguments = {"output_dir": str(out)} | TRL_ARGUMENTS | arguments
-    chats = [as_trl_takes_it(row["input"]) for row in rows]
-    given = Dataset.from_list(
-        [
-            {
-                "prompt": chat["messages"],
-                "chosen": row["preferred_output"],
-                "rejected": row["non_preferred_output"],
-                "tools": chat["tools"],
-            }
-            for chat, row in zip(chats, rows, strict=True)
-        ]
-    )
-    return InOrder(model=model, args=DPOConfig(**arguments), train_dataset=given, processing_class=tokenizer)
-
-
 def with_adapter(model_folder: Path) -> Any:
     """The model with an adapter that already does something, so that policy and reference differ."""
     torch.manual_seed(1)
@@ -197,10 +223,82 @@ def test_the_preference_loss_equals_trls_on_the_same_batches(
                 reference = [told(model, [getattr(pair, side) for pair in taken]) for side in ("chosen", "rejected")]
         ours.append(dpo.loss(policy[0], policy[1], reference[0], reference[1], beta).mean().item())
     assert len(theirs) == 3
-    assert ours == pytest.approx(theirs, abs=EXACT)
+    assert ours == pytest.approx(theirs, abs=EXACT, rel=0)
     assert all(abs(loss - math.log(2)) > 100 * EXACT for loss in theirs)
 
 
 def told(model: Any, rows: list[Row]) -> Tensor:
     input_ids, labels = dataset.as_tensors(rows)
     return dpo.log_probabilities(model(input_ids=input_ids, use_cache=False).logits, labels)
+
+
+def steps_of_both(
+    method: Literal["supervised", "dpo"],
+    hp: Hyperparameters,
+    count: int,
+    model_folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+) -> tuple[list[float], list[float]]:
+    """The losses of all steps, ours and TRL's: from the same first weights, the same rows in the same order.
+
+    TRL is given AdamW and our share of the rate for each step; loss, gradient, clipping and accumulation are its own.
+    """
+    lines = conversations(count, turns=2) if method == "supervised" else preferences(count)
+    load = dataset.load if method == "supervised" else dataset.load_pairs
+    rows: Any = load(write_jsonl(lines, folder / "data.jsonl"), tokenizer, max_length=512)
+    engine = Engine(model_folder, device="cpu", threads=1)
+    run = engine.begin(Spec(method, hp, rows))
+    (folder / "first").mkdir()
+    run.write_adapter(folder / "first")
+    ours = [engine.step([run])[0].loss for _ in range(run.total_steps)]
+
+    model = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(model_folder), folder / "first", is_trainable=True
+    )
+    taken = [
+        lines[i]
+        for step in range(1, run.total_steps + 1)
+        for batch in schedule.items_of_step(step, count, hp)
+        for i in batch
+    ]
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=hp.learning_rate, weight_decay=hp.weight_decay)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: schedule.rate_factor(min(done + 1, run.total_steps), run.total_steps, hp)
+    )
+    trainer = (sft_trainer if method == "supervised" else dpo_trainer)(
+        model,
+        tokenizer,
+        taken,
+        folder / "out",
+        optimizers=(optimizer, rate),
+        per_device_train_batch_size=hp.batch_size,
+        gradient_accumulation_steps=hp.gradient_accumulation_steps,
+        max_grad_norm=hp.max_grad_norm,
+        num_train_epochs=1,
+        **({"beta": hp.beta} if method == "dpo" else {}),
+    )
+    trainer.train()
+    return ours, trainer.step_losses
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs"), [("supervised", 9), ("dpo", 2), pytest.param("dpo", 9, marks=pytest.mark.full)]
+)
+def test_every_steps_loss_equals_trls(
+    method: Literal["supervised", "dpo"],
+    epochs: int,
+    model_folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """Over six steps an epoch of two passes each, every epoch in its own order, with warm-up, clipping and decay."""
+    hp = Hyperparameters(
+        rank=4, lora_alpha=8, epochs=epochs, batch_size=2, gradient_accumulation_steps=2, learning_rate=2e-3,
+        warmup_ratio=0.1, weight_decay=0.01, max_grad_norm=0.5, seed=11,
+    )  # fmt: skip
+    ours, theirs = steps_of_both(method, hp, 24, model_folder, tokenizer, tmp_path)
+    assert len(ours) == len(theirs) == 6 * epochs
+    assert ours == pytest.approx(theirs, abs=EXACT, rel=0)
+    assert ours[-1] < ours[0] - 1000 * EXACT
