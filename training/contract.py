@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from adapter_store.catalog import Version
+from training import auto
 from training.errors import NotServable, OptionInvalid
 from training.hyperparameters import LLAMA_LINEARS, Hyperparameters
 from training.jobs import Method
@@ -19,20 +20,21 @@ Auto = Literal["auto"]
 AUTO: Final = "auto"
 RANK: Final = 16
 ALPHA_PER_RANK: Final = 2
-RATES: Final[Mapping[Method, float]] = {"supervised": 2e-4, "dpo": 5e-5}
-"""Learning rates that a multiplier of 1 stands for."""
-BETA: Final = 0.1
 MICRO_BATCH: Final = 8
 """Most rows in one forward pass; a larger batch is several, and one step all the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What replicas serve: the highest rank, and the linear layers of the base by their last names."""
+    """What replicas serve: the highest rank, and the linear layers of the base by their last names.
+
+    `hidden_size` is the base's; learning rates follow it.
+    """
 
     base_name: str
     max_rank: int
     modules: frozenset[str]
+    hidden_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def settle(
     warm_start: Version | None = None,
 ) -> Settled:
     """`statistics`: of the training file, as its check found them. Raises NotServable, OptionInvalid."""
-    shown = _numbers(method, choices, statistics)
+    shown = _numbers(method, choices, statistics, limits)
     rank = _rank(options, limits, warm_start)
     batch, passes = _passes(shown["batch_size"])
     recipe = {
@@ -88,7 +90,7 @@ def settle(
         "epochs": shown["n_epochs"],
         "batch_size": batch,
         "gradient_accumulation_steps": passes,
-        "learning_rate": RATES[method] * shown["learning_rate_multiplier"],
+        "learning_rate": auto.rate(method, limits.hidden_size) * shown["learning_rate_multiplier"],
         "packing": options.packing,
         "eval_steps": options.eval_steps,
         "early_stopping_patience": options.early_stopping_patience,
@@ -162,26 +164,20 @@ def nearest_modules(asked: Collection[str], known: Collection[str]) -> list[str]
     return list(dict.fromkeys(name for name in found if name is not None)) or ordered
 
 
-def _numbers(method: Method, choices: Choices, statistics: Mapping[str, Any]) -> dict[str, Any]:
-    chosen = auto(method, statistics)
+def _numbers(method: Method, choices: Choices, statistics: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+    chosen = auto.choose(
+        method,
+        examples=int(statistics.get("examples") or 1),
+        tokens=(statistics.get("tokens") or {}).get("total"),
+        hidden_size=limits.hidden_size,
+    )
     shown = {
         "n_epochs": choices.n_epochs,
         "batch_size": choices.batch_size,
         "learning_rate_multiplier": choices.learning_rate_multiplier,
         **({"beta": choices.beta} if method == "dpo" else {}),
     }
-    return {name: chosen[name] if value == AUTO else value for name, value in shown.items()}
-
-
-def auto(method: Method, statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """What "auto" stands for, by the training file's figures."""
-    examples = int(statistics.get("examples") or 1)
-    chosen: dict[str, Any] = {
-        "n_epochs": 3,
-        "batch_size": min(8, examples),
-        "learning_rate_multiplier": 1.0,
-    }
-    return {**chosen, "beta": BETA} if method == "dpo" else chosen
+    return {name: getattr(chosen, name) if value == AUTO else value for name, value in shown.items()}
 
 
 def _passes(batch_size: int) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from gateway.dependencies import AppParts, Parts, TenantKey, TrainingKey
 from gateway.errors import ModelUnknown, RequestInvalid, TooManyStreams
 from gateway.idempotency import Kept, Once, Repeated, fingerprint
 from gateway.plans import Plan
+from training import auto
 from training import files as training_files
 from training.contract import AUTO, Choices, Limits, Options, check_model, settle
 from training.errors import FileNotKnown, FileUnfit, NotServable
@@ -480,7 +481,7 @@ def limits_of(parts: Parts, plan: Plan) -> Limits:
     if plan.max_rank is not None:
         ranks.append(plan.max_rank)
     modules = frozenset(path.rpartition(".")[2] for path in parts.base.modules)
-    return Limits(parts.base.name, min(ranks), modules)
+    return Limits(parts.base.name, min(ranks), modules, auto.width(parts.base.modules))
 
 
 def terms_of(plan: Plan) -> Terms:
