@@ -42,16 +42,16 @@ BATCH_CHARACTERS = 1 << 18  # tokenised at a time
 FindingKind = Literal["duplicate", "too_long", "blank_text", "blank_line", "email", "phone", "card", "iban"]
 LeakKind = Literal["same_row", "same_prompt"]
 MESSAGES = {
-    "duplicate": "is the same as an earlier row",
-    "too_long": "has more tokens than fit the base",
-    "blank_text": "has a message of white space alone",
-    "blank_line": "is blank",
-    "email": "seems to hold an e-mail address",
-    "phone": "seems to hold a phone number",
-    "card": "seems to hold a payment card's number",
-    "iban": "seems to hold a bank account's number (IBAN)",
-    "same_row": "of the validation file is also in the training file",
-    "same_prompt": "of the validation file asks what a row of the training file asks",
+    "duplicate": "rows that are the same as an earlier one",
+    "too_long": "rows of more tokens than fit the base",
+    "blank_text": "rows with a message of white space alone",
+    "blank_line": "blank lines",
+    "email": "rows that seem to hold an e-mail address",
+    "phone": "rows that seem to hold a telephone number",
+    "card": "rows that seem to hold a payment card's number",
+    "iban": "rows that seem to hold a bank account's number (IBAN)",
+    "same_row": "rows of the validation file that are in the training file too",
+    "same_prompt": "rows of the validation file that ask what a row of the training file asks",
 }
 
 
@@ -65,7 +65,7 @@ class Finding:
 
     def __str__(self) -> str:
         listed = ", ".join(map(str, self.lines)) + (", …" if self.count > len(self.lines) else "")
-        return f"line {listed} {MESSAGES[self.kind]}"
+        return f"{MESSAGES[self.kind]}: {self.count} (line {listed})"
 
 
 @dataclass(frozen=True, slots=True)

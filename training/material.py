@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.datafile import chunks, leakage
 from training.failures import LossNotFinite, OutOfMemory, TrainingFailed
 from training.jobs import JobError, Method
 
@@ -18,6 +19,13 @@ class Material:
     validation_file: Path | None
     warm_start: Path | None
     saved: Path
+
+    def leaks(self) -> list[str]:
+        """What training and validation share, in words, for a person to know that the figures are too good."""
+        if self.validation_file is None:
+            return []
+        with self.training_file.open("rb") as training, self.validation_file.open("rb") as validation:
+            return [str(finding) for finding in leakage(chunks(training), chunks(validation)).findings]
 
 
 class Refused(Exception):

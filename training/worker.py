@@ -158,7 +158,9 @@ class Worker:
         self._leases[lease] = task = asyncio.create_task(_kept(lease, held))
         task.add_done_callback(lambda _: self._leases.pop(lease, None))
         try:
-            run = await self._in_torch(self._warm.begin, await self._fetch(claimed, folder))
+            material = await self._fetch(claimed, folder)
+            run = await self._in_torch(self._warm.begin, material)
+            leaks = await asyncio.to_thread(material.leaks) if run.step == 0 else []
         except Refused as error:
             lease.fail(error.error)
         except StorageError as error:
@@ -172,6 +174,8 @@ class Worker:
             job = _Job(lease, run, folder, saved_at=monotonic())
             lease.total_steps = run.total_steps
             lease.tell(f"Training from step {run.step} of {run.total_steps}, on {self._warm.means}")
+            for leak in leaks:
+                lease.tell(f"Validation will look better than it is: {leak}", Level.WARN)
             if run.done:
                 self._finish(job, {})
             else:

@@ -108,6 +108,16 @@ async def test_a_job_becomes_a_version_with_metrics_checkpoints_and_a_result_fil
     assert saves(desk) == []
 
 
+async def test_rows_that_validation_shares_with_training_are_told(desk: Desk, warm: WarmBase) -> None:
+    """As a warning among the job's events, once, and the job goes on."""
+    job = await desk.job(validation_file=await desk.file(chats(2) + chats(2, seed=1)))
+    async with desk.working(warm):
+        assert (await desk.ended(job)).status is Status.SUCCEEDED
+    warned = [told for told in await desk.told(job) if "Validation will look better" in told]
+    shared = "rows of the validation file that are in the training file too: 2 (line 1, 2)"
+    assert warned == [f"Validation will look better than it is: {shared}"]
+
+
 async def test_jobs_of_several_tenants_share_a_batch_and_change_nothing_in_each_other(
     desk: Desk, warm: WarmBase
 ) -> None:

@@ -143,15 +143,15 @@ def test_rows_to_look_at_are_told_by_line(base: Path) -> None:
         Finding("phone", 1, [6]),
         Finding("card", 1, [6]),
     ]
-    assert str(report.warnings[0]) == "line 3, 9 is the same as an earlier row"
+    assert str(report.warnings[0]) == "rows that are the same as an earlier one: 2 (line 3, 9)"
 
 
 def test_a_warning_lists_the_first_lines_of_many() -> None:
     """And says how many there are."""
     (finding,) = check(*[chat("a", "b")] * 100).warnings
     assert (finding.kind, finding.count, finding.lines) == ("duplicate", 99, list(range(2, 22)))
-    assert str(finding).startswith("line 2, 3, 4")
-    assert str(finding).endswith(", … is the same as an earlier row")
+    assert str(finding).startswith("rows that are the same as an earlier one: 99 (line 2, 3, 4, ")
+    assert str(finding).endswith(", 21, …)")
 
 
 def test_personal_data_in_a_call_is_seen_and_never_quoted() -> None:
