@@ -148,6 +148,7 @@ class Provenance(StrEnum):
     UPLOAD = "upload"
     IMPORT = "import"
     JOB = "job"
+    SCALED = "scaled"
 
 
 class Fallback(StrEnum):

@@ -8,6 +8,7 @@ AdapterStoreError
 ├── NameReserved           the name belongs to the base model
 ├── AliasNotFound          the adapter has no such alias
 ├── AliasInvalid           its name or its weights break the rule
+├── FactorInvalid          a version is not scaled by that
 ├── AliasKept              `default` is not removed
 ├── TooManyAliases         of one adapter
 ├── NothingToRollBack      the alias has no earlier place, or what it stood for is gone
@@ -92,6 +93,10 @@ class AliasNotFound(AdapterStoreError):
 
 class AliasInvalid(AdapterStoreError):
     """An alias's name or its weights break the rule that the message states."""
+
+
+class FactorInvalid(AdapterStoreError):
+    """What a version is to be scaled by is not a number within the bounds."""
 
 
 class AliasKept(AdapterStoreError):

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adapter_store import aliases, catalog, grants, proofs
+from adapter_store import aliases, catalog, grants, proofs, scaling
 from adapter_store.aliases import NAME, NOUN, MoveKind, NewMove, Split, main_of
 from adapter_store.blob_rows import NamedBlob
 from adapter_store.blobs import Blobs, blob_key
@@ -46,7 +46,7 @@ from adapter_store.together import Together
 from adapter_store.transactions import reading, writing
 
 MODEL = re.compile(
-    r"(?P<name>[a-z0-9][a-z0-9._-]{0,63})(?:@(?P<number>[1-9][0-9]{0,8})|:(?P<alias>[a-z0-9][a-z0-9._-]{0,63}))?"
+    r"(?P<name>[a-z0-9][a-z0-9._-]{0,63})(?:@(?P<number>[1-9][0-9]{0,8})(?P<factor>\*[0-9.]{1,6})?|:(?P<alias>[a-z0-9][a-z0-9._-]{0,63}))?"
 )
 FINE_TUNED = "ft:"
 FINE_TUNED_REST = re.compile(
@@ -184,9 +184,9 @@ class AdapterStore:
     async def resolve(self, tenant_id: TenantId, model: str) -> Version | Split:
         """What answers for `model`.
 
-        `name` → what its alias `default` stands for, `name:staging` → that alias, `name@3` → that version, and
-        `ft:base:org:name:id` → the version of that id, the tenant's own or one that another has lent it; of a
-        checkpoint with `:ckpt-step-<step>` after it.
+        `name` → what its alias `default` stands for, `name:staging` → that alias, `name@3` → that version,
+        `name@3*0.7` → what was made of it by that factor, and `ft:base:org:name:id` → the version of that id, the
+        tenant's own or one that another has lent it; of a checkpoint with `:ckpt-step-<step>` after it.
 
         Raises AdapterNotFound (missing and foreign alike), OtherBaseModel.
         """
@@ -206,6 +206,9 @@ class AdapterStore:
         parts = MODEL.fullmatch(model)
         if parts is None:
             return None
+        if parts["factor"] is not None:
+            asked = scaling.read_scaling(parts["number"] + parts["factor"])
+            return None if asked is None else await scaling.find(connection, tenant_id, parts["name"], asked)
         if parts["number"] is not None:
             return await catalog.find_by_number(connection, tenant_id, parts["name"], int(parts["number"]))
         return await aliases.find(connection, tenant_id, parts["name"], parts["alias"] or DEFAULT_ALIAS)
@@ -257,6 +260,15 @@ class AdapterStore:
         """Who published the versions, and the signature of that; those from before there were signatures lack one."""
         async with reading(self._engine) as connection:
             return await signatures_of(connection, [version.id for version in versions])
+
+    async def scalings(self, versions: Collection[Version]) -> dict[VersionId, scaling.Scaling]:
+        """How those of the versions that are scaled ones came about."""
+        async with reading(self._engine) as connection:
+            return await scaling.of(connection, [version.id for version in versions])
+
+    async def stage_scaled(self, source: Version, factor: int, staged: StagedBundle) -> None:
+        """The files of the version scaled by so many ten-thousandths. Raises BlobCorrupt, StorageError."""
+        await scaling.stage(self._blobs, source, factor, staged)
 
     async def delete(self, tenant_id: TenantId, name: str) -> Erasure:
         """Erases the adapter here; what replicas hold of it is the gateway's to erase. Raises AdapterNotFound."""

@@ -31,7 +31,16 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from adapter_store import changes, erasure, examples, grants, proofs, signing, uploads  # noqa: F401  for their tables
+from adapter_store import (  # noqa: F401  for their tables
+    changes,
+    erasure,
+    examples,
+    grants,
+    proofs,
+    scaling,
+    signing,
+    uploads,
+)
 from adapter_store.catalog import metadata
 from adapter_store.engine import AsyncEngine, create_async_engine
 from adapter_store.errors import AdapterStoreError
@@ -40,7 +49,7 @@ from gateway import idempotency  # noqa: F401  its table
 from training import files, jobs  # noqa: F401  their tables
 
 MIGRATIONS = Path(__file__).parent / "migrations"
-HEAD = "0012"  # the newest file in migrations/versions; a test holds the two together
+HEAD = "0013"  # the newest file in migrations/versions; a test holds the two together
 CONNECTIONS = 4
 ANSWER_S = 10.0  # patience with PostgreSQL: one that hangs is as good as away
 PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA foreign_keys=ON")

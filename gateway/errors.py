@@ -49,6 +49,7 @@ from starlette.types import Scope, Send
 
 from adapter_store import errors as store
 from adapter_store.faults import Fault
+from adapter_store.scaling import read_scaling
 from training import errors as training
 
 
@@ -105,6 +106,18 @@ class MethodNotAllowed(GatewayError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
 
 
+def _how_to_scale(model: str) -> str:
+    """The same for whatever is spelled so, whoever has it."""
+    name, _, rest = model[:128].partition("@")
+    if read_scaling(rest) is None:
+        return ""
+    number, _, factor = rest.partition("*")
+    return (
+        f" A scaled version is made first: `tailor adapter scale {name}@{number} {factor}`, or "
+        f'POST /v1/adapters/{name}/versions/{number}/scaled {{"factor": {factor}}}.'
+    )
+
+
 class ModelUnknown(GatewayError):
     """The tenant has no such model."""
 
@@ -113,7 +126,7 @@ class ModelUnknown(GatewayError):
     def __init__(self, model: str, *, param: str = "model") -> None:
         super().__init__(
             f"The model '{model[:128]}' does not exist or you do not have access to it. "
-            "GET /v1/models lists what your key can use.",
+            "GET /v1/models lists what your key can use." + _how_to_scale(model),
             param=param,
         )
 
@@ -323,6 +336,7 @@ STORE_ANSWERS: Final[dict[type[store.AdapterStoreError], Answer]] = {
     store.NameReserved: Answer(409, _FAULTY, "name_reserved", "name"),
     store.AliasNotFound: Answer(404, _FAULTY, "alias_not_found", "alias"),
     store.AliasInvalid: Answer(400, _FAULTY, "alias_invalid", "alias"),
+    store.FactorInvalid: Answer(400, _FAULTY, "factor_invalid", "factor"),
     store.AliasKept: Answer(409, _FAULTY, "alias_kept", "alias"),
     store.TooManyAliases: Answer(409, _FAULTY, "too_many_aliases", "alias"),
     store.NothingToRollBack: Answer(409, _FAULTY, "nothing_to_roll_back", "alias"),

@@ -15,6 +15,7 @@ from adapter_store.erasure import Erasure, State
 from adapter_store.errors import AdapterStoreError
 from adapter_store.ids import VersionId
 from adapter_store.proofs import UNKNOWN, Proof, find_all
+from adapter_store.scaling import PARTS, Scaling
 from adapter_store.signing import VersionSignature
 from gateway.api.body import Body
 from gateway.api.erasures import ErasureObject, erasure_object
@@ -58,8 +59,8 @@ class QuarantineObject(BaseModel):
 class VersionObject(BaseModel):
     """One immutable version; `digest` is SHA-256 over its two files, `created_at` in Unix seconds.
 
-    `provenance`: how it came, by `upload`, `import` or `job`; `published_by`: the id of the key that sent it. While
-    `quarantine` is not null no engine may have it.
+    `provenance`: how it came, by `upload`, `import` or `job`, or `scaled` from another; `published_by`: the id of the
+    key that sent it. While `quarantine` is not null no engine may have it.
     `model` and `fine_tuned_model` are two ways to ask for just this one.
     """
 
@@ -84,6 +85,19 @@ class PublishedVersion(VersionObject):
     adapter: str
 
 
+class ScalingObject(BaseModel):
+    """Of which version a scaled one was made, and by which factor."""
+
+    version: int
+    factor: float
+
+
+class ScaledVersion(PublishedVersion):
+    """The answer to scaling a version; `scaled_from` null: by 1, which is the version itself."""
+
+    scaled_from: ScalingObject | None
+
+
 class SignedVersion(VersionObject):
     """The same with a compact JWS of who published what: docs/api.md, *Signatures*.
 
@@ -91,6 +105,7 @@ class SignedVersion(VersionObject):
     """
 
     signature: str | None
+    scaled_from: ScalingObject | None
 
 
 class AdapterObject(BaseModel):
@@ -237,7 +252,15 @@ async def show(
     versions = page[:limit]
     found = await _proofs(parts, [adapter.default, *versions])
     signatures = await parts.store.signatures(versions)
-    shown = [signed_version(version, parts, found, signatures.get(version.id)) for version in versions]
+    scalings = await parts.store.scalings(versions)
+    shown = [
+        SignedVersion(
+            **_members(version, parts, found),
+            signature=_signature(signatures.get(version.id)),
+            scaled_from=scaling_object(scalings.get(version.id)),
+        )
+        for version in versions
+    ]
     whole = adapter_object(adapter, parts, found).model_dump()
     return AdapterWithVersions(**whole, versions=shown, has_more=len(page) > limit)
 
@@ -322,11 +345,19 @@ def version_object(version: Version, parts: Parts, proofs: Mapping[VersionId, Pr
     return VersionObject(**_members(version, parts, proofs))
 
 
-def signed_version(
-    version: Version, parts: Parts, proofs: Mapping[VersionId, Proof], signature: VersionSignature | None
-) -> SignedVersion:
-    signed = None if signature is None else signature.signature
-    return SignedVersion(**_members(version, parts, proofs), signature=signed)
+def _signature(signature: VersionSignature | None) -> str | None:
+    return None if signature is None else signature.signature
+
+
+def scaling_object(scaling: Scaling | None) -> ScalingObject | None:
+    return None if scaling is None else ScalingObject(version=scaling.source, factor=scaling.factor / PARTS)
+
+
+def scaled_version(
+    version: Version, parts: Parts, proofs: Mapping[VersionId, Proof], scaling: Scaling
+) -> ScaledVersion:
+    made_of = None if version.number == scaling.source else scaling_object(scaling)
+    return ScaledVersion(adapter=version.adapter_name, **_members(version, parts, proofs), scaled_from=made_of)
 
 
 def _members(version: Version, parts: Parts, proofs: Mapping[VersionId, Proof]) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from adapter_store import rollouts
 from adapter_store.aliases import MOST_REASON, MOST_SHARES, MOST_WEIGHT, Alias, Move, MoveKind, main_of
 from adapter_store.catalog import DEFAULT_ALIAS, Fallback, Version
 from adapter_store.errors import AdapterStoreError
+from adapter_store.scaling import SCALED
 from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, TenantKey
 
 router = APIRouter(prefix="/v1/adapters/{name}", tags=["aliases"])
 MOST_NUMBER = 10**9
 Number = Annotated[int, Field(ge=1, le=MOST_NUMBER)]
+Target = Number | Annotated[str, Field(pattern=rf"^{SCALED.pattern}$")]
+"""A version's number, or what was made of one: `3*0.7`."""
 Reason = Annotated[str, Field(max_length=MOST_REASON)]
 
 
@@ -22,6 +25,13 @@ class Share(BaseModel, extra="forbid"):
     """A version's part of an alias's traffic: its weight beside the sum of all."""
 
     version: Number
+    weight: int = Field(default=1, ge=1, le=MOST_WEIGHT)
+
+
+class TargetShare(BaseModel, extra="forbid"):
+    """The same as it is asked for."""
+
+    version: Target
     weight: int = Field(default=1, ge=1, le=MOST_WEIGHT)
 
 
@@ -45,8 +55,8 @@ class AliasList(BaseModel):
 class AliasMove(BaseModel, extra="forbid"):
     """Either `version`, or several `versions` with weights, the alias's own first; `reason` is kept in the history."""
 
-    version: Number | None = None
-    versions: list[Share] | None = Field(default=None, min_length=1, max_length=MOST_SHARES)
+    version: Target | None = None
+    versions: list[TargetShare] | None = Field(default=None, min_length=1, max_length=MOST_SHARES)
     fallback: Fallback | None = None
     reason: Reason = ""
 
@@ -57,7 +67,7 @@ class AliasMove(BaseModel, extra="forbid"):
         return self
 
     @property
-    def shares(self) -> list[tuple[int, int]]:
+    def shares(self) -> list[tuple[int | str, int]]:
         if self.version is not None:
             return [(self.version, 1)]
         return [(share.version, share.weight) for share in self.versions or ()]
@@ -161,11 +171,12 @@ async def move_alias(name: str, alias: str, body: AliasMove, caller: AdapterKey,
     Requests that have begun end with the version that they began with. A rollout that was under way is superseded.
     Where the old version is in an engine, the new one is brought there before the move.
     """
-    numbers = [number for number, _ in body.shares]
+    shares = [(await _number(caller, name, target, parts), weight) for target, weight in body.shares]
+    numbers = [number for number, _ in shares]
     await parts.proofs.allow_moves(caller.tenant_id, name, numbers)
     old = await _warm(caller, name, alias, numbers, parts)
     moved = await parts.aliases.move(
-        caller.tenant_id, name, alias, body.shares, moved_by=caller.key.id, reason=body.reason, fallback=body.fallback
+        caller.tenant_id, name, alias, shares, moved_by=caller.key.id, reason=body.reason, fallback=body.fallback
     )
     parts.models.forget_tenant(caller.tenant_id)
     await retire_unnamed(old, parts)
@@ -241,6 +252,13 @@ async def cancel_rollout(
     ended = await parts.rollouts.cancel(caller.tenant_id, name, rollout, by=caller.key.id, reason=reason)
     parts.models.forget_tenant(caller.tenant_id)
     return _rollout(ended)
+
+
+async def _number(caller: TenantKey, name: str, target: int | str, parts: Parts) -> int:
+    """Of the version that is meant. Raises AdapterNotFound where it was not made yet."""
+    if isinstance(target, int):
+        return target
+    return main_of(await parts.store.resolve(caller.tenant_id, f"{name}@{target}")).number
 
 
 async def _warm(caller: TenantKey, name: str, alias: str, numbers: list[int], parts: Parts) -> Version | None:

@@ -85,7 +85,14 @@ def request_of(route: str, name: str, alias: str | None, bundle: StagedBundle) -
 
 
 async def publish_bundle(
-    request: Request, parts: Parts, asker: TenantKey, name: str, bundle: StagedBundle, publication: Publication
+    request: Request,
+    parts: Parts,
+    asker: TenantKey,
+    name: str,
+    bundle: StagedBundle,
+    publication: Publication,
+    *,
+    provenance: Provenance = Provenance.UPLOAD,
 ) -> Response:
     """Publishes what was uploaded, as the key allows by now. Raises Repeated, and what the store raises."""
     await publisher(request, parts)  # an upload may take long: the key may be revoked by now
@@ -95,10 +102,11 @@ async def publish_bundle(
         name,
         bundle,
         alias=publication.alias,
-        provenance=Provenance.UPLOAD,
+        provenance=provenance,
         published_by=asker.key.id,
         quota=asker.key.plan.quota,
         together=publication,
+        provisional=provenance is Provenance.SCALED and publication.alias is None,
     )
     parts.models.forget_tenant(asker.tenant_id)
     parts.pool.replace(old, version, asker.key.plan)

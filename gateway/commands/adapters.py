@@ -195,6 +195,25 @@ def adapter_fallback(
     show(changed, as_json, f"{name}: fallback {changed['fallback']}")
 
 
+@adapter_app.command("scale")
+def adapter_scale(
+    version: Annotated[str, typer.Argument(help="A version: name@3.")],
+    factor: Annotated[str, typer.Argument(help="Above 0, at most 2, of at most 4 decimals.")],
+    alias: Annotated[str, typer.Option(help="The alias that is to stand for it; default: none is moved.")] = "",
+    url: Url = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Make name@3*0.7: the version with what it adds to the base model times 0.7, exactly; no training."""
+    with told():
+        name, _, number = version.partition("@")
+        if not number.isdecimal():
+            raise ConfigurationError(f"{version!r} is not a version: name it by its number, as in name@3.")
+        body = {"factor": factor, "alias": alias}
+        made = tenant_client(url, key).call("POST", adapter_path(name, "versions", number, "scaled"), body)
+    show(made, as_json, f"{version}*{factor} is {name}@{made['number']}")
+
+
 @adapter_app.command("warm")
 def adapter_warm(
     name: str,

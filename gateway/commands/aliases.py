@@ -20,7 +20,10 @@ Alias = Annotated[str, typer.Option(help="The alias; 'default' is the adapter's 
 def alias_set(
     name: Annotated[str, typer.Argument(help="The adapter.")],
     alias: Annotated[str, typer.Argument(help="The alias; 'default' is the adapter's bare name.")],
-    versions: Annotated[list[str], typer.Argument(help="A version's number, or several with weights: 3=90 4=10.")],
+    versions: Annotated[
+        list[str],
+        typer.Argument(help="A version's number, or one that was scaled: 3*0.7; or several with weights: 3=90 4=10."),
+    ],
     reason: Reason = "",
     fallback: Annotated[FallbackChoice | None, typer.Option(help="Who answers where the version cannot.")] = None,
     url: Url = None,
@@ -153,11 +156,12 @@ def rollout_cancel(
     show(ended, as_json, f"{ended['id']}: {ended['status']}")
 
 
-def _share(text: str) -> dict[str, int]:
-    number, _, weight = text.partition("=")
+def _share(text: str) -> dict[str, int | str]:
+    version, _, weight = text.partition("=")
+    number, _, factor = version.partition("*")
     if not number.isdecimal() or not (weight or "1").isdecimal():
         raise ConfigurationError(f"{text!r} is not a version's number, or a number and its weight as in 3=90.")
-    return {"version": int(number), "weight": int(weight or 1)}
+    return {"version": version if factor else int(number), "weight": int(weight or 1)}
 
 
 def _spelled(shares: list[dict[str, int]]) -> str:

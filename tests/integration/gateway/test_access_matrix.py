@@ -82,6 +82,7 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "PUT /v1/adapters/{name}/prompts":           (200,  403,  404,  403,    403,     404),
     "GET /v1/adapters/{name}/versions/{number}/proof": (200, 403, 404, 403, 403, 404),
     "POST /v1/adapters/{name}/versions/{number}/proof": (202, 403, 404, 403, 403, 404),
+    "POST /v1/adapters/{name}/versions/{number}/scaled": (201, 403, 404, 403, 403, 404),
     "POST /v1/adapters/{name}/versions":         (201,  403,  201,  403,    403,     201),
     "POST /v1/adapters/{name}/uploads":          (201,  403,  201,  403,    403,     201),
     "GET /v1/adapters/{name}/uploads":           (200,  403,  200,  403,    403,     200),
@@ -385,6 +386,7 @@ class World:
         made: dict[str, Callable[[], dict[str, Any]]] = {
             "POST /v1/adapters": lambda: {"files": self.upload(self.new_name("bot"))},
             "POST /v1/adapters/{name}/versions": lambda: {"files": self.files()},
+            "POST /v1/adapters/{name}/versions/{number}/scaled": lambda: {"json": {"factor": 0.5}},
             "POST /v1/adapters/{name}/uploads": lambda: {"json": self.declared()},
             "PUT /v1/adapters/{name}/uploads/{upload}/{file}/{number}": lambda: self.part(
                 self.folder / "adapter_config.json"
@@ -480,6 +482,7 @@ MODEL: Final = Subject("", World.adapter, "bot-0")
 PINNED: Final = {
     "POST /v1/fine_tuning/jobs": Subject("", World.file, "file-" + "0" * 26),
     "DELETE /v1/models/{model:path}": Subject("{model:path}", World.version, "bot-0@1"),
+    "POST /v1/adapters/{name}/versions/{number}/scaled": Subject("{name}", World.adapter, "bot-0"),
     "PUT /admin/v1/tenants/{tenant}/pins/{adapter}": Subject("{adapter}", World.adapter, "bot-0"),
     "DELETE /admin/v1/tenants/{tenant}/pins/{adapter}": Subject("{adapter}", World.pinned, "bot-0"),
     "DELETE /v1/adapters/{name}/pin": Subject("{name}", World.pinned_by_tenant, "bot-0"),
