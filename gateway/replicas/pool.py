@@ -498,7 +498,9 @@ class ReplicaPool:
                 continue
             load_from = time.monotonic()
             try:
-                resident, cold = await self._resident(replica, version, plan, patient=tries + 1 == LOAD_TRIES)
+                resident, cold = await self._resident(
+                    replica, version, tenant_id, plan, patient=tries + 1 == LOAD_TRIES
+                )
             except LoadFailed as error:
                 replica.turns.leave(turn, 0)
                 load_s += time.monotonic() - load_from
@@ -519,7 +521,7 @@ class ReplicaPool:
             return place
 
     async def _resident(
-        self, replica: Replica, version: Version | None, plan: Plan, *, patient: bool
+        self, replica: Replica, version: Version | None, tenant_id: TenantId, plan: Plan, *, patient: bool
     ) -> tuple[Resident | None, bool]:
         """The version in the replica, and whether it had to be loaded."""
         if version is None:
@@ -529,7 +531,7 @@ class ReplicaPool:
             return resident, False
 
         def allow() -> None:
-            self._allow_load(version.tenant_id, plan)
+            self._allow_load(tenant_id, plan)  # of who asks: the version may be lent
 
         return await replica.residency.hold(version, patient=patient, allow=allow), True
 

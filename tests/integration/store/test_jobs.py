@@ -442,6 +442,7 @@ class Chaos:
     workers: tuple[Worker, Worker]
     dice: random.Random
     tenant: TenantId
+    one_at_a_time: bool
     made: list[JobId] = field(default_factory=list)
 
     async def act(self, who: int) -> None:
@@ -465,6 +466,17 @@ class Chaos:
             await call(self.tenant, self.dice.choice(self.made))
 
     async def _work(self, worker: Worker, claimed: Claimed, action: str) -> None:
+        """Whoever holds the lease can do it, and nobody else."""
+        now = await self.jobs.find(claimed.job.tenant_id, claimed.job.id)
+        holds = now.status is Status.RUNNING and now.epoch == claimed.job.epoch
+        try:
+            await self._try(worker, claimed, action)
+        except LeaseLost:
+            assert not (holds and self.one_at_a_time)
+            raise
+        assert holds or action == "renew" or not self.one_at_a_time
+
+    async def _try(self, worker: Worker, claimed: Claimed, action: str) -> None:
         now, engine, step = worker.clock.second, worker.engine, self.dice.randint(1, 9)
         match action:
             case "renew":
@@ -506,9 +518,9 @@ class Chaos:
             assert [version.id for version in ends] == [job.version_id] * (job.status is Status.SUCCEEDED)
 
 
-def chaos(engine: AsyncEngine, clock: Clock, seed: int) -> Chaos:
+def chaos(engine: AsyncEngine, clock: Clock, seed: int, *, one_at_a_time: bool) -> Chaos:
     workers = Worker(engine, clock, "w1"), Worker(engine, clock, "w2")
-    return Chaos(Jobs(engine, clock=clock), workers, random.Random(seed), TenantId(f"ten_{seed}"))
+    return Chaos(Jobs(engine, clock=clock), workers, random.Random(seed), TenantId(f"ten_{seed}"), one_at_a_time)
 
 
 def within_two(before: Status, after: Status) -> bool:
@@ -519,7 +531,7 @@ def within_two(before: Status, after: Status) -> bool:
 
 async def in_turn(engine: AsyncEngine, seed: int, actions: int) -> None:
     clock = Clock()
-    one = chaos(engine, clock, seed)
+    one = chaos(engine, clock, seed, one_at_a_time=True)
     before: dict[JobId, Status] = {}
     for _ in range(actions):
         clock.now += one.dice.choice((0, 1, 20, 50))
@@ -536,7 +548,7 @@ async def in_turn(engine: AsyncEngine, seed: int, actions: int) -> None:
 
 async def at_once(engine: AsyncEngine, seed: int, actions: int) -> None:
     clock = Clock()
-    one = chaos(engine, clock, seed)
+    one = chaos(engine, clock, seed, one_at_a_time=False)
 
     async def go(who: int) -> None:
         for _ in range(actions):
