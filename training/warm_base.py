@@ -5,6 +5,7 @@ Every call blocks, and all of them are made in one thread: torch's number of thr
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from pydantic import ValidationError
 from transformers import AutoTokenizer
@@ -18,6 +19,10 @@ from training.jobs import JobError, Method
 from training.material import Material, Refused, job_error
 
 __all__ = ["Run", "StepReport", "WarmBase"]
+
+
+MOST_CHECKPOINTS: Final = 10
+"""Of one job: each is a version, which is kept, proved, and counts for its tenant's quota."""
 
 
 class WarmBase:
@@ -61,9 +66,10 @@ class WarmBase:
         """Padded tokens of the run's next step."""
         return self._engine.cost(run)
 
-    def ends_epoch(self, run: Run) -> bool:
-        """Whether all of the data has been taken once more."""
-        return run.step % run.steps_per_epoch == 0
+    def is_checkpoint(self, run: Run) -> bool:
+        """Whether all of the data has been taken once more, and that is one of the last times."""
+        epochs_left, steps = divmod(run.total_steps - run.step, run.steps_per_epoch)
+        return run.step % run.steps_per_epoch == 0 and epochs_left + bool(steps) < MOST_CHECKPOINTS
 
     def save(self, run: Run, folder: Path) -> Path:
         """The file of the run at rest. Raises OSError; what was there before is whole."""

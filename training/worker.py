@@ -252,7 +252,7 @@ class Worker:
             self._jobs.remove(job)
             self._finish(job, _of_checkpoint(told))
             return
-        if self._warm.ends_epoch(job.run):
+        if self._warm.is_checkpoint(job.run):
             await self._checkpoint(job, _of_checkpoint(told))
         if monotonic() - job.saved_at >= self._options.save_every_s and not job.lease.is_saving:
             await self._save(job)

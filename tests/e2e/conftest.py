@@ -126,6 +126,7 @@ def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "TAILOR_ALLOWED_FIELDS": "return_token_ids",  # to compare with PEFT token by token
         "TAILOR_PROOF_DELAY_S": "0",
         "TAILOR_PROBE_DEADLINE_S": "20",  # the machine is shared: a slow token is not a frozen engine
+        "TAILOR_TRAINING_NICE": "0",
     }
     with real_stack(tiny_base, tmp_path_factory.mktemp("stack") / "home", **settings) as stack:
         yield stack
