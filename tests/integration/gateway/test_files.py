@@ -369,7 +369,13 @@ async def test_files_are_kept_from_the_command(gateway: Gateway, acme: Tenant, t
     assert (await run("get", made["id"], "--out", str(out))).exit_code == 0
     assert out.read_bytes() == (await run("get", made["id"])).stdout_bytes == jsonl()
     assert (await run("get", made["id"], "--out", str(out))).exit_code == 1  # nothing is written over
-    assert "receipt: tailor erasure show ers_" in (await run("delete", made["id"])).stdout
+    told = (await run("delete", made["id"])).stdout
+    receipt = await run_command(gateway, "erasure", "show", told.split()[-1], key=acme.key)
+    (tmp_path / "receipt.json").write_text(json.dumps(receipt))
+    stated = await run_command(gateway, "erasure", "verify", str(tmp_path / "receipt.json"), key=acme.key)
+    assert (stated["subject"], stated["scope"]) == (made["id"], "file")
+    (listed,) = await run_command(gateway, "erasure", "list", key=acme.key)
+    assert listed == receipt
     path.write_bytes(jsonl() + b"{\n[]\n")
     refused = await run("put", str(path))
     assert refused.exit_code == 1
