@@ -6,7 +6,7 @@ where that holds).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -14,21 +14,23 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from training import adapter_weights, checkpoints, dpo, schedule
 from training.adapter_weights import Plan
-from training.dataset import Pair, Row
+from training.dataset import IGNORED, Pair, Row
 from training.determinism import deterministic
 from training.failures import LossNotFinite, OutOfMemory, TrainingFailed
-from training.layout import Block, Item, Line, block, levelled, line
+from training.layout import Block, Item, Line, block, item, levelled, line
 from training.progress import no_library_bars
 from training.run import Best, Run, Spec, halves, side_by_side
 from training.slots import Part, adaptable
 from training.token_loss import LEAST_ROWS, token_losses
 
-__all__ = ["Engine", "Evaluation", "Run", "Spec", "StepReport"]
+__all__ = ["Engine", "Evaluation", "Run", "Spec", "StepReport", "Telling"]
 
+READ_TOKENS = 8_192  # in one pass, where nothing is learned
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # AdamW's, as everywhere
 
 
@@ -40,6 +42,14 @@ class Evaluation:
     loss: float
     token_accuracy: float
     tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """Of one row: the mean loss of its trained tokens in nats, and which of them were the likeliest."""
+
+    loss: float
+    hits: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +227,54 @@ class Engine:
         loss, hits = whole.sums.tolist()
         return Evaluation(loss, hits / whole.units, whole.tokens)
 
+    def tell(self, run: Run, rows: Sequence[Row]) -> list[Telling]:
+        """How the run tells each row as it is now; changes nothing. Each row must have something to be told."""
+        weights = _as_served(run, self._head.dtype)
+        told: list[Telling] = []
+        with self._prepared([run]), torch.no_grad():
+            for group in _groups([row.input_ids for row in rows]):
+                share = _Share(run, weights, block([item([rows[at]]) for at in group]), 1)
+                laid = self._laid([share])
+                with self._serving([share], laid):
+                    losses, hits = token_losses(self._hidden(laid), self._head, laid.trained, laid.targets)
+                counts = [one.trained_tokens for one in share.block.items]
+                for loss, hit in zip(losses.split(counts), hits.split(counts), strict=True):
+                    told.append(Telling(loss.mean().item(), tuple(hit.tolist())))
+        return told
+
+    def answer(
+        self, run: Run, prompts: Sequence[Sequence[int]], *, ends: Collection[int], most_tokens: int
+    ) -> list[list[int]]:
+        """The likeliest continuation of each prompt, token by token, up to one of `ends`, which is left out.
+
+        Each token takes a pass over all of the row: no second model is in memory, and no cache of one.
+        """
+        weights = _as_served(run, self._head.dtype)
+        answers: list[list[int]] = [[] for _ in prompts]
+        with self._prepared([run]), torch.no_grad():
+            for group in _groups(prompts):
+                going = list(group)
+                for _ in range(most_tokens):
+                    rows = [[*prompts[at], *answers[at]] for at in going]
+                    going = [at for at, row in zip(going, rows, strict=True) if len(row) < self.longest]
+                    rows = [row for row in rows if len(row) < self.longest]
+                    if not rows:
+                        break
+                    following = self._next(run, weights, rows)
+                    for at, token in zip(going, following, strict=True):
+                        answers[at].append(token)
+                    going = [at for at, token in zip(going, following, strict=True) if token not in ends]
+        return [answer[:-1] if answer and answer[-1] in ends else answer for answer in answers]
+
+    def _next(self, run: Run, weights: Tensor, rows: Sequence[list[int]]) -> list[int]:
+        """The likeliest token after each row."""
+        share = _Share(run, weights, block([item([Row(row, [IGNORED] * len(row))]) for row in rows]), 1)
+        laid = self._laid([share])
+        last = [at * share.block.length + len(row) - 1 for at, row in enumerate(rows)]
+        with self._serving([share], laid):
+            hidden = self._hidden(laid)[0, torch.tensor(last, device=self.device)]
+        return linear(hidden, self._head).argmax(-1).tolist()
+
     @contextmanager
     def _prepared(self, runs: Sequence[Run]) -> Iterator[None]:
         """Deterministic; layers are computed twice where a run asks for it, which changes no bits."""
@@ -347,6 +405,20 @@ class Engine:
             run.worse += 1
             run.stopped = hp.early_stopping_patience is not None and run.worse >= hp.early_stopping_patience
         return found
+
+
+def _groups(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Places of neighbouring rows that are read in one pass."""
+    group: list[int] = []
+    longest = 0
+    for at, row in enumerate(rows):
+        if group and max(longest, len(row)) * (len(group) + 1) > READ_TOKENS:
+            yield group
+            group, longest = [], 0
+        group.append(at)
+        longest = max(longest, len(row))
+    if group:
+        yield group
 
 
 def _shape(share: _Share) -> tuple[object, ...]:

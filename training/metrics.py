@@ -115,6 +115,11 @@ def json_fields(expected: Sequence[str], answers: Sequence[str]) -> JsonFields:
     )
 
 
+def is_object(text: str) -> bool:
+    """Whether this is one JSON object, in a code fence or not."""
+    return _object(text) is not None
+
+
 def perplexity(loss_sum: float, tokens: int) -> float:
     """Of so many tokens whose cross entropy, in nats, adds up to `loss_sum`; infinite where no float holds it.
 
