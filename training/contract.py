@@ -20,6 +20,7 @@ Auto = Literal["auto"]
 AUTO: Final = "auto"
 RANK: Final = 16
 ALPHA_PER_RANK: Final = 2
+MOST_RATE: Final = 1.0
 MICRO_BATCH: Final = 8
 """Most rows in one forward pass; a larger batch is several, and one step all the same."""
 
@@ -90,7 +91,7 @@ def settle(
         "epochs": shown["n_epochs"],
         "batch_size": batch,
         "gradient_accumulation_steps": passes,
-        "learning_rate": auto.rate(method, limits.hidden_size) * shown["learning_rate_multiplier"],
+        "learning_rate": _rate(method, shown["learning_rate_multiplier"], limits),
         "packing": options.packing,
         "eval_steps": options.eval_steps,
         "early_stopping_patience": options.early_stopping_patience,
@@ -104,6 +105,16 @@ def settle(
         first = error.errors()[0]
         raise OptionInvalid("hyperparameters", f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     return Settled(shown, checked.model_dump(mode="json"))
+
+
+def _rate(method: Method, multiplier: float, limits: Limits) -> float:
+    rate = auto.rate(method, limits.hidden_size)
+    if rate * multiplier > MOST_RATE:
+        raise OptionInvalid(
+            f"method.{method}.hyperparameters.learning_rate_multiplier",
+            f"{multiplier:g} is a learning rate of {rate * multiplier:g} on this base: at most {MOST_RATE / rate:g}",
+        )
+    return rate * multiplier
 
 
 def check_model(model: str, limits: Limits) -> None:

@@ -482,6 +482,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     (supervised(batch_size=257), 400, f"{HYPER}.batch_size", "invalid_value"),
     (supervised(learning_rate_multiplier=0), 400, f"{HYPER}.learning_rate_multiplier", "invalid_value"),
     (supervised(learning_rate_multiplier=-1), 400, f"{HYPER}.learning_rate_multiplier", "invalid_value"),
+    (supervised(learning_rate_multiplier=999), 400, f"{HYPER}.learning_rate_multiplier", "invalid_value"),
     (supervised(beta=0.1), 400, f"{HYPER}.beta", "invalid_value"),
     (dpo(beta=0), 400, "method.dpo.hyperparameters.beta", "invalid_value"),
     (dpo(beta=2.1), 400, "method.dpo.hyperparameters.beta", "invalid_value"),
