@@ -1,0 +1,80 @@
+"""`python -m loadtests.training`: what a step of training costs beside TRL's, and what a batch of tenants gains.
+
+Prints one JSON object a line for each figure and ends with 1 where a must is missed, with 2 where one could not be
+measured. CPU time of processes on one thread each: other work on the machine makes it dearer, so what is compared runs
+in turns and the least counts.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from loadtests.figures import Bound, Row, exit_code, markdown, tell
+from loadtests.overhead.processes import machine
+from loadtests.overhead.stack import CannotMeasureError
+from loadtests.store.programs import run
+
+PROGRAM: Final = "tests.bench.training"
+BATCHES: Final = (1, 4)
+TURNS: Final = 3
+BOUNDS: Final = {
+    "step_over_trl_b1": Bound(1.0, None, "lower", "CPU of a step ÷ TRL's SFTTrainer's, batch 1"),
+    "step_over_trl_b4": Bound(1.0, None, "lower", "CPU of a step ÷ TRL's SFTTrainer's, batch 4"),
+    "gain_b1": Bound(4.0, None, "higher", "eight tenants in turn ÷ at once, CPU, batch 1 each"),
+    "gain_b4": Bound(2.0, None, "higher", "eight tenants in turn ÷ at once, CPU, batch 4 each"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m loadtests.training", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one turn each: for a look, not for a record")
+    parser.add_argument("--report", type=Path, help="write everything to this file, as JSON")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    args = parser.parse_args()
+    rows: list[Row] = []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for one in measure(f"{folder}/base", 1 if args.quick else TURNS):
+                tell([one])
+                rows.append(one)
+    except CannotMeasureError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    if args.report is not None:
+        told = {"figures": [json.loads(one.line()) for one in rows], "machine": machine()}
+        args.report.write_text(json.dumps(told, indent=1, ensure_ascii=False))
+    if args.markdown is not None:
+        args.markdown.write_text(markdown(rows))
+    return exit_code(rows)
+
+
+def measure(base: str, turns: int) -> Iterator[Row]:
+    """The figures, as they come.
+
+    Raises:
+        CannotMeasureError: a program breaks off.
+    """
+    run(PROGRAM, "base", base)
+    for batch in BATCHES:
+        found: dict[str, list[dict[str, Any]]] = {"engine": [], "trl": [], "gain": []}
+        for _ in range(turns):
+            for what, each in found.items():
+                each.append(run(PROGRAM, what, base, str(batch))[-1])
+        ours, theirs = (min(one["ms_per_step"] for one in found[what]) for what in ("engine", "trl"))
+        yield row(f"step_over_trl_b{batch}", ours / theirs, ms=round(ours, 2), trl_ms=round(theirs, 2))
+        in_turn, at_once = (min(one[what] for one in found["gain"]) for what in ("in_turn_ms", "at_once_ms"))
+        growth = max(one["growth_mib"] for one in found["gain"])
+        times = {"in_turn_ms": round(in_turn, 2), "at_once_ms": round(at_once, 2)}
+        yield row(f"gain_b{batch}", in_turn / at_once, **times, tenants=8, memory_growth_mib=growth)
+
+
+def row(figure: str, value: float, **detail: object) -> Row:
+    return Row(figure, value, BOUNDS[figure], detail)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
