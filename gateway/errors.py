@@ -372,6 +372,7 @@ STORE_ANSWERS: Final[dict[type[store.AdapterStoreError], Answer]] = {
 TRAINING_ANSWERS: Final[dict[type[training.TrainingError], Answer]] = {
     training.FileNotKnown: Answer(404, _FAULTY, "not_found", "file_id"),
     training.FileInvalid: Answer(400, _FAULTY, "invalid_training_file", "file"),
+    training.TooManyChecks: Answer(503, _OURS, "server_overloaded", None, 60),
     training.FileTooLarge: Answer(413, _FAULTY, "file_too_large", "file"),
     training.FileInUse: Answer(409, _FAULTY, "file_in_use", "force"),
     training.FileDamaged: Answer(503, _OURS, "file_damaged", "file_id", 60),

@@ -3,6 +3,7 @@
 TrainingError
 ├── FileNotKnown       no such file of this tenant; another tenant's looks the same
 ├── FileInvalid        the data cannot be trained on; `.faults` lists every line
+├── TooManyChecks      other files' checks take too long for this one to have its turn
 ├── FileTooLarge       more bytes than one file may have
 ├── FileInUse          jobs that are not over need it
 ├── FileDamaged        what is stored of it is not what was sent, or is gone
@@ -58,6 +59,15 @@ class FileInvalid(TrainingError):
         more = "" if complete and not others else f" (and {'' if complete else 'at least '}{others} more)"
         super().__init__(f"The file cannot be trained on: {where}{first.reason}{more}. Nothing of it was kept.")
         self.faults = tuple(faults)
+
+
+class TooManyChecks(TrainingError):
+    """The file has waited for its check as long as it may."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Other files are being checked, and this one has waited too long; nothing was kept. Try again."
+        )
 
 
 class FileTooLarge(TrainingError):

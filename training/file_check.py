@@ -11,13 +11,13 @@ import os
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 from adapter_store.ids import TenantId
 from adapter_store.inspector import PASSED_ENVIRONMENT
-from training.errors import FileInvalid, LineFault
+from training.errors import FileInvalid, LineFault, TooManyChecks
 
 SMALL_BYTES: Final = 4 << 20
 SMALL_AT_ONCE: Final = 2
@@ -41,12 +41,13 @@ class FileCheck:
         self._small_bytes = small_bytes
         self._max_length = max_length
         self._timeout_s = timeout_s
+        self._patience_s = timeout_s
         self._small = asyncio.Semaphore(SMALL_AT_ONCE)
         self._large = asyncio.Semaphore(LARGE_AT_ONCE)
         self._tenants: dict[TenantId, tuple[asyncio.Lock, int]] = {}
 
     async def run(self, tenant_id: TenantId, path: Path, size_bytes: int) -> dict[str, Any]:
-        """What was found: method, statistics, warnings. Raises FileInvalid."""
+        """What was found: method, statistics, warnings. Raises FileInvalid, TooManyChecks."""
         places = self._small if size_bytes <= self._small_bytes else self._large
         async with self._turn(tenant_id, places):
             reply = await self._ask(path)
@@ -57,11 +58,20 @@ class FileCheck:
 
     @asynccontextmanager
     async def _turn(self, tenant_id: TenantId, places: asyncio.Semaphore) -> AsyncIterator[None]:
-        """A tenant's checks wait for one another before they wait for a place."""
+        """A tenant's checks wait for one another before they wait for a place, no longer than one may take.
+
+        Raises TooManyChecks.
+        """
         lock, users = self._tenants.get(tenant_id, (asyncio.Lock(), 0))
         self._tenants[tenant_id] = lock, users + 1
         try:
-            async with lock, places:
+            async with AsyncExitStack() as held:
+                try:
+                    async with asyncio.timeout(self._patience_s):
+                        await held.enter_async_context(lock)
+                        await held.enter_async_context(places)
+                except TimeoutError:
+                    raise TooManyChecks from None
                 yield
         finally:
             lock, users = self._tenants.pop(tenant_id)

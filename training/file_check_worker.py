@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapter_store.process import die_with_parent
 from training.datafile import check, chunks, load_tokenizer
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ NICENESS = 10
 
 
 def main() -> None:
+    die_with_parent()
     setup = json.loads(sys.stdin.readline())
     os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

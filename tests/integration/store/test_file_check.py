@@ -10,7 +10,7 @@ import pytest
 
 from adapter_store.ids import TenantId
 from tests.waiting import until
-from training.errors import FileInvalid
+from training.errors import FileInvalid, TooManyChecks
 from training.file_check import FileCheck
 
 ACME, GLOBEX = TenantId("acme"), TenantId("globex")
@@ -99,4 +99,16 @@ async def test_a_large_file_keeps_nobody_else_waiting(large: Path, good: Path) -
     done, _ = await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
     assert done == {first}
     await second
+    assert check._tenants == {}
+
+
+async def test_a_file_waits_for_its_check_no_longer_than_one_may_take(large: Path, good: Path) -> None:
+    """Then it is told so, and the one under way goes on."""
+    check = FileCheck(None)
+    first = asyncio.create_task(run(check, large))
+    await until(lambda: len(children()) == 1)
+    check._patience_s = 0.01
+    with pytest.raises(TooManyChecks):
+        await run(check, good)
+    assert (await first)["method"] == "supervised"
     assert check._tenants == {}
