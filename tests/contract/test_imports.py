@@ -14,7 +14,7 @@ import pytest
 from tests.bad_adapters import write_base
 
 HEAVY = ("torch", "peft", "vllm", "transformers", "numpy", "safetensors", "typer", "httpx")
-MEMORY_LIMIT_MIB = 82  # 78.8 measured; traces (3 more) and load (6 more) bring it to 87 of the 90 allowed
+MEMORY_LIMIT_MIB = 84  # 81 measured; traces (2 more) and load (6 more) bring it to 89 of the 90 allowed
 
 
 def test_the_gateway_imports_nothing_heavy() -> None:
