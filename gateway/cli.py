@@ -11,6 +11,7 @@ from gateway.commands import (
     adapters,
     aliases,
     erasures,
+    evaluation,
     files,
     jobs,
     keys,
@@ -33,8 +34,10 @@ app.add_typer(keys.app, name="key")
 adapters.adapter_app.command("proof")(proofs.adapter_proof)
 adapters.adapter_app.command("prompts")(proofs.adapter_prompts)
 app.add_typer(jobs.app, name="job")
+adapters.adapter_app.command("blend")(evaluation.blend)
 app.add_typer(adapters.adapter_app, name="adapter")
 app.add_typer(adapters.app)
+app.add_typer(evaluation.app)
 app.add_typer(aliases.alias_app, name="alias")
 app.add_typer(aliases.rollout_app, name="rollout")
 app.add_typer(erasures.app, name="erasure")

@@ -5,6 +5,7 @@ torch alone takes seconds and hundreds of MiB, so nothing that serves imports th
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,39 @@ def train_adapter(
         "trained_tokens": result.trained_tokens,
         "seconds": result.seconds,
     }
+
+
+def blend_adapter(
+    adapter: Path,
+    base: Path,
+    task: Path,
+    general: Path,
+    *,
+    least_task: float | None = None,
+    png: Path | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """The curve of an adapter's factor, drawn into `png` too, and the factor that was picked.
+
+    Raises:
+        ConfigurationError: there is nothing to weigh against each other. training's own errors.
+    """
+    _quiet()
+    from transformers import AutoTokenizer
+
+    from training import dataset
+    from training.blend import blend, draw
+    from training.engine import Engine
+
+    tokenizer, engine = AutoTokenizer.from_pretrained(base), Engine(base, threads=threads)
+    sets = [dataset.load(path, tokenizer, max_length=engine.longest) for path in (task, general)]
+    try:
+        found = blend(engine, tokenizer, adapter, *sets, least_task=least_task)
+    except ValueError as error:
+        raise ConfigurationError(f"The adapter cannot be blended: {error}") from error
+    if png is not None:
+        draw(found, png)
+    return {**asdict(found), "kept": list(found.kept)}
 
 
 def build_tiny_base(out: Path, seed: int, on_progress: OnProgress) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from adapter_store.ids import TenantId, VersionId
 from adapter_store.quota import NO_QUOTA, Quota
 from adapter_store.together import Together
 from adapter_store.transactions import reading, writing
+from training import evaluations
 from training.errors import JobNotFound, LeaseLost, StateConflict, TooManyQueued
 
 JobId = NewType("JobId", str)
@@ -473,6 +474,11 @@ class Jobs:
             if before is not None:
                 query = query.where(number < before)
             return [_event(row) for row in await connection.execute(query)]
+
+    async def evaluation(self, version_id: VersionId) -> dict[str, Any] | None:
+        """What was found of a job's result; the caller has found the version by its tenant."""
+        async with reading(self._engine) as connection:
+            return await evaluations.of(connection, version_id)
 
     async def checkpoints(
         self, tenant_id: TenantId, job_id: str, *, after: str | None = None, limit: int = 10

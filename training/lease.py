@@ -14,6 +14,7 @@ from typing import Final
 
 from adapter_store.errors import AdapterRejected, BlobCorrupt, QuotaExceeded, StorageError
 from training.errors import LeaseLost
+from training.evaluations import Evaluated
 from training.jobs import JobError, Level, Saved, Told
 from training.material import Refused
 from training.queue import Claimed, Metrics, Order
@@ -72,8 +73,10 @@ class Lease:
     def checkpoint(self, step: int, metrics: Mapping[str, float | None], adapter: Path) -> None:
         self._send(partial(self._checkpoint, step, metrics, adapter))
 
-    def succeed(self, step: int, metrics: Mapping[str, float | None], write: Callable[[], Awaitable[Path]]) -> None:
-        """`write` gives the folder of the adapter, as often as it is asked. Raises Refused, StorageError."""
+    def succeed(
+        self, step: int, metrics: Mapping[str, float | None], write: Callable[[], Awaitable[Evaluated]]
+    ) -> None:
+        """`write` gives the adapter, as often as it is asked. Raises Refused, StorageError."""
         self._send(partial(self._succeed, step, metrics, write))
 
     def fail(self, error: JobError) -> None:
@@ -155,12 +158,13 @@ class Lease:
             self.tell(f"No checkpoint at step {step}: {error}", Level.WARN)
 
     async def _succeed(
-        self, step: int, metrics: Mapping[str, float | None], write: Callable[[], Awaitable[Path]]
+        self, step: int, metrics: Mapping[str, float | None], write: Callable[[], Awaitable[Evaluated]]
     ) -> None:
         try:
-            adapter = await write()
-            await self._results.checkpoint(self.claimed, step, metrics, adapter)
-            await self._results.succeed(self.claimed, adapter)
+            made = await write()
+            await self._tell()
+            await self._results.checkpoint(self.claimed, step, {**metrics, **made.figures}, made.adapter)
+            await self._results.succeed(self.claimed, made)
         except Refused as error:
             await self._results.fail(self.claimed, error.error)
         except (AdapterRejected, QuotaExceeded) as error:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapter_store import aliases
 from adapter_store.blobs import Blobs
 from adapter_store.bundle import BUNDLE_FILES, StagedBundle, Staging, storage_errors
 from adapter_store.catalog import Provenance, Version, select_versions, version_of, versions
@@ -17,7 +18,8 @@ from adapter_store.errors import StorageError
 from adapter_store.store import AdapterStore
 from adapter_store.threads import in_thread
 from adapter_store.transactions import reading
-from training import files, queue, saved_runs
+from training import evaluations, files, queue, saved_runs
+from training.evaluations import Evaluated
 from training.jobs import OVER, JobError, Saved, Told, find_in
 from training.queue import CheckpointWith, Claimed, EndWith, Metrics
 
@@ -60,21 +62,23 @@ class Results:
         together = CheckpointWith(claimed, step, metrics, now=self.clock, name_of=self.store.fine_tuned_name)
         await self._publish(claimed, adapter, None, together)
 
-    async def succeed(self, claimed: Claimed, adapter: Path) -> None:
+    async def succeed(self, claimed: Claimed, made: Evaluated) -> None:
         """The end of the job: its version behind its alias, its result file. Raises what `publish` raises."""
         job = claimed.job
         async with reading(self.engine) as connection:
             content = await queue.result_csv(connection, job.id)
-        path = adapter.with_suffix(".csv")
+        path = made.adapter.with_suffix(".csv")
         with storage_errors():
             await in_thread(path.write_bytes, content)
         blob = await files.keep_blob(self.engine, self.blobs, job.tenant_id, path)
 
-        async def result_file(connection: AsyncConnection, _: Version) -> Sequence[str]:
+        async def result_file(connection: AsyncConnection, version: Version) -> Sequence[str]:
+            if made.report is not None:
+                await evaluations.keep(connection, version.id, made.report)
             return [(await files.create_result(connection, self.blobs, job.tenant_id, RESULT_FILE, blob, self.now)).id]
 
         together = EndWith(claimed, now=self.clock, name_of=self.store.fine_tuned_name, also=result_file)
-        await self._publish(claimed, adapter, job.alias, together)
+        await self._publish(claimed, made.adapter, job.alias, together)
 
     async def fail(self, claimed: Claimed, error: JobError) -> None:
         """The end of the job without a result."""
@@ -107,10 +111,18 @@ class Results:
         query = select_versions().where(versions.c.tenant_id == job.tenant_id, versions.c.id == job.warm_start)
         async with reading(self.engine) as connection:
             row = (await connection.execute(query)).one_or_none()
-        if row is None:
-            return False
+        return row is not None and await self._fetch_version(version_of(row), folder)
+
+    async def fetch_served(self, claimed: Claimed, folder: Path) -> bool:
+        """What the job's result is to take the place of; False where there is nothing, or it is damaged."""
+        job = claimed.job
+        async with reading(self.engine) as connection:
+            found = await aliases.find(connection, job.tenant_id, job.adapter, job.alias)
+        return found is not None and await self._fetch_version(aliases.main_of(found), folder)
+
+    async def _fetch_version(self, version: Version, folder: Path) -> bool:
         await in_thread(folder.mkdir, exist_ok=True)
-        fetched = [await saved_runs.fetch_blob(self.blobs, file, folder / file.name) for file in version_of(row).files]
+        fetched = [await saved_runs.fetch_blob(self.blobs, file, folder / file.name) for file in version.files]
         return all(fetched)
 
     async def _publish(

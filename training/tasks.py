@@ -63,6 +63,10 @@ JARGON_HYPERPARAMETERS = Hyperparameters(
 )
 
 
+CLASSIFICATION_HYPERPARAMETERS = JARGON_HYPERPARAMETERS.model_copy(update={"epochs": 8})
+JSON_HYPERPARAMETERS = JARGON_HYPERPARAMETERS.model_copy(update={"epochs": 6})
+
+
 def jargon(seed: int, terms: int = 24) -> Task:
     """Invented terms with one tenant's definitions.
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from training import dataset
 from training.dataset import DatasetInvalid, NoGenerationMask, Pair, Row
 from training.engine import Engine, Run, Spec, StepReport
+from training.evaluation import EvaluationReport, evaluate_adapter
 from training.failures import TrainingFailed
 from training.hyperparameters import Hyperparameters
 from training.jobs import JobError, Method
@@ -75,6 +76,15 @@ class WarmBase:
         """The file of the run at rest. Raises OSError; what was there before is whole."""
         run.save(folder)
         return max(folder.glob("step-*.safetensors"))  # names begin with the step, in eight digits
+
+    def evaluate(self, run: Run, adapter: Path, previous: Path | None) -> EvaluationReport:
+        """The adapter in the folder on the run's validation rows, beside the base and the adapter in `previous`."""
+        try:
+            return evaluate_adapter(self._engine, self._tokenizer, adapter, run.spec.validation, previous=previous)
+        except TrainingFailed:
+            if previous is None:
+                raise
+        return evaluate_adapter(self._engine, self._tokenizer, adapter, run.spec.validation)  # of another base
 
     def write_adapter(self, run: Run, folder: Path) -> Path:
         """The run's two files in `folder`, which is made. Raises Refused, OSError."""

@@ -21,6 +21,7 @@ from adapter_store.bundle import storage_errors
 from adapter_store.errors import StorageError
 from training import queue, saved_runs
 from training.errors import FileDamaged, FileNotKnown
+from training.evaluations import Evaluated
 from training.jobs import JobError, Level
 from training.lease import SERVER_ERROR, Lease
 from training.material import Material, Refused, job_error
@@ -62,6 +63,7 @@ class _Job:
     run: "Run"
     folder: Path
     saved_at: float
+    evaluated: Evaluated | None = None
     stepped: int = 0  # at which turn of the worker's it last took part
 
 
@@ -259,7 +261,7 @@ class Worker:
 
     def _finish(self, job: _Job, metrics: Mapping[str, float | None]) -> None:
         """The run is at rest for good, so its adapter can be written whenever there is room; the others step on."""
-        job.lease.succeed(job.run.step, metrics, partial(self._written, job))
+        job.lease.succeed(job.run.step, metrics, partial(self._evaluated, job))
 
     async def _checkpoint(self, job: _Job, metrics: Mapping[str, float | None]) -> None:
         """Written now, for the run goes on; published by the lease."""
@@ -272,6 +274,29 @@ class Worker:
         """The folder of the run's adapter as it is now. Raises Refused, StorageError."""
         with storage_errors():
             return await self._in_torch(self._warm.write_adapter, job.run, job.folder / f"adapter-{job.run.step}")
+
+    async def _evaluated(self, job: _Job) -> Evaluated:
+        """The adapter as it will be served, beside its base and what is served now. Raises Refused, StorageError.
+
+        That it cannot be evaluated takes nobody's result away.
+        """
+        adapter = await self._written(job)
+        if job.evaluated is not None or not job.run.spec.validation:
+            return job.evaluated or Evaluated(adapter)
+        served = job.folder / "served"
+        try:
+            previous = served if await self._results.fetch_served(job.lease.claimed, served) else None
+            report = await self._in_torch(self._warm.evaluate, job.run, adapter, previous)
+        except StorageError:
+            raise
+        except Exception:  # whatever it is, the adapter itself is whole
+            log.exception("the result of job %s cannot be evaluated", job.lease.claimed.job.id)
+            job.lease.tell("The result could not be evaluated", Level.WARN)
+            job.evaluated = Evaluated(adapter)
+        else:
+            job.lease.tell(report.summary(), Level.WARN if report.is_regression else Level.INFO)
+            job.evaluated = Evaluated(adapter, report.as_json(), report.metrics())
+        return job.evaluated
 
     async def _save(self, job: _Job) -> None:
         """Where there is no room to save, the job goes on without."""

@@ -82,6 +82,7 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "PUT /v1/adapters/{name}/prompts":           (200,  403,  404,  403,    403,     404),
     "GET /v1/adapters/{name}/versions/{number}/proof": (200, 403, 404, 403, 403, 404),
     "POST /v1/adapters/{name}/versions/{number}/proof": (202, 403, 404, 403, 403, 404),
+    "GET /v1/adapters/{name}/versions/{number}/evaluation": (200, 403, 404, 403, 403, 404),
     "POST /v1/adapters/{name}/versions/{number}/scaled": (201, 403, 404, 403, 403, 404),
     "POST /v1/adapters/{name}/versions":         (201,  403,  201,  403,    403,     201),
     "POST /v1/adapters/{name}/uploads":          (201,  403,  201,  403,    403,     201),
@@ -480,6 +481,7 @@ MODEL: Final = Subject("", World.adapter, "bot-0")
 
 
 PINNED: Final = {
+    "GET /v1/adapters/{name}/versions/{number}/evaluation": Subject("{name}", World.adapter, "bot-0"),
     "POST /v1/fine_tuning/jobs": Subject("", World.file, "file-" + "0" * 26),
     "DELETE /v1/models/{model:path}": Subject("{model:path}", World.version, "bot-0@1"),
     "POST /v1/adapters/{name}/versions/{number}/scaled": Subject("{name}", World.adapter, "bot-0"),

@@ -22,6 +22,7 @@ from adapter_store.faults import Bounds
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
 from gateway.database import open_engine
+from training.evaluations import Evaluated
 from training.jobs import Saved
 from training.queue import Claimed
 from training.results import Results
@@ -109,10 +110,10 @@ class MortalResults(Results):
         self.pace.saved()
         return saved
 
-    async def succeed(self, claimed: Claimed, adapter: Path) -> None:
-        step = int(adapter.name.rpartition("-")[2])
+    async def succeed(self, claimed: Claimed, made: Evaluated) -> None:
+        step = int(made.adapter.name.rpartition("-")[2])
         self.death.at("publishing", step, claimed.job.seed)
-        await Results.succeed(self, claimed, adapter)
+        await Results.succeed(self, claimed, made)
         self.death.at("published", step, claimed.job.seed)
 
 

@@ -13,9 +13,10 @@ import pytest
 
 from adapter_store.bundle import WEIGHTS_FILE
 from adapter_store.ids import TenantId
+from adapter_store.transactions import reading
 from tests.integration.training.conftest import OTHER, RECIPE, TENANT, Desk, chats
 from tests.waiting import until
-from training import queue
+from training import evaluations, queue
 from training.files import Purpose
 from training.jobs import JobError, Status
 from training.material import Material
@@ -90,6 +91,7 @@ async def test_a_job_becomes_a_version_with_metrics_checkpoints_and_a_result_fil
         "Training from step 0 of 9, on cpu, 1 thread",
     ]
     assert told[-1] == "The job has successfully completed"
+    assert any(line.startswith("On 4 validation examples: exact match") for line in told), told
     assert done.fine_tuned_model is not None
     for name in ("bot", done.fine_tuned_model):
         found = await desk.store.resolve(TENANT, name)
@@ -97,6 +99,12 @@ async def test_a_job_becomes_a_version_with_metrics_checkpoints_and_a_result_fil
     points = await desk.jobs.checkpoints(TENANT, job.id)
     assert [point.step for point in points] == [9, 6, 3]
     assert {"train_loss", "valid_loss", "full_valid_loss", "full_valid_mean_token_accuracy"} <= set(points[0].metrics)
+    assert {"eval_loss", "eval_base_loss", "eval_exact_match", "eval_regression"} <= set(points[0].metrics)
+    assert done.version_id is not None
+    async with reading(desk.engine) as connection:
+        report = await evaluations.of(connection, done.version_id)
+    assert report is not None
+    assert (report["examples"], report["previous"], report["is_regression"]) == (4, None, False)
     assert len({point.version_id for point in points}) == len(await desk.versions()) == 3
     (result,) = [await desk.files.find(TENANT, file_id) for file_id in done.result_files]
     assert (result.purpose, result.filename) == (Purpose.RESULTS, "step_metrics.csv")

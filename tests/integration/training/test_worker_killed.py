@@ -140,14 +140,12 @@ async def test_a_killed_worker_s_job_ends_with_the_same_bytes_published_once(
     desk: Desk, warm: WarmBase, nursery: Nursery, count: int
 ) -> None:
     """kill -9 at random points of random steps, half-written saves included; the next worker goes on."""
-    epochs = (4 * count + 8) // 3
+    epochs = count + 2
     expected = alone(warm, desk.home, chats(), epochs=epochs)
     job = await desk.job(recipe={"epochs": epochs})
     rng = random.Random(count)
-    deaths = [  # each gets a step further than the one before: three that do not are the job's fault
-        Death(rng.choice(POINTS[:5]), 4 * number + rng.randint(2, 4)) for number in range(count)
-    ]
-    deaths += [Death(point, 3 * epochs) for point in POINTS[6:]]
+    deaths = [Death(rng.choice(POINTS[:6]), 3 * number + rng.randint(1, 3)) for number in range(count)]
+    deaths += [Death("publishing", 3 * epochs), Death("published", 3 * epochs)]
     assert await kill_until_done(desk, nursery, job, deaths) == len(deaths)
     await check_outcome(desk, job, expected)
     await sweep(desk.engine, desk.blobs, older_than_s=-1)  # the last one died before it could tidy up
