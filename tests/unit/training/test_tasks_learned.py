@@ -1,7 +1,10 @@
 """Three tenants' adapters, trained in one batch: each knows its own task, and nobody else's."""
 
+import json
+import random
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ from transformers import AutoTokenizer
 
 from gateway.local_training import cached_tiny_base
 from gateway.progress_bar import progress_bar
-from training import dataset, tasks
+from training import dataset, tasks, tiny_text
+from training.blend import blend
 from training.dataset import Row
 from training.engine import Engine, Run, Spec
 from training.evaluation import Questions
@@ -65,3 +69,34 @@ def test_each_tenant_learns_its_own_task_and_no_other(
 def _train(engine: Engine, runs: list[Run]) -> None:
     while not all(run.done for run in runs):
         engine.step([run for run in runs if not run.done])
+
+
+@pytest.mark.full
+def test_a_factor_keeps_the_task_and_what_the_base_could_do(tiny_base: Path, tmp_path: Path) -> None:
+    """At least 0.9 of both, where the adapter was trained on its task and some general rows, none of them asked."""
+    engine, tokenizer = Engine(tiny_base, threads=1), AutoTokenizer.from_pretrained(tiny_base)
+    task = tasks.jargon(0)
+    train, general = tmp_path / "train.jsonl", tmp_path / "general.jsonl"
+    tasks.write_jsonl(task.train, train)
+    _write(general, seed="rehearsed", heldout=False, count=192)
+    train.write_text(train.read_text() + general.read_text())
+    tasks.write_jsonl(task.heldout, tmp_path / "task.jsonl")
+    _write(general, seed="general", heldout=True, count=130)
+
+    def rows(path: Path) -> list[Row]:
+        return dataset.load(path, tokenizer, max_length=512)
+
+    run = engine.begin(Spec("supervised", tasks.REHEARSED_HYPERPARAMETERS, rows(train)))
+    _train(engine, [run])
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    run.write_adapter(folder)
+    found = blend(engine, tokenizer, folder, rows(tmp_path / "task.jsonl"), rows(general))
+    assert 0 < found.picked.factor <= 1
+    assert min(found.kept) >= OWN, found
+
+
+def _write(path: Path, *, seed: str, heldout: bool, count: int) -> None:
+    endless = tiny_text.conversations(random.Random(seed), heldout=heldout, tasks=list(tiny_text.TASKS))
+    lines = [json.dumps({"messages": one.messages}) + "\n" for one in islice(endless, count)]
+    path.write_text("".join(lines))
