@@ -5,6 +5,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from gateway.api_client import ApiClient, ApiError
 FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
 IN_PARTS_FROM_BYTES: Final = 64 << 20
 READ_BYTES: Final = 1 << 20
+PARTS_AT_ONCE: Final = 2  # one travels while the gateway waits for its disk to keep the other
 TRIES: Final = 6
 LONGEST_WAIT_S: Final = 20.0
 Advance = Callable[[int], None]
@@ -88,10 +90,18 @@ class Push:
         advance = self._stage("sending", sum(file.size_bytes for file in files))
         advance(sum(file.size_bytes for file in files) - sum(_size(file, number, part_bytes) for file, number in left))
         place = f"{self._path}/uploads/{upload['id']}"
-        for file, number in left:
+
+        def send(file: LocalFile, number: int) -> None:
             part = _read(file, number, part_bytes)
-            self._patiently(lambda: self._put(f"{place}/{file.name}/{number}", part))  # noqa: B023  called at once
+            self._patiently(lambda: self._put(f"{place}/{file.name}/{number}", part))
             advance(len(part))
+
+        senders = ThreadPoolExecutor(PARTS_AT_ONCE)
+        try:
+            for sent in as_completed([senders.submit(send, *one) for one in left]):
+                sent.result()
+        finally:
+            senders.shutdown(cancel_futures=True)
         self._stage("checking", 0)
         return self._patiently(lambda: self._client.call("POST", f"{place}/complete", params=self._alias))
 

@@ -6,8 +6,9 @@ Prints a JSON object for each way: {"way", "bytes", "rounds", "upload_s", "basel
 "baseline_cpu_s", "cpu_ratio", "extra_rss_mib"}. The file is no safetensors file: it is received, hashed and staged
 (in parts: stored and acknowledged durably, then put together and hashed), then refused by its first bytes: no values
 are inspected. `upload_s`: from the first byte sent to the answer, in parts to that of completing; `complete_s`: what of
-it completing took. Ratios are medians over rounds that alternate with the baseline, which copies to
-the same disk. Memory is the gateway's own process, its peak over what it had before.
+it completing took. Parts are sent as `tailor adapter push` sends them, two at a time. Ratios are medians over rounds
+that alternate with the baseline, which copies to the same disk. Memory is the gateway's own process, its peak over what
+it had before.
 """
 
 import asyncio
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +34,7 @@ from typing import Any, Final
 
 import psutil
 
+from gateway.push import PARTS_AT_ONCE
 from tests.bad_adapters import write_base
 from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key
 
@@ -175,12 +178,17 @@ def by_parts(server: Server, weights: Path, sha256: str) -> float:
     place = f"/v1/adapters/bot/uploads/{upload['id']}"
     sent = {"x-content-sha256": config_sha256}
     assert server.call("PUT", f"{place}/adapter_config.json/1", CONFIG, **sent)[0] == 200
-    with weights.open("rb") as opened:
-        for number in range(1, -(-size // upload["part_bytes"]) + 1):
+
+    def send(number: int) -> None:
+        with weights.open("rb") as opened:
+            opened.seek((number - 1) * upload["part_bytes"])
             data = opened.read(upload["part_bytes"])
-            sent = {"x-content-sha256": hashlib.sha256(data).hexdigest()}
-            status, told = server.call("PUT", f"{place}/adapter_model.safetensors/{number}", data, **sent)
-            assert status == 200, told
+        sent = {"x-content-sha256": hashlib.sha256(data).hexdigest()}
+        status, told = server.call("PUT", f"{place}/adapter_model.safetensors/{number}", data, **sent)
+        assert status == 200, told
+
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as senders:
+        list(senders.map(send, range(1, -(-size // upload["part_bytes"]) + 1)))
     begin = time.perf_counter()
     status, told = server.call("POST", f"{place}/complete", b"")
     assert status == 422, told

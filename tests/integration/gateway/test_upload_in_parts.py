@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import httpx
@@ -457,13 +458,15 @@ class Interrupted(ApiClient):
         super().__init__(url, key)
         self.left = parts
         self.sent = 0
+        self._counting = Lock()  # parts travel two at a time
 
     def call(self, method: str, path: str, body: Any = None, **options: Any) -> Any:
         if method == "PUT":
-            if self.left == 0:
-                raise ApiError("the cable was pulled", status=400)
-            self.left -= 1
-            self.sent += 1
+            with self._counting:
+                if self.left == 0:
+                    raise ApiError("the cable was pulled", status=400)
+                self.left -= 1
+                self.sent += 1
         return super().call(method, path, body, **options)
 
 
