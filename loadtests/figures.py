@@ -1,9 +1,11 @@
 """A benchmark's figures: what each must keep, the verdict on a value, and how both are written."""
 
+import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -46,6 +48,21 @@ def tell(rows: Iterable[Row]) -> None:
     for one in rows:
         sys.stdout.write(f"{one.line()}\n")
         sys.stdout.flush()
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """The options that `write` reads."""
+    parser.add_argument("--report", type=Path, help="write everything to this file, as JSON")
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+
+
+def write(rows: Sequence[Row], args: argparse.Namespace, about: Mapping[str, object]) -> None:
+    """The files that were asked for; `about`: what the report has beside the figures."""
+    if args.report is not None:
+        told = {"figures": [json.loads(one.line()) for one in rows], **about}
+        args.report.write_text(json.dumps(told, indent=1, ensure_ascii=False))
+    if args.markdown is not None:
+        args.markdown.write_text(markdown(rows))
 
 
 def exit_code(rows: Iterable[Row]) -> int:

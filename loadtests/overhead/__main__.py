@@ -5,7 +5,6 @@ machine; where it does, trust CPU per operation more than rates.
 """
 
 import argparse
-import json
 import signal
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import uvloop
 
-from loadtests.figures import Row, exit_code, markdown, tell
+from loadtests.figures import Row, add_files, exit_code, tell, write
 from loadtests.overhead.client import Target
 from loadtests.overhead.features import missing_features
 from loadtests.overhead.model_files import BASE_NAME
@@ -69,10 +68,7 @@ def main() -> int:
     except CannotMeasureError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    if args.report is not None:
-        args.report.write_text(json.dumps(_report(rows, rounds), indent=1, ensure_ascii=False))
-    if args.markdown is not None:
-        args.markdown.write_text(markdown(rows))
+    write(rows, args, _about(rounds))
     return exit_code(rows)
 
 
@@ -148,9 +144,8 @@ def start_row(starts: Sequence[Start]) -> Row:
     return row("start_to_ready_s", statistics.median(start.took_s for start in starts), **each)
 
 
-def _report(rows: list[Row], rounds: list[Round]) -> dict[str, object]:
+def _about(rounds: list[Round]) -> dict[str, object]:
     return {
-        "figures": [json.loads(one.line()) for one in rows],
         "machine": {**machine(), "nginx": nginx_version()},
         "rounds": [
             {phase: {name: asdict(sample) for name, sample in by.items()} for phase, by in one.items()}
@@ -176,8 +171,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="how often each target is visited")
     parser.add_argument("--seconds", type=float, help="length of each timed phase")
     parser.add_argument("--skip-scale", action="store_true", help="leave out the 100,000 adapters")
-    parser.add_argument("--report", type=Path, help="write everything to this file, as JSON")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    add_files(parser)
     parser.add_argument("--profile", type=Path, help="first sample the gateway with py-spy into this folder")
     parser.add_argument("--nice", type=int, default=0, help="niceness of all that is measured; below 0 asks for root")
     parser.add_argument("--set", type=_setting, action="append", default=[], help="NAME=VALUE for the gateway")

@@ -5,7 +5,6 @@ measured. Nothing else should run on the machine; where it does, trust CPU more 
 """
 
 import argparse
-import json
 import signal
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from loadtests.figures import Row, exit_code, markdown, tell
+from loadtests.figures import Row, add_files, exit_code, tell, write
 from loadtests.overhead.processes import machine, niceness
 from loadtests.overhead.stack import CannotMeasureError
 from loadtests.store import catalog, programs
@@ -58,11 +57,7 @@ def main() -> int:
     except CannotMeasureError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    if args.report is not None:
-        told = {"figures": [json.loads(one.line()) for one in rows], "machine": machine()}
-        args.report.write_text(json.dumps(told, indent=1, ensure_ascii=False))
-    if args.markdown is not None:
-        args.markdown.write_text(markdown(rows))
+    write(rows, args, {"machine": machine()})
     return exit_code(rows)
 
 
@@ -102,8 +97,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--postgres", action="store_true", help="the catalogue in PostgreSQL instead of SQLite")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where all files go; default: %(default)s")
     parser.add_argument("--nice", type=int, default=0, help="niceness of all that is measured; below 0 asks for root")
-    parser.add_argument("--report", type=Path, help="write everything to this file, as JSON")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    add_files(parser)
     return parser.parse_args()
 
 

@@ -6,14 +6,12 @@ in turns and the least counts.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
-from loadtests.figures import Bound, Row, exit_code, markdown, tell
+from loadtests.figures import Bound, Row, add_files, exit_code, tell, write
 from loadtests.overhead.processes import machine
 from loadtests.overhead.stack import CannotMeasureError
 from loadtests.store.programs import run
@@ -32,8 +30,7 @@ BOUNDS: Final = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m loadtests.training", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one turn each: for a look, not for a record")
-    parser.add_argument("--report", type=Path, help="write everything to this file, as JSON")
-    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    add_files(parser)
     args = parser.parse_args()
     rows: list[Row] = []
     try:
@@ -44,11 +41,7 @@ def main() -> int:
     except CannotMeasureError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    if args.report is not None:
-        told = {"figures": [json.loads(one.line()) for one in rows], "machine": machine()}
-        args.report.write_text(json.dumps(told, indent=1, ensure_ascii=False))
-    if args.markdown is not None:
-        args.markdown.write_text(markdown(rows))
+    write(rows, args, {"machine": machine()})
     return exit_code(rows)
 
 
