@@ -32,6 +32,11 @@ class NamedBlob:
     sha256: str
     size_bytes: int
 
+    @classmethod
+    def of(cls, tenant_id: TenantId, sha256: str, size_bytes: int) -> "NamedBlob":
+        """The tenant's blob of that content."""
+        return cls(blob_key(tenant_id, sha256), sha256, size_bytes)
+
 
 @lru_cache(maxsize=_MOST)
 def _columns_of(_table_count: int) -> tuple[Column[Any], ...]:
@@ -48,7 +53,7 @@ def named_blobs(table: str, row: Mapping[str, Any]) -> Iterator[NamedBlob]:
     for column in naming_columns():
         sha256 = row.get(column.name) if column.table.name == table else None
         if sha256 is not None:
-            yield NamedBlob(blob_key(TenantId(row["tenant_id"]), sha256), sha256, row[column.info[SIZE_COLUMN]])
+            yield NamedBlob.of(TenantId(row["tenant_id"]), sha256, row[column.info[SIZE_COLUMN]])
 
 
 @lru_cache(maxsize=_MOST)

@@ -8,7 +8,7 @@ part that it does not match.
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 from adapter_store.bundle import NO_LINK
-from adapter_store.errors import BlobCorrupt, StorageFull, StorageUnavailable
+from adapter_store.errors import BlobCorrupt, StorageError, StorageFull, StorageUnavailable
 from adapter_store.ids import TenantId
 from adapter_store.s3_leftovers import Leftovers
 from adapter_store.threads import in_thread
@@ -191,6 +191,21 @@ class Blobs:
                 await _obstore().delete_async(self._store, key)
             except FileNotFoundError:
                 return
+
+    async def try_delete(self, keys: Iterable[str]) -> None:
+        """Removes those that it can; what fails here is swept later."""
+        for key in keys:
+            with suppress(StorageError):
+                await self.delete(key)
+
+    async def sweep(self, prefix: str, before: float, is_over: Callable[[str], bool]) -> int:
+        """Removes what was put below `prefix` before that time, in Unix seconds, and `is_over` by its key; how many."""
+        removed = 0
+        async for key, put_at in self.list_keys(prefix):
+            if put_at < before and is_over(key):
+                await self.delete(key)
+                removed += 1
+        return removed
 
     async def names(self, prefix: str) -> Sequence[str]:
         """The keys that begin with `prefix/`, in order."""

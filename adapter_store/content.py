@@ -1,5 +1,6 @@
 """How blobs come in before the row that names them, and go when no row names them any more."""
 
+import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from adapter_store.scrub import forget, known_faults
 from adapter_store.transactions import reading, writing
 
 PUT_TRIES = 3  # a delete may remove a shared blob before the commit, which then sees it: the put is repeated
+
+
+def hashed(path: Path) -> tuple[str, int]:
+    """The file's SHA-256 and its size."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
 
 
 async def put_missing(

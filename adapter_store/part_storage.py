@@ -12,7 +12,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 
 from adapter_store.blobs import PLAIN, Blobs, make_durable, store_errors
 from adapter_store.bundle import StagedBundle
-from adapter_store.errors import BlobCorrupt, StorageError, StorageUnavailable
+from adapter_store.errors import BlobCorrupt, StorageUnavailable
 from adapter_store.ids import TenantId, UploadId
 from adapter_store.threads import in_thread
 
@@ -138,7 +138,7 @@ class PartFolder(PartStorage):
             await in_thread(_renew, self._folder, self._path(file), parts)
 
     async def drop(self, files: Collection[PartFile], parts: Collection[Part]) -> None:
-        await _delete(self._blobs, [file.key for file in files])
+        await self._blobs.try_delete(file.key for file in files)
 
     def _path(self, file: PartFile) -> Path:
         return self._folder / file.key
@@ -180,19 +180,13 @@ class PartObjects(PartStorage):
         return
 
     async def drop(self, files: Collection[PartFile], parts: Collection[Part]) -> None:
-        await _delete(self._blobs, [part.key for part in parts])
+        await self._blobs.try_delete(part.key for part in parts)
 
     async def _read(self, parts: Sequence[Part]) -> AsyncIterator[bytes]:
         for part in parts:
             async with self._blobs.read(part.key) as pieces:
                 async for piece in pieces:
                     yield piece
-
-
-async def _delete(blobs: Blobs, keys: Collection[str]) -> None:
-    for key in keys:
-        with suppress(StorageError):
-            await blobs.delete(key)
 
 
 def _try_lock(path: Path) -> int | None:

@@ -295,13 +295,12 @@ class Uploads:
         async with reading(self._engine) as connection:
             statement = select(uploads.c.id).where(uploads.c.answer.is_(None))
             known = set((await connection.execute(statement)).scalars())
-        before = self._clock() - ORPHANS_AFTER_S
-        async for key, modified_at in self._blobs.list_keys(PREFIX):
+
+        def is_over(key: str) -> bool:
             parts = KEY.fullmatch(key)
-            if parts is not None and parts[2] not in known and modified_at < before:
-                await self._blobs.delete(key)
-                removed += 1
-        return removed
+            return parts is not None and parts[2] not in known
+
+        return removed + await self._blobs.sweep(PREFIX, self._clock() - ORPHANS_AFTER_S, is_over)
 
     async def _sweep_expired(self) -> int:
         async with writing(self._engine) as connection:

@@ -9,8 +9,7 @@ answer that it was given.
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +21,7 @@ from adapter_store.blobs import PLAIN, Blobs
 from adapter_store.changes import take_turn
 from adapter_store.content import PUT_TRIES
 from adapter_store.engine import AsyncConnection, AsyncEngine
-from adapter_store.errors import BlobCorrupt, StorageError
+from adapter_store.errors import BlobCorrupt
 from adapter_store.ids import TenantId
 from adapter_store.together import Together
 from adapter_store.transactions import reading, writing
@@ -183,7 +182,7 @@ class FileUploads:
             if size_bytes > left or len(parts) == MOST_PARTS:
                 raise PartTooLarge(left, MOST_PARTS)
         except TrainingError:
-            await self._forget_blobs([_key(upload, sha256)])
+            await self._blobs.try_delete([_key(upload, sha256)])
             raise
         part = Part(f"part_{secrets.token_hex(12)}", upload.id, sha256, size_bytes, int(self._clock()))
         await connection.execute(insert(file_upload_parts).values(_row_of_part(part)))
@@ -247,7 +246,7 @@ class FileUploads:
         """Removes the blobs of an upload that has ended; what fails here is swept later."""
         async with reading(self._engine) as connection:
             parts = await _parts_of(connection, upload)
-        await self._forget_blobs([_key(upload, part.sha256) for part in parts])
+        await self._blobs.try_delete(_key(upload, part.sha256) for part in parts)
         async with writing(self._engine) as connection:
             await connection.execute(delete(file_upload_parts).where(file_upload_parts.c.upload_id == upload.id))
 
@@ -261,13 +260,12 @@ class FileUploads:
         async with reading(self._engine) as connection:
             statement = select(file_uploads.c.id).where(file_uploads.c.status == Status.PENDING.value)
             known = set((await connection.execute(statement)).scalars())
-        removed, before = 0, self._clock() - ORPHANS_AFTER_S
-        async for key, modified_at in self._blobs.list_keys(PREFIX):
+
+        def is_over(key: str) -> bool:
             found = KEY.fullmatch(key)
-            if found is not None and found[1] not in known and modified_at < before:
-                await self._blobs.delete(key)
-                removed += 1
-        return removed
+            return found is not None and found[1] not in known
+
+        return await self._blobs.sweep(PREFIX, self._clock() - ORPHANS_AFTER_S, is_over)
 
     async def _end(
         self,
@@ -286,11 +284,6 @@ class FileUploads:
         is_open = (file_uploads.c.status == Status.PENDING.value) & (file_uploads.c.expires_at > self._clock())
         statement = select(func.count()).where(file_uploads.c.tenant_id == tenant_id, is_open)
         return int((await connection.execute(statement)).scalar_one())
-
-    async def _forget_blobs(self, keys: Collection[str]) -> None:
-        for key in keys:
-            with suppress(StorageError):
-                await self._blobs.delete(key)
 
 
 def check_pending(upload: FileUpload) -> None:

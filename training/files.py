@@ -33,10 +33,10 @@ from sqlalchemy import (
 )
 
 from adapter_store.blob_rows import NamedBlob
-from adapter_store.blobs import Blobs, blob_key, names_blob
+from adapter_store.blobs import Blobs, names_blob
 from adapter_store.catalog import metadata
 from adapter_store.changes import take_turn
-from adapter_store.content import PUT_TRIES, all_stored, drop_unreferenced, put_missing
+from adapter_store.content import PUT_TRIES, all_stored, drop_unreferenced, hashed, put_missing
 from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.erasure import ErasedBlob, Erasure, Scope, note_erasure
 from adapter_store.errors import BlobCorrupt, QuotaExceeded, StorageError
@@ -132,7 +132,7 @@ class File:
 
     @property
     def blob(self) -> NamedBlob:
-        return NamedBlob(blob_key(self.tenant_id, self.sha256), self.sha256, self.size_bytes)
+        return NamedBlob.of(self.tenant_id, self.sha256, self.size_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class NewFile:
 
     @property
     def blob(self) -> NamedBlob:
-        return NamedBlob(blob_key(self.tenant_id, self.sha256), self.sha256, self.size_bytes)
+        return NamedBlob.of(self.tenant_id, self.sha256, self.size_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,8 +415,7 @@ async def keep_blob(engine: AsyncEngine, blobs: Blobs, tenant_id: TenantId, path
 
     Raises StorageFull, StorageUnavailable.
     """
-    sha256, size_bytes = await in_thread(_hashed, path)
-    blob = NamedBlob(blob_key(tenant_id, sha256), sha256, size_bytes)
+    blob = NamedBlob.of(tenant_id, *await in_thread(hashed, path))
     await put_missing(engine, blobs, tenant_id, [(blob, path)])
     return blob
 
@@ -441,12 +440,6 @@ async def kept_by(
     asked = {"tenant_id": tenant_id, "now": int(now), "besides": besides_upload or ""}
     reserved, reserved_bytes = (await connection.execute(_RESERVED, asked)).one()
     return Kept(int(count) + int(reserved), int(size_bytes) + int(reserved_bytes))
-
-
-def _hashed(path: Path) -> tuple[str, int]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return digest.hexdigest(), file.tell()
 
 
 async def _insert(connection: AsyncConnection, new: NewFile, now: int) -> File:

@@ -17,6 +17,7 @@ from sqlalchemy import select
 from adapter_store.blobs import PLAIN, Blobs
 from adapter_store.bundle import storage_errors
 from adapter_store.catalog import BlobFile
+from adapter_store.content import hashed
 from adapter_store.engine import AsyncEngine
 from adapter_store.errors import BlobCorrupt
 from adapter_store.threads import in_thread
@@ -33,7 +34,7 @@ async def put(blobs: Blobs, job: Job, step: int, path: Path) -> Saved:
 
     Raises StorageFull, StorageUnavailable; FileNotFoundError where it has made place for a newer one.
     """
-    sha256, size_bytes = await in_thread(_hashed, path)
+    sha256, size_bytes = await in_thread(hashed, path)
     file = SavedFile(path.name, f"{_folder(job)}/{path.name}", sha256, size_bytes)
     await blobs.adopt(file.key, path)
     return Saved(step, (file,))
@@ -112,8 +113,3 @@ def _folder(job: Job) -> str:
     if not PLAIN.fullmatch(job.tenant_id) or not PLAIN.fullmatch(job.id):
         raise ValueError(f"{job.tenant_id[:80]!r}, {job.id[:80]!r}: not ids of a tenant and a job")
     return f"{PREFIX}/{job.tenant_id}/{job.id}"
-
-
-def _hashed(path: Path) -> tuple[str, int]:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
