@@ -16,6 +16,8 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from training.output_folder import sync
+
 KEPT = 2
 DIGEST_LENGTH = 32
 NAME = re.compile(rf"step-(\d{{8,}})-([0-9a-f]{{{DIGEST_LENGTH}}})\.safetensors")
@@ -47,7 +49,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> Path:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)  # over a torn one of this name too
-    _sync(folder)
+    sync(folder)
     for old in [*_newest_first(folder)[KEPT:], *folder.glob(f"step-*{PARTIAL}")]:
         old.unlink(missing_ok=True)
     return path
@@ -77,11 +79,3 @@ def _metadata(content: bytes) -> Mapping[str, str]:
     length = int.from_bytes(content[:8], "little")
     metadata: Mapping[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
     return metadata
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

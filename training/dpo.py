@@ -25,11 +25,6 @@ def loss(
     return -torch.nn.functional.logsigmoid(beta * gain)
 
 
-def reward(policy: Tensor, reference: Tensor, beta: float = 0.1) -> Tensor:
-    """How much more the policy likes each answer than the reference does, times beta; carries no gradient."""
-    return beta * (policy - reference).detach()
-
-
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over the trained tokens of each row of the logarithm of its probability, in nats; (rows,).
 

@@ -23,7 +23,6 @@ from sqlalchemy import (
     Row,
     Table,
     Text,
-    delete,
     exists,
     func,
     insert,
@@ -570,16 +569,6 @@ async def tell(
     if rows:
         await connection.execute(insert(job_events), rows)
     return True
-
-
-async def erase(connection: AsyncConnection, tenant_id: TenantId, job_id: str) -> None:
-    """Removes a job that is over, with its story. Raises JobNotFound, StateConflict."""
-    job = await find_in(connection, tenant_id, job_id)
-    if job.status not in OVER:
-        raise StateConflict(job.id, job.status, "erased")
-    for table in (job_events, job_checkpoints, job_metadata):
-        await connection.execute(delete(table).where(table.c.job_id == job.id))
-    await connection.execute(delete(jobs).where(jobs.c.id == job.id))
 
 
 def _event_row(job_id: JobId, number: int, now: int, told: Told) -> dict[str, Any]:

@@ -31,7 +31,10 @@ Errand = Callable[[], Awaitable[None]]
 
 
 class Lease:
-    """`order`: what the job's owner, or another worker, has made of it, as the last renewal told."""
+    """`order`: what the job's owner, or another worker, has made of it, as the last renewal told.
+
+    `is_saving`: a save is still on its way.
+    """
 
     def __init__(self, claimed: Claimed, results: Results) -> None:
         self.claimed = claimed
@@ -39,19 +42,13 @@ class Lease:
         self.saved: Saved | None = claimed.job.saved
         self.total_steps: int | None = None
         self.is_over = False
+        self.is_saving = False
         self._results = results
         self._metrics: list[Metrics] = []
         self._told: list[Told] = []
         self._told_step = 0
         self._errands: deque[Errand] = deque()
         self._wake = asyncio.Event()
-        self._saved = asyncio.Event()
-        self._saved.set()
-
-    @property
-    def is_saving(self) -> bool:
-        """Whether a save is still on its way."""
-        return not self._saved.is_set()
 
     @property
     def is_suspect(self) -> bool:
@@ -67,7 +64,7 @@ class Lease:
 
     def save(self, step: int, path: Path) -> None:
         """From here any worker goes on. Not while another one `is_saving`."""
-        self._saved.clear()
+        self.is_saving = True
         self._send(partial(self._save, step, path))
 
     def checkpoint(self, step: int, metrics: Mapping[str, float | None], adapter: Path) -> None:
@@ -117,10 +114,6 @@ class Lease:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             self._wake.set()
 
-    async def saved_or_over(self) -> None:
-        """Until nothing `is_saving`."""
-        await self._saved.wait()
-
     async def _something(self) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(TELL_S):
@@ -149,7 +142,7 @@ class Lease:
     async def _save(self, step: int, path: Path) -> None:
         saved = await self._results.save(self.claimed, step, path)
         self.saved = saved or self.saved
-        self._saved.set()
+        self.is_saving = False
 
     async def _checkpoint(self, step: int, metrics: Mapping[str, float | None], adapter: Path) -> None:
         try:
@@ -182,7 +175,7 @@ class Lease:
     def _end(self, order: Order | None = None) -> None:
         self.order = order or self.order
         self.is_over = True
-        self._saved.set()
+        self.is_saving = False
 
     def _send(self, errand: Errand) -> None:
         self._errands.append(errand)

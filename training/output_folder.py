@@ -33,10 +33,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         staging.chmod(0o755)  # mkdtemp's 0700 and safetensors' 0600 would hide the result from a serving user
         for path in staging.iterdir():
             path.chmod(0o644)
-            _sync(path)
-        _sync(staging)
+            sync(path)
+        sync(staging)
         _rename_to_new(staging, out)
-        _sync(out.parent)
+        sync(out.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -55,7 +55,8 @@ def _rename_to_new(staging: Path, out: Path) -> None:
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """What lies at `path`, a file or the names in a folder, survives a power cut from here on."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -58,7 +58,7 @@ class Order(StrEnum):
     """What a worker is told when it renews a lease."""
 
     GO_ON = "go_on"
-    PAUSE = "pause"  # save, then `paused`
+    PAUSE = "pause"  # save, then `release`
     CANCEL = "cancel"  # drop it: the job is over
     LOST = "lost"  # drop it: another worker has it, or nobody
 
@@ -197,20 +197,15 @@ async def report(
 
 
 async def release(engine: AsyncEngine, claimed: Claimed, *, now: int, saved: Saved | None = None) -> None:
-    """Gives a job back, for another worker to go on with: a worker that stops. Raises LeaseLost, StorageError."""
+    """Gives a job back: a worker that stops, and the answer to `Order.PAUSE`.
+
+    It is paused if that is still wished for, else it waits for another worker. Raises LeaseLost, StorageError.
+    """
     async with writing(engine) as connection:
         row = await _held(connection, claimed)
         after = Status.PAUSED if row.wish == PAUSE else Status.QUEUED
         told = Told(PAUSED if row.wish == PAUSE else "Its worker stops: the job waits for another")
         await _end_lease(connection, claimed, after, now, told, saved)
-
-
-async def paused(engine: AsyncEngine, claimed: Claimed, *, now: int, saved: Saved | None = None) -> None:
-    """Answers `Order.PAUSE`; if the pause was called off meanwhile, the job waits for a worker again.
-
-    Raises LeaseLost, StorageError.
-    """
-    await release(engine, claimed, now=now, saved=saved)
 
 
 async def fail(engine: AsyncEngine, claimed: Claimed, error: JobError, *, now: int) -> None:

@@ -210,7 +210,7 @@ async def test_cancel_pause_and_resume(openai: AsyncOpenAI, file_id: str, traine
     assert pausing.status == "running"
     assert pausing.model_extra is not None
     assert pausing.model_extra["tailor"]["pausing"] is True
-    await queue.paused(trainer.gateway.parts.engine, claimed, now=NOW)
+    await queue.release(trainer.gateway.parts.engine, claimed, now=NOW)
     assert str((await jobs.retrieve(job.id)).status) == "paused"
     assert (await jobs.resume(job.id)).status == "queued"
     assert (await jobs.cancel(job.id)).status == "cancelled"

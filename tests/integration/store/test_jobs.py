@@ -261,7 +261,6 @@ async def test_a_worker_that_fell_silent_writes_nothing_more(jobs: Jobs, worker:
         worker.checkpoint(old, 3),
         queue.fail(worker.engine, old, JobError("x", "x"), now=worker.clock.second),
         queue.release(worker.engine, old, now=worker.clock.second),
-        queue.paused(worker.engine, old, now=worker.clock.second),
     ):
         with pytest.raises(LeaseLost):
             await late
@@ -306,7 +305,7 @@ async def test_pause_and_resume(jobs: Jobs, worker: Worker) -> None:
     (claimed,) = await worker.claim()
     assert (await jobs.pause(TENANT, made.id)).status is Status.RUNNING
     assert await worker.orders(claimed) == [Order.PAUSE]
-    await queue.paused(worker.engine, claimed, now=worker.clock.second, saved=saved(5))
+    await queue.release(worker.engine, claimed, now=worker.clock.second, saved=saved(5))
     assert await worker.orders(claimed) == [Order.LOST]
     held = await jobs.find(TENANT, made.id)
     assert held.status is Status.PAUSED
@@ -325,7 +324,7 @@ async def test_a_pause_that_is_called_off(jobs: Jobs, worker: Worker) -> None:
     await jobs.pause(TENANT, made.id)
     await jobs.resume(TENANT, made.id)
     assert await worker.orders(claimed) == [Order.GO_ON]
-    await queue.paused(worker.engine, claimed, now=worker.clock.second, saved=saved(1))
+    await queue.release(worker.engine, claimed, now=worker.clock.second, saved=saved(1))
     assert (await jobs.find(TENANT, made.id)).status is Status.QUEUED
 
 
@@ -494,7 +493,7 @@ class Chaos:
             case "release":
                 await queue.release(engine, claimed, now=now, saved=saved(step))
             case _:
-                await queue.paused(engine, claimed, now=now, saved=saved(step))
+                await queue.release(engine, claimed, now=now, saved=saved(step))
 
     async def states(self) -> dict[JobId, Status]:
         return {job.id: job.status for job in await self.jobs.page(self.tenant, limit=100)}
