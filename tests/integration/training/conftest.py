@@ -22,29 +22,17 @@ from adapter_store.ids import TenantId
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
 from gateway.database import migrate, open_engine
+from tests.small_base import SMALL
 from tests.storage import Place, Shelf
 from training import tiny_base
 from training.files import Files, NewFile, Purpose
 from training.jobs import OVER, Event, Job, Jobs, NewJob
 from training.results import Results
-from training.tiny_base import Recipe
 from training.warm_base import WarmBase
 from training.worker import Options, Worker
 
 TENANT = TenantId("ten_a")
 OTHER = TenantId("ten_b")
-SMALL = Recipe(
-    hidden_size=64,
-    intermediate_size=64,
-    layers=1,
-    heads=2,
-    vocabulary=400,
-    steps=3,
-    repeat_only_steps=1,
-    batch_size=8,
-    warmup_steps=1,
-    heldout_per_task=2,
-)
 RECIPE: dict[str, Any] = {"rank": 4, "epochs": 3, "batch_size": 4, "learning_rate": 5e-3, "seed": 7}
 ROWS = 12  # three steps an epoch
 

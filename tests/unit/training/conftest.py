@@ -5,21 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.small_base import SMALL
 from training import tiny_base
-from training.tiny_base import Recipe
-
-SMALL = Recipe(
-    hidden_size=64,
-    intermediate_size=64,
-    layers=1,
-    heads=2,
-    vocabulary=400,
-    steps=3,
-    repeat_only_steps=1,
-    batch_size=8,
-    warmup_steps=1,
-    heldout_per_task=2,
-)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from tests.unit.training.conftest import SMALL
+from tests.small_base import SMALL
 from training import tiny_base, tiny_text
 from training.output_folder import OutputExists
 from training.progress import Progress
