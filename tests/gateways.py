@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from tests.fakes.replica import TOKEN, FakeReplica
+from loadtests.fake.replica import TOKEN, FakeReplica
 from tests.storage import clean_environment
 
 START_S = 60.0

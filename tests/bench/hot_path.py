@@ -23,8 +23,8 @@ from gateway.app import create_app
 from gateway.front import Front
 from gateway.replicas.upstream import Connection, Upstream
 from gateway.settings import Settings
+from loadtests.fake.replica import TOKEN, FakeReplica
 from tests.bad_adapters import write_base
-from tests.fakes.replica import TOKEN, FakeReplica
 from tests.fakes.transport import Nowhere, protocol_of
 
 BATCH = 500

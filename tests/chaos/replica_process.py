@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from adapter_store.process import die_with_parent
-from tests.fakes.engine import EngineModel
-from tests.fakes.replica import FakeReplica, Served
+from loadtests.fake.engine import EngineModel
+from loadtests.fake.replica import FakeReplica, Served
 
 
 class Log(list[str]):

@@ -8,9 +8,9 @@ import pytest
 
 from gateway.replicas.replica import ReplicaState
 from gateway.replicas.upstream import Connection
+from loadtests.fake.replica import FakeReplica
 from tests.chaos.client import DIALECTS, Answer, request
 from tests.chaos.conftest import Figure, NewClient
-from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, until_ready
 from tests.waiting import until
 

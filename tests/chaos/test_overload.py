@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 
 from adapter_store.base_model import BaseModel
+from loadtests.fake.engine import EngineModel
+from loadtests.fake.replica import FakeReplica
 from tests.chaos.client import Answer, Client, request
 from tests.chaos.conftest import Figure, NewClient
-from tests.fakes.engine import EngineModel
-from tests.fakes.replica import FakeReplica
 from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key, until_ready
 from tests.integration.gateway.conftest import BASE, RunGateway, RunReplica
 from tests.waiting import until

@@ -18,11 +18,11 @@ import httpx
 import pytest
 
 from adapter_store.base_model import BaseModel
+from loadtests.fake.engine import EngineModel
+from loadtests.fake.replica import FakeReplica, Served
 from tests.bad_adapters import write_good
 from tests.chaos.client import Client, request
 from tests.chaos.conftest import Figure, NewClient
-from tests.fakes.engine import EngineModel
-from tests.fakes.replica import FakeReplica, Served
 from tests.gateways import GatewayProcess, free_port, gateway_settings, until_ready
 from tests.integration.gateway.conftest import BASE
 from tests.servers import redis_server

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from loadtests.fake.engine import EngineModel
+from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
 from tests.chaos.client import DIALECTS, Answer, Client, request
 from tests.chaos.conftest import Figure, NewClient
-from tests.fakes.engine import EngineModel
-from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant
 
 TENANTS = 10

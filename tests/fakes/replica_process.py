@@ -5,7 +5,7 @@ import signal
 import sys
 
 from adapter_store.process import die_with_parent
-from tests.fakes.replica import FakeReplica
+from loadtests.fake.replica import FakeReplica
 
 
 async def main(path: str, fingerprint: str) -> None:

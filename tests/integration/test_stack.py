@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from adapter_store.base_model import BaseModel
+from loadtests.fake.replica import TOKEN
 from tests.bad_adapters import write_base
-from tests.fakes.replica import TOKEN
 from tests.gateways import Load, free_port, new_key, until_ready
 from tests.storage import clean_environment
 

@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from adapter_store.base_model import BaseModel
+from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_base
-from tests.fakes.replica import FakeReplica
 from tests.gateways import (
     GatewayProcess,
     Load,

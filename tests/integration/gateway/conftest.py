@@ -20,8 +20,8 @@ from gateway.front import Front
 from gateway.home import Home
 from gateway.protocol import FrontProtocol
 from gateway.settings import Settings
+from loadtests.fake.replica import TOKEN, FakeReplica
 from tests.bad_adapters import write_base, write_good
-from tests.fakes.replica import TOKEN, FakeReplica
 from tests.gateways import plain_client
 from tests.storage import Shelf, shelf_of
 

@@ -29,8 +29,8 @@ from adapter_store.transactions import writing
 from gateway.database import api_keys
 from gateway.front import OPEN_PATHS
 from gateway.replicas.client import Alarm, Suspect
+from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
-from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, live_routes
 
 COLUMNS: Final = ("tenant", "admin", "other", "o.admin", "operator", "missing")

@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
+from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
-from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of
 
 CHAT = "/v1/chat/completions"

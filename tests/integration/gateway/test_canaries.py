@@ -19,8 +19,8 @@ from typing import Any, Final
 import httpx
 import pytest
 
+from loadtests.fake.replica import FakeReplica, Faults
 from tests.bad_adapters import Tensor, pack, write_good
-from tests.fakes.replica import FakeReplica, Faults
 from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key, until_ready
 from tests.integration.gateway.conftest import BASE, RunReplica
 from tests.integration.gateway.test_telemetry import SPAN_ID, TRACE_ID, Collector

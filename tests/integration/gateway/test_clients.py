@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from gateway.dialects import DIALECTS
-from tests.fakes.replica import FakeReplica
+from loadtests.fake.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, Tenant
 
 HELLO: Any = [{"role": "user", "content": "who are you?"}]

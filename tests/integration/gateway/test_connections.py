@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes.replica import FakeReplica
+from loadtests.fake.replica import FakeReplica
 from tests.fakes.transport import protocol_of
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, Tenant
 from tests.waiting import until

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes.replica import FakeReplica
+from loadtests.fake.replica import FakeReplica
 from tests.integration.gateway.conftest import Gateway, RunGateway, Tenant
 from tests.servers import postgres_server
 

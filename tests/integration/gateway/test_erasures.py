@@ -17,8 +17,8 @@ from adapter_store.ids import TenantId
 from adapter_store.signing import Kind, verify, verify_shown
 from adapter_store.transactions import reading
 from gateway.cli import app as command
+from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
-from tests.fakes.replica import FakeReplica
 from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key
 from tests.gateways import until_ready as process_ready
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of

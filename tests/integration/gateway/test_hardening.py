@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from gateway.replicas.residency import Residency
+from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import BAD, write_good
-from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, Tenant, error_of
 
 

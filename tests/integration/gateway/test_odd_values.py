@@ -12,7 +12,7 @@ from typing import Any, Final
 import pytest
 
 from gateway.openapi import document
-from tests.fakes.replica import FakeReplica
+from loadtests.fake.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, Tenant
 from tests.servers import postgres_server
 

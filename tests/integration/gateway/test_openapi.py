@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from gateway.cli import app as command
 from gateway.openapi import ANTHROPIC, document
-from tests.fakes.replica import FakeReplica
+from loadtests.fake.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, Tenant, live_routes
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]

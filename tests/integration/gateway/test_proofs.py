@@ -16,9 +16,9 @@ from adapter_store.proofs import ANSWER_TOKENS, MOST_PROMPTS, PROMPTS, TOP, Proo
 from adapter_store.transactions import reading, writing
 from gateway.plans import Plan
 from gateway.replicas.replica import ReplicaState
+from loadtests.fake.golden import golden
+from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
-from tests.fakes.golden import golden
-from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of
 
 DEADLINE_S = 20.0

@@ -17,8 +17,8 @@ from gateway.database import quarantine as rows
 from gateway.quarantine import BACKOFF_S, Quarantine
 from gateway.replicas.client import Alarm, Suspect
 from gateway.replicas.replica import ReplicaState
+from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
-from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of
 from tests.waiting import until
 

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from gateway.dialects.fields import GATEWAY_SET, OPT_IN, REFUSED
-from tests.fakes.replica import FakeReplica
+from loadtests.fake.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, Tenant
 
 SAMPLING: Final = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.replica import FakeReplica
+from loadtests.fake.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, Tenant, error_of
 from tests.waiting import until
 

@@ -36,8 +36,8 @@ from gateway.replicas.client import ReplicaClient
 from gateway.replicas.pool import Place, ReplicaPool
 from gateway.replicas.replica import Replica, ReplicaOptions, ReplicaState
 from gateway.replicas.upstream import Upstream, UpstreamError
-from tests.fakes.engine import EngineModel
-from tests.fakes.replica import TOKEN, FakeReplica
+from loadtests.fake.engine import EngineModel
+from loadtests.fake.replica import TOKEN, FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, error_of
 
 QUICK = ReplicaOptions(probe_interval_s=0.1, probe_deadline_s=1.0)

@@ -11,8 +11,8 @@ from adapter_store.ids import TenantId
 from gateway.cli import app
 from gateway.replicas.replica import Replica, ReplicaState
 from gateway.replicas.residency import Resident
+from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
-from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of
 from tests.integration.gateway.test_replicas import RunPool, replica_of, run_pool, version
 from tests.waiting import until

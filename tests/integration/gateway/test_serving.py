@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from adapter_store.ids import TenantId
-from tests.fakes.replica import FakeReplica
+from loadtests.fake.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, Tenant, error_of, until_ready
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from adapter_store.aliases import main_of
 from adapter_store.blobs import Blobs
 from adapter_store.cache import DiskCache
-from tests.fakes.replica import FakeReplica
+from loadtests.fake.replica import FakeReplica
 from tests.integration.gateway.conftest import RunGateway
 from tests.storage import Place, Shelf
 

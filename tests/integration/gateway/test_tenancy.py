@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from adapter_store.catalog import Fallback, Version
 from gateway.cli import app as command
-from tests.fakes.replica import FakeReplica
+from loadtests.fake.replica import FakeReplica
 
 from .conftest import Gateway, RunGateway, Tenant, error_of
 

@@ -21,8 +21,8 @@ from adapter_store.transactions import reading, writing
 from adapter_store.uploads import MOST_OPEN, upload_parts, uploads
 from gateway.api_client import ApiClient, ApiError
 from gateway.push import Push
+from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import BAD, write_good
-from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import Gateway, RunGateway, Tenant, error_of
 
 PART_BYTES = 4_096

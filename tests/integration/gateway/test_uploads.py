@@ -17,8 +17,8 @@ from sqlalchemy import update
 
 from adapter_store.transactions import writing
 from gateway.idempotency import kept_answers
+from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import BAD, BadAdapter, write_good
-from tests.fakes.replica import FakeReplica
 from tests.integration.gateway.conftest import Gateway, RunGateway, Tenant, error_of
 
 BOUNDARY = "frontier"

@@ -20,7 +20,7 @@ from gateway.errors import (
     RequestInvalid,
 )
 from gateway.tokens import PromptDetails, Usage
-from tests.fakes.speech import named, speech_of
+from loadtests.fake.speech import named, speech_of
 
 NAME = "a-0123456789abcdef"
 HOSTILE = f'","model":"{NAME}" event: error\ndata: {{"error":1}}\n\nevent: message_stop\ndata: {{}}\n\ndata: [DONE]\n\n'

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from tests.fakes.speech import MessagesSpeech, ResponsesSpeech, Speech, named, usage
+from loadtests.fake.speech import MessagesSpeech, ResponsesSpeech, Speech, named, usage
 
 OPEN, CLOSE = '{"text":"', '"}'
 

@@ -3,8 +3,8 @@
 Its answer names the adapter's digest, so that a wrong adapter is seen exactly. In every test it asserts what the engine
 needs (`violations` stays empty): a name is used once, nothing is loaded in place, what is loaded has its two files.
 
-Without an `engine` it answers at once. With one (`tests/fakes/engine.py`) requests queue, run in batches and take time,
-as in vLLM. `served` says for each request what it was really sent, also where the client left in the middle.
+Without an `engine` it answers at once. With one (`loadtests/fake/engine.py`) requests queue, run in batches and take
+time, as in vLLM. `served` says for each request what it was really sent, also where the client left in the middle.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE, bundle_digest
-from tests.fakes.engine import EngineModel, Sequence
-from tests.fakes.golden import golden, prompted, tokenized
-from tests.fakes.speech import COUNTING, Speech, counted, speech_of
+from loadtests.fake.engine import EngineModel, Sequence
+from loadtests.fake.golden import golden, prompted, tokenized
+from loadtests.fake.speech import COUNTING, Speech, counted, speech_of
 
-TOKEN = "fake-replica-token-0123456789"
+TOKEN = "fake-replica-token-0123456789"  # noqa: S105  of a replica that is no real one
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -353,7 +353,7 @@ class FakeReplica:
         if known is None or known["leaving"]:
             return self._json(writer, 404, {"error": {"code": "adapter_unknown"}})
         known["leaving"] = True
-        while known["in_flight"]:
+        while known["in_flight"]:  # noqa: ASYNC110  it ends in many places
             await asyncio.sleep(0.005)
         self.adapters.pop(name, None)
         return self._json(writer, 204, {})

@@ -135,7 +135,7 @@ SPEECHES = {"/v1/messages": MessagesSpeech, "/v1/responses": ResponsesSpeech}
 
 def speech_of(path: str, body: dict[str, Any]) -> Speech:
     """The words of one answer: a call where tools are given."""
-    from tests.fakes.calls import ChatCall, MessagesCall, ResponsesCall, asks_for_call
+    from loadtests.fake.calls import ChatCall, MessagesCall, ResponsesCall, asks_for_call
 
     if asks_for_call(body):
         return {"/v1/messages": MessagesCall, "/v1/responses": ResponsesCall}.get(path, ChatCall)(path, body)
