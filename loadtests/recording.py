@@ -23,13 +23,13 @@ PLANNED: Final = np.dtype(
         ("model", "i4"),  # index of `Schedule.models`; ABSENT: the base model
         ("phase", "i2"),  # index of the scenario's phases
         ("workload", "i2"),  # index of `Schedule.workloads`
-        ("prompt_tokens", "i4"),
-        ("output_tokens", "i4"),
-        ("conversation", "i4"),  # ABSENT where it stands alone
+        ("prompt_tokens", "i4"),  # of the whole prompt: its tenant's shared prefix and earlier turns are in it
+        ("output_tokens", "i4"),  # at least 1
+        ("conversation", "i4"),  # ABSENT where it stands alone; its turns have one seed: each prompt begins the next
         ("turn", "i2"),
         ("abort_after", "i8"),  # ABSENT: it is not
         ("parameters", "i2"),  # index of the workload's parameters; ABSENT: none
-        ("canary", "?"),  # the fixed prompt, greedy
+        ("canary", "?"),  # the fixed prompt, greedy, of lengths of its own; only of an adapter, never aborted
         ("seed", "u4"),  # of the prompt's text
     ]
 )
@@ -88,7 +88,7 @@ class Schedule:
     planned: Array  # of PLANNED
     tenants: tuple[str, ...]  # `group-0`, `group-1`, …
     groups: tuple[str, ...]  # of each tenant
-    models: tuple[str, ...]  # an adapter's name at its tenant
+    models: tuple[str, ...]  # each adapter of each tenant once, by its name there: tenants have the same names
     workloads: tuple[str, ...]
     phases: tuple[tuple[int, int], ...]  # begin and end, ns
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Positive = Annotated[float, Field(gt=0)]
@@ -82,6 +82,11 @@ class Trace(Part):
     law: Literal["trace"]
     file: Path = Field(description="JSONL; a path is relative to the scenario's folder")
     speed: Positive = 1.0
+
+    @field_validator("file")
+    @classmethod
+    def _is_beside_its_scenario(cls, file: Path, info: ValidationInfo) -> Path:
+        return info.context["folder"] / file if info.context else file
 
 
 class Closed(Part):
@@ -171,7 +176,10 @@ class Parameters(Part):
 
 
 class Conversation(Part):
-    """Several turns of one user; each turn has the earlier ones in front of it, as a transcript fixed beforehand."""
+    """Several turns of one user; each turn has the earlier ones in front of it, as a transcript fixed beforehand.
+
+    The load's arrivals are the begins of conversations, so that its requests are as many times more as there are turns.
+    """
 
     turns: Length
     think_s: Positive = Field(description="mean time between a turn's begin and the next's; exponential")
@@ -182,7 +190,9 @@ class Workload(Part):
 
     route: Literal["chat", "completions"] = "chat"
     stream: bool = True
-    prompt_tokens: Length = Fixed(law="fixed", value=32)
+    prompt_tokens: Length = Field(
+        Fixed(law="fixed", value=32), description="of the prompt itself: shared prefix and earlier turns come before it"
+    )
     output_tokens: Length = Fixed(law="fixed", value=16)
     popularity: Popularity = Uniform(law="uniform")
     drift_every_s: Positive | None = Field(None, description="every so often the order of popularity moves by one")
@@ -191,8 +201,14 @@ class Workload(Part):
     conversation: Conversation | None = None
     abort_share: Share = Field(0.0, description="requests whose client leaves")
     abort_after_s: Positive = Field(0.2, description="mean time until it does, from sending; exponential")
-    parameters: tuple[Parameters, ...] = ()
+    parameters: tuple[Parameters, ...] = Field((), description="at most one of them a request")
     canary_share: Share = Field(0.1, description="requests with the fixed prompt whose answer is known per adapter")
+
+    @model_validator(mode="after")
+    def _shares_are_of_a_whole(self) -> Self:
+        if sum(one.share for one in self.parameters) > 1:
+            raise ValueError("the shares of parameters are more than 1 together")
+        return self
 
 
 # tenants
@@ -244,7 +260,10 @@ class Action(Part):
 
 
 class Load(Part):
-    """One group's requests in a phase. The rate is that of the whole group."""
+    """One group's requests in a phase. The rate is that of the whole group, shared among its tenants by popularity.
+
+    Popularity ranks all adapters of the group, its tenants in turn; with `uniform` all tenants get the same.
+    """
 
     tenants: Name
     workload: Name
@@ -349,6 +368,17 @@ class Scenario(Part):
             raise ValueError("; ".join(faults))
         return self
 
+    @model_validator(mode="after")
+    def _loads_can_be_drawn(self) -> Self:
+        for load in (load for phase in self.phases for load in phase.load):
+            work, law = self.workloads[load.workload], load.arrivals.law
+            of_trace = isinstance(work.prompt_tokens, OfTrace) or isinstance(work.output_tokens, OfTrace)
+            if of_trace and law != "trace":
+                raise ValueError(f"{load.workload}: lengths of a trace need arrivals of a trace, not {law}")
+            if work.conversation is not None and (of_trace or law == "closed"):
+                raise ValueError(f"{load.workload}: a conversation is for open loops, with lengths of its own")
+        return self
+
 
 def read(path: Path, *, profile: str = "full") -> Scenario:
     """The scenario of a file, or a shipped one by its name, in one of its profiles.
@@ -370,7 +400,8 @@ def read(path: Path, *, profile: str = "full") -> Scenario:
     if profile != "full" and profile not in profiles:
         raise ScenarioInvalid(f"{found}: no profile {profile!r}; it has full, {', '.join(profiles)}.")
     try:
-        return Scenario.model_validate(_merged(told, profiles.get(profile, {})))
+        whole = _merged(told, profiles.get(profile, {}))
+        return Scenario.model_validate(whole, context={"folder": found.parent.absolute()})
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, one['loc'])) or 'scenario'}: {one['msg']}" for one in error.errors()]
         raise ScenarioInvalid(f"{found}: " + "; ".join(faults)) from error
