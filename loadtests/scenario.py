@@ -11,6 +11,8 @@ from typing import Annotated, Any, Final, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from loadtests import metrics
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -288,7 +290,8 @@ class Gate(Part):
     """A bound that one figure must keep.
 
     `metric` is a name of `loadtests.metrics`, such as `ttft_ms.p99`, `error_share`, `wrong_adapter`, `fairness.jain`.
-    With `ratio_to_phase` or `ratio_to_tenants` the value is the ratio to the same figure there.
+    With `ratio_to_phase` or `ratio_to_tenants` the value is the ratio to the same figure there, with
+    `ratio_to_baseline` to that of an earlier run (`--baseline`), judged by a bootstrap interval.
     """
 
     metric: str
@@ -296,6 +299,7 @@ class Gate(Part):
     tenants: Name | None = None
     ratio_to_phase: Name | None = None
     ratio_to_tenants: Name | None = None
+    ratio_to_baseline: bool = False
     at_most: float | None = None
     at_least: float | None = None
     samples: Annotated[int, Field(ge=0)] = Field(20, description="fewer and the gate is inconclusive")
@@ -304,7 +308,19 @@ class Gate(Part):
     def _is_bound(self) -> Self:
         if (self.at_most is None) == (self.at_least is None):
             raise ValueError("a gate has either at_most or at_least")
+        if self.ratio_to_baseline and (self.ratio_to_phase or self.ratio_to_tenants):
+            raise ValueError("a gate is a ratio to one thing: the baseline, or a phase or tenants of the same run")
+        if fault := metrics.fault(self.metric):
+            raise ValueError(fault)
         return self
+
+
+class Objective(Part):
+    """What a request has to keep to count into goodput; all that are said. Times from when it was scheduled."""
+
+    ttft_ms: Positive | None = 1_000.0
+    tpot_ms: Positive | None = Field(None, description="mean time between output tokens")
+    response_ms: Positive | None = None
 
 
 class StackSettings(Part):
@@ -334,6 +350,8 @@ class Scenario(Part):
     workloads: dict[Name, Workload] = Field(min_length=1)
     phases: tuple[Phase, ...] = Field(min_length=1)
     gates: tuple[Gate, ...] = Field(min_length=1)
+    objective: Objective = Objective()
+    late_ms: Positive = Field(25.0, description="a generator that sends later than this at p99 proves nothing")
     timeout_s: Positive = Field(60.0, description="of one request, from sending")
 
     @model_validator(mode="after")

@@ -1,0 +1,132 @@
+"""Some of a run's requests: of a phase, of a group of tenants, and how each ended."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from loadtests import isolation
+from loadtests.recording import FAILED, Event, Outcome, Run
+
+Array = npt.NDArray[Any]
+MS: Final = 1e6
+S: Final = 1e9
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Some of a run's requests."""
+
+    run: Run
+    at: npt.NDArray[np.intp]  # places in `samples.rows`, in order; a resample has some more than once
+
+    @cached_property
+    def rows(self) -> Array:
+        """Their samples."""
+        return np.asarray(self.run.samples.rows[self.at])
+
+    @cached_property
+    def planned(self) -> Array:
+        """What was planned of them."""
+        return np.asarray(self.run.schedule.planned[self.rows["index"]])
+
+    @cached_property
+    def phases(self) -> list[int]:
+        """The phases they are of."""
+        return [int(phase) for phase in np.unique(self.planned["phase"])]
+
+    @cached_property
+    def whole(self) -> Array:
+        """Which came whole."""
+        return np.asarray(self.rows["outcome"] == Outcome.WHOLE)
+
+    @cached_property
+    def gone(self) -> Array:
+        """Which were answered 404 rightly, for their adapter had been deleted."""
+        return isolation.gone(self.run, self.at)
+
+    @cached_property
+    def failed(self) -> Array:
+        """Which failed."""
+        return np.asarray(np.isin(self.rows["outcome"], FAILED) & ~self.gone)
+
+    @cached_property
+    def counted(self) -> Array:
+        """Those of which an answer was wanted: neither left by our own client nor unsent, nor rightly a 404."""
+        own = np.isin(self.rows["outcome"], (Outcome.ABORTED, Outcome.UNSENT))
+        return np.asarray(~own & ~self.gone)
+
+    @cached_property
+    def kept(self) -> Array:
+        """Which kept the scenario's objective."""
+        objective = self.run.scenario.get("objective") or {"ttft_ms": 1_000.0}
+        rows, kept = self.rows, self.whole.copy()
+        for name, values in (
+            ("ttft_ms", (rows["first"] - rows["scheduled"]) / MS),
+            ("response_ms", (rows["done"] - rows["scheduled"]) / MS),
+            ("tpot_ms", np.nan_to_num(each_tpot(self), nan=0.0)),
+        ):
+            if objective.get(name) is not None:
+                kept &= values <= objective[name]
+        return kept
+
+    @property
+    def planned_s(self) -> float:
+        """How long their phases were to last."""
+        return float(sum(end - begin for begin, end in map(self.run.schedule.phases.__getitem__, self.phases))) / S
+
+    @property
+    def lasted_s(self) -> float:
+        """How long their phases lasted until the last answer, so that a queue's drain does not count as throughput."""
+        total = 0
+        for phase in self.phases:
+            begin, end = self.run.schedule.phases[phase]
+            total += max(end, int(self.rows["done"][self.planned["phase"] == phase].max(initial=0))) - begin
+        return total / S
+
+
+def select(run: Run, *, phase: str | None = None, tenants: str | None = None) -> Selected:
+    """The requests of a phase (None: of all that are measured) and a group of tenants (None: of all)."""
+    planned = run.schedule.planned[run.samples.rows["index"]]
+    wanted = [
+        number
+        for number, one in enumerate(run.scenario["phases"])
+        if (one.get("measured", True) if phase is None else one["name"] == phase)
+    ]
+    found = np.isin(planned["phase"], wanted)
+    if tenants is not None:
+        found &= np.isin(planned["tenant"], [n for n, group in enumerate(run.schedule.groups) if group == tenants])
+    return Selected(run, np.flatnonzero(found))
+
+
+def each_tpot(chosen: Selected) -> Array:
+    """The mean time between a request's output tokens, ms; nan where it has none."""
+    rows = chosen.rows
+    tokens = np.where(rows["completion_tokens"] > 0, rows["completion_tokens"], rows["chunks"].astype(np.int64)) - 1
+    there = chosen.whole & (tokens > 0) & (rows["last"] > rows["first"])
+    return np.where(there, (rows["last"] - rows["first"]) / MS / np.maximum(tokens, 1), np.nan)
+
+
+def events_of(chosen: Selected, kinds: tuple[str, ...] | None = None) -> list[Event]:
+    """The events of their phases."""
+    spans = [chosen.run.schedule.phases[phase] for phase in chosen.phases]
+    return [
+        one
+        for one in chosen.run.events
+        if (kinds is None or one.kind in kinds) and any(begin <= one.at <= end for begin, end in spans)
+    ]
+
+
+def time_blocks(chosen: Selected, most: int = 40) -> list[npt.NDArray[np.intp]]:
+    """Their places by stretches of time, each phase in equally long ones of five requests in the mean or more."""
+    blocks = []
+    for phase in chosen.phases:
+        places = np.flatnonzero(chosen.planned["phase"] == phase)
+        begin, end = chosen.run.schedule.phases[phase]
+        count = max(1, min(most, len(places) // 5))
+        edges = begin + np.arange(1, count) * (end - begin) / count
+        stretch = np.searchsorted(edges, chosen.rows["scheduled"][places], side="right")
+        blocks += [chosen.at[places[stretch == number]] for number in range(count)]
+    return blocks
