@@ -13,13 +13,13 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import numpy as np
-import numpy.typing as npt
 
 from loadtests.generator import LINE_BYTES
 from loadtests.progress import Progress
-from loadtests.recording import ABSENT, Array, Lateness, Samples, Schedule
+from loadtests.recording import Lateness, Samples, Schedule
 from loadtests.records import merged
 from loadtests.scenario import Scenario
+from loadtests.scheduling import shard_of
 
 NS: Final = 1_000_000_000
 LEAD_NS: Final = NS // 5
@@ -153,7 +153,7 @@ def _give_out(
     keys: Keys,
     folder: Path,
 ) -> None:
-    part = part_of(schedule.planned, len(generators))
+    part = shard_of(schedule.planned, len(generators))
     for generator in generators:
         indices = np.flatnonzero(part == generator.number)
         np.savez(folder / f"planned-{generator.number}.npz", planned=schedule.planned[indices], indices=indices)
@@ -179,12 +179,6 @@ def _give_out(
 def _tell_key(generators: Sequence[_Generator], tenant: int, key: str) -> None:
     for generator in generators:
         generator.say({"key": [tenant, key]})
-
-
-def part_of(planned: Array, parts: int) -> npt.NDArray[np.int64]:
-    """Which process sends each row: in turn, but all of a closed loop's caller the same."""
-    turn = np.arange(len(planned), dtype=np.int64)
-    return np.where(planned["caller"] == ABSENT, turn, planned["caller"]) % parts
 
 
 async def _follow(

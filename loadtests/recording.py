@@ -169,3 +169,4 @@ class Run:
     lateness: tuple[Lateness, ...] = ()
     unfinished: str = ""  # why the schedule was not played to its end
     readings: dict[str, Any] = field(default_factory=dict)  # what was read at the server before and after
+    shard: tuple[int, int] = (0, 1)  # which of how many hosts' parts of the schedule

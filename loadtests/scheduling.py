@@ -43,7 +43,7 @@ def schedule_of(scenario: Scenario, *, shard: tuple[int, int] = (0, 1)) -> Sched
             rows["conversation"][rows["conversation"] != ABSENT] += conversations
             conversations = max(conversations, rows["conversation"].max(initial=ABSENT) + 1)
             planned = np.concatenate((planned, rows))
-    planned = in_order(planned, phases)
+    planned = planned[order_of(planned, phases)]
     return Schedule(
         planned[shard_of(planned, shard[1]) == shard[0]],
         tuple(f"{group.name}-{number}" for group in scenario.tenants for number in range(group.count)),
@@ -64,11 +64,11 @@ def phase_times(scenario: Scenario) -> tuple[tuple[int, int], ...]:
     return tuple(times)
 
 
-def in_order(planned: Array, phases: tuple[tuple[int, int], ...]) -> Array:
-    """Rows in order of time; those of a closed loop stand where their phase begins."""
+def order_of(planned: Array, phases: tuple[tuple[int, int], ...]) -> npt.NDArray[np.intp]:
+    """The places of rows in order of time; those of a closed loop stand where their phase begins."""
     begins = np.array([begin for begin, _ in phases], np.int64)
     at = np.where(planned["at"] == ABSENT, begins[planned["phase"]], planned["at"])
-    return planned[np.argsort(at, kind="stable")]
+    return np.argsort(at, kind="stable")
 
 
 def shard_of(planned: Array, shards: int) -> npt.NDArray[np.int64]:

@@ -1,0 +1,80 @@
+"""The runs of several hosts that shared one schedule (`--shard i/n --start-at`) as the one run that they were.
+
+Each host's times are since its own begin. Those begins are one moment as far as the hosts' clocks agree, which is what
+a time of the merged run is true to; times within a request are one host's and as exact as ever.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from loadtests.recording import Array, Run, Samples, Schedule
+from loadtests.records import merged
+from loadtests.scheduling import order_of
+
+
+class CannotMerge(Exception):
+    """Runs that are not parts of one; the text says why."""
+
+
+def merge(runs: Sequence[Run]) -> Run:
+    """The parts of a run, in any order, as a whole.
+
+    Raises:
+        CannotMerge: one is missing, is there twice, or is of another scenario or target.
+    """
+    parts = _parts(runs)
+    first = parts[0]
+    schedule, places = _schedule(parts)
+    return replace(
+        first,
+        machine={**first.machine, "hosts": [part.machine for part in parts]},
+        started_at=min(part.started_at for part in parts),
+        schedule=schedule,
+        samples=merged([_placed(part.samples, own) for part, own in zip(parts, places, strict=True)]),
+        events=tuple(sorted((event for part in parts for event in part.events), key=lambda event: event.at)),
+        versions=tuple(dict.fromkeys(life for part in parts for life in part.versions)),
+        lateness=tuple(
+            replace(one, process=number) for number, one in enumerate(one for part in parts for one in part.lateness)
+        ),
+        unfinished="; ".join(f"host {n}: {part.unfinished}" for n, part in enumerate(parts) if part.unfinished),
+        readings={**first.readings, "hosts": [part.readings for part in parts]},
+        shard=(0, 1),
+    )
+
+
+def _parts(runs: Sequence[Run]) -> list[Run]:
+    """In order of their shards."""
+    if not runs:
+        raise CannotMerge("There is nothing to merge.")
+    first, parts = runs[0], sorted(runs, key=lambda run: run.shard)
+    count = first.shard[1]
+    found = [run.shard for run in parts]
+    if found != [(number, count) for number in range(count)]:
+        told = ", ".join(f"{place}/{of}" for place, of in found)
+        raise CannotMerge(f"The parts are {told}: give the run of each host once.")
+    for run in parts:
+        if run.scenario != first.scenario:
+            raise CannotMerge(f"Part {run.shard[0]} is of another scenario, profile or seed than part 0.")
+        if run.target.get("url") != first.target.get("url"):
+            raise CannotMerge(f"Part {run.shard[0]} asked {run.target.get('url')}, part 0 {first.target.get('url')}.")
+    return parts
+
+
+def _schedule(parts: Sequence[Run]) -> tuple[Schedule, list[npt.NDArray[np.int64]]]:
+    """The whole schedule, and where in it each row of each part is."""
+    together: Array = np.concatenate([part.schedule.planned for part in parts])
+    order = order_of(together, parts[0].schedule.phases)
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    ends = np.cumsum([len(part.schedule.planned) for part in parts])
+    return replace(parts[0].schedule, planned=together[order]), np.split(place, ends[:-1])
+
+
+def _placed(samples: Samples, places: npt.NDArray[np.int64]) -> Samples:
+    """Samples whose index is that of the whole schedule."""
+    rows = samples.rows.copy()
+    rows["index"] = places[rows["index"]]
+    return replace(samples, rows=rows)

@@ -1,0 +1,105 @@
+"""Runs of several hosts as the one run that they were."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loadtests.merging import CannotMerge, merge
+from loadtests.recording import ABSENT, SAMPLE, Event, Lateness, Outcome, Run, Samples, Schedule, VersionLife
+from loadtests.scenario import Scenario
+from loadtests.scheduling import schedule_of
+
+TOLD: dict[str, Any] = {
+    "name": "several-hosts",
+    "question": "Are the parts of several hosts one run?",
+    "tenants": [{"name": "t", "count": 3, "adapters": 2}],
+    "workloads": {"w": {}},
+    "phases": [
+        {
+            "name": "both",
+            "duration_s": 5,
+            "load": [
+                {"tenants": "t", "workload": "w", "arrivals": {"law": "poisson", "rate": 60}},
+                {"tenants": "t", "workload": "w", "arrivals": {"law": "closed", "callers": 3}},
+            ],
+        }
+    ],
+    "gates": [{"metric": "error_share", "at_most": 0}],
+}
+
+
+def played(schedule: Schedule) -> Samples:
+    """Samples that tell of what they are: of the row's seed are its times, its chunks and its texts made."""
+    planned = schedule.planned
+    rows = np.full(len(planned), ABSENT, np.dtype([(name, "i8") for name in SAMPLE.names or ()])).astype(SAMPLE)
+    rows["index"] = np.arange(len(planned))
+    rows["outcome"] = Outcome.WHOLE
+    rows["sent"] = planned["seed"]
+    rows["chunks"] = planned["seed"] % 4
+    texts = ("", *sorted({f"replica-{seed % 5}" for seed in planned["seed"]}, reverse=True))
+    rows["replica"] = [texts.index(f"replica-{seed % 5}") for seed in planned["seed"]]
+    ends = np.cumsum(rows["chunks"].astype(np.uint64))
+    return Samples(rows, ends, np.repeat(planned["seed"], rows["chunks"]), texts)
+
+
+def part(number: int, count: int, **changes: Any) -> Run:
+    """What host `number` of `count` brings home."""
+    scenario = Scenario.model_validate(TOLD | changes)
+    schedule = schedule_of(scenario, shard=(number, count))
+    return Run(
+        scenario=scenario.model_dump(mode="json"),
+        target={"kind": "url", "url": "http://server:8000"},
+        machine={"cpu": f"host {number}"},
+        started_at=f"2026-11-26T05:00:0{number}.000+00:00",
+        schedule=schedule,
+        samples=played(schedule),
+        events=(Event(1_000 - number, "publish", f"of host {number}"),),
+        versions=(VersionLife("t-0", "adapter-0", "digest", 0, ABSENT, "an answer"),),
+        lateness=(Lateness(0, 10, 20, 30, 0.5),),
+        unfinished="it was interrupted" if number == 1 else "",
+        shard=(number, count),
+    )
+
+
+def test_merged_parts_are_the_one_run() -> None:
+    """Every request stands once, in order of time, with its own times, chunks and texts."""
+    alone = part(0, 1)
+    together = merge([part(2, 3), part(0, 3), part(1, 3)])
+    assert together.schedule.planned["at"].tolist() == alone.schedule.planned["at"].tolist()
+    assert {row.tobytes() for row in together.schedule.planned} == {row.tobytes() for row in alone.schedule.planned}
+    samples = together.samples
+    seeds = together.schedule.planned["seed"]
+    assert samples.rows["index"].tolist() == list(range(len(seeds)))
+    assert samples.rows["sent"].tolist() == seeds.tolist()
+    assert samples.chunk_at.tolist() == np.repeat(seeds, seeds % 4).tolist()
+    assert samples.chunk_ends.tolist() == np.cumsum(seeds % 4, dtype=np.uint64).tolist()
+    assert [samples.texts[place] for place in samples.rows["replica"]] == [f"replica-{seed % 5}" for seed in seeds]
+
+
+def test_what_hosts_saw_is_kept() -> None:
+    """Events in order, each version once, each generator's lateness, and which host did not come to its end."""
+    together = merge([part(0, 2), part(1, 2)])
+    assert [event.target for event in together.events] == ["of host 1", "of host 0"]
+    assert together.versions == part(0, 2).versions
+    assert [one.process for one in together.lateness] == [0, 1]
+    assert together.unfinished == "host 1: it was interrupted"
+    assert together.started_at == "2026-11-26T05:00:00.000+00:00"
+    assert [one["cpu"] for one in together.machine["hosts"]] == ["host 0", "host 1"]
+    assert together.shard == (0, 1)
+
+
+def test_what_is_not_one_run_is_not_merged() -> None:
+    """A part too few, one twice, of another seed or another server: each says so."""
+    other = replace(part(1, 2), target={"kind": "url", "url": "http://other:8000"})
+    for parts, why in (
+        ([], "nothing"),
+        ([part(0, 3), part(1, 3)], "the run of each host once"),
+        ([part(0, 2), part(0, 2), part(1, 2)], "0/2, 0/2, 1/2"),
+        ([part(0, 2), part(1, 3)], "0/2, 1/3"),
+        ([part(0, 2), part(1, 2, seed=2)], "another scenario, profile or seed"),
+        ([part(0, 2), other], "other:8000"),
+    ):
+        with pytest.raises(CannotMerge, match=why):
+            merge(parts)
