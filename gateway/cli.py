@@ -25,6 +25,7 @@ from gateway.commands import (
     training,
     usage,
 )
+from loadtests.commands import app as loadtest_app
 
 app = typer.Typer(help="One base model and a fitted adapter for every tenant.", no_args_is_help=True)
 app.add_typer(servers.app)
@@ -49,6 +50,7 @@ app.add_typer(quarantine.app, name="quarantine")
 app.add_typer(usage.app)
 app.add_typer(storage.app)
 app.add_typer(storage.store_app, name="store")
+app.add_typer(loadtest_app, name="loadtest")
 app.add_typer(openapi.app)
 
 

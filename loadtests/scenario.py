@@ -87,6 +87,12 @@ class Trace(Part):
 
     @field_validator("file")
     @classmethod
+    def _beside_the_scenario(cls, value: Path, info: ValidationInfo) -> Path:
+        folder: Path = (info.context or {}).get("folder", Path())
+        return folder / value
+
+    @field_validator("file")
+    @classmethod
     def _is_beside_its_scenario(cls, file: Path, info: ValidationInfo) -> Path:
         return info.context["folder"] / file if info.context else file
 
@@ -334,7 +340,8 @@ class StackSettings(Part):
     step_ms: Positive = 10.0
     per_sequence_us: Annotated[float, Field(ge=0)] = 100.0
     per_prompt_token_us: Annotated[float, Field(ge=0)] = 20.0
-    load_ms: Annotated[float, Field(ge=0)] = 50.0
+    load_ms: Annotated[float, Field(ge=0)] = Field(50.0, description="an adapter from the disk, for everybody")
+    activate_ms: Annotated[float, Field(ge=0)] = Field(5.0, description="the same from host memory into a slot")
     worker: bool = Field(False, description="a training worker beside it")
     settings: dict[str, str] = Field(default_factory=dict, description="TAILOR_* of the gateway")
 
@@ -353,6 +360,9 @@ class Scenario(Part):
     objective: Objective = Objective()
     late_ms: Positive = Field(25.0, description="a generator that sends later than this at p99 proves nothing")
     timeout_s: Positive = Field(60.0, description="of one request, from sending")
+    answers_learned: Literal["before", "after"] = Field(
+        "before", description="when adapters are asked for the canaries' answers; `after` leaves them cold"
+    )
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:

@@ -2,12 +2,15 @@
 
 As vLLM 0.32 with `--scheduling-policy priority`: at most `max_num_seqs` sequences run at once; a waiting one whose
 adapter would be one more than `max_loras` is passed over, however long it has waited; a load stalls everybody.
+
+With `slots` it also remembers which `max_loras` adapters lie on the device, the least recently run leaves for another,
+and the one that comes from the host's memory stalls everybody for `activate_s`.
 """
 
 import asyncio
 import heapq
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 
@@ -43,6 +46,13 @@ class EngineModel:
     per_sequence_s: float = 0.0001
     per_prompt_token_s: float = 0.0
     load_s: float = 0.0
+    slots: bool = False
+    activate_s: float = 0.0
+    factor: float = 1.0
+    """How many times as long everything takes."""
+    activations: int = 0
+    on_device: dict[str, None] = field(default_factory=dict)
+    """The least recently run first."""
     now_s: float = 0.0
     tokens: int = 0
     steps: int = 0
@@ -90,6 +100,23 @@ class EngineModel:
         self._stall_s += seconds
         self._work.set()
 
+    def place(self, adapter: str) -> bool:
+        """Put an adapter on the device, in the stead of the one that ran least recently; False: it was there."""
+        was_there = adapter in self.on_device
+        self.on_device.pop(adapter, None)
+        if not was_there and len(self.on_device) >= self.max_loras:
+            busy = self._adapters()
+            leaves = next((one for one in self.on_device if one not in busy), None)
+            if leaves is not None:
+                del self.on_device[leaves]
+        self.on_device[adapter] = None
+        return not was_there
+
+    def forget(self, adapters: Iterable[str]) -> None:
+        """They are not loaded any more."""
+        for adapter in adapters:
+            self.on_device.pop(adapter, None)
+
     @property
     def running(self) -> int:
         return len(self._running)
@@ -110,7 +137,7 @@ class EngineModel:
                 await self._work.wait()
                 next_at = loop.time()
             prompts = self._admit()
-            duration_s = (
+            duration_s = self.factor * (
                 self.base_step_s
                 + self.per_sequence_s * len(self._running)
                 + self.per_prompt_token_s * prompts
@@ -137,6 +164,9 @@ class EngineModel:
                     passed.append(sequence)
                     continue
                 adapters.add(sequence.adapter)
+            if self.slots and sequence.adapter is not None and self.place(sequence.adapter):
+                self.activations += 1
+                self._stall_s += self.activate_s
             self._running.append(sequence)
             prompts += sequence.prompt_tokens
         for sequence in passed:

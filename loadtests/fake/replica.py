@@ -257,7 +257,10 @@ class FakeReplica:
                 "max_num_seqs": self.max_num_seqs,
             },
             "null_adapter": self.null_adapter,
-            "adapters": [{**known, "pinned": self._is_pinned(known)} for known in self.adapters.values()],
+            "adapters": [
+                {**known, "tier": self._tier(known["name"]), "pinned": self._is_pinned(known)}
+                for known in self.adapters.values()
+            ],
             "disk": {"adapters": len(self.disk), "bytes": len(self.disk), "limit_bytes": 1 << 30},
             "loads": {"count": len(self.loads), "seconds": 0.0},
             "corrupted_requests": int(self.poisoned),
@@ -265,6 +268,10 @@ class FakeReplica:
             "alarm": self.alarm,
             "last_alarm": self.last_alarm,
         }
+
+    def _tier(self, name: str) -> str:
+        engine = self.engine
+        return "gpu" if engine is None or not engine.slots or name in engine.on_device else "host"
 
     def _is_pinned(self, known: dict[str, Any]) -> bool:
         return {"owner": known["owner"], "digest": known["digest"]} in self.pins
@@ -327,7 +334,9 @@ class FakeReplica:
             return None
         if self.engine is not None and self.engine.load_s:
             self.engine.stall(self.engine.load_s)
-            await asyncio.sleep(self.engine.load_s)
+            await asyncio.sleep(self.engine.load_s * self.engine.factor)
+        if self.engine is not None and self.engine.slots:
+            self.engine.place(name)
         self.loads.append(name)
         self.load_times.append(time.monotonic())
         self.disk.add(digest)
@@ -355,8 +364,13 @@ class FakeReplica:
         known["leaving"] = True
         while known["in_flight"]:  # noqa: ASYNC110  it ends in many places
             await asyncio.sleep(0.005)
-        self.adapters.pop(name, None)
+        self._drop(name)
         return self._json(writer, 204, {})
+
+    def _drop(self, name: str) -> None:
+        self.adapters.pop(name, None)
+        if self.engine is not None:
+            self.engine.forget([name])
 
     def _check_files(self, name: str, files: list[dict[str, Any]]) -> None:
         if {file["name"] for file in files} != {CONFIG_FILE, WEIGHTS_FILE}:
@@ -372,7 +386,7 @@ class FakeReplica:
                 return False
             leaves = min(idle, key=lambda known: (self._is_pinned(known), float(known["last_used"])))
             self.evicted.append(leaves["name"])
-            del self.adapters[leaves["name"]]
+            self._drop(leaves["name"])
         return True
 
     # vLLM
@@ -525,7 +539,11 @@ class FakeReplica:
             if _is_gone(reader):
                 raise ConnectionError
         served.completion_tokens, served.whole = total, True
-        return self._json(writer, 200, speech.whole(text, served.prompt_tokens, total))
+        return self._json(writer, 200, speech.whole(self.whole_text(text, total), served.prompt_tokens, total))
+
+    def whole_text(self, text: str, tokens: int) -> str:
+        """What an answer that is not streamed says."""
+        return text
 
     async def _run(
         self,

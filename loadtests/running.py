@@ -1,0 +1,174 @@
+"""Runs a scenario against a target: prepare, send the schedule while things happen, read the server, clean up."""
+
+import asyncio
+import importlib.metadata
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from loadtests.actions import Actions, check
+from loadtests.api import Api, ServerRefused, ServerUnreachable
+from loadtests.overhead.processes import machine
+from loadtests.playing import Keys, Server, play
+from loadtests.preparing import Prepared, off_plans, prepared
+from loadtests.progress import Progress
+from loadtests.recording import Event, Lateness, Run, Samples, Schedule
+from loadtests.scenario import Scenario
+from loadtests.scheduling import schedule_of
+from loadtests.stacks import Target
+
+_METRIC: Final = re.compile(r"^(tailor_[a-z_]+?)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
+INTERRUPTED: Final = "it was interrupted"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a run is made; what is said is not about the server."""
+
+    folder: Path
+    processes: int = 1
+    shard: tuple[int, int] = (0, 1)
+    start_at: float | None = None  # seconds of the wall clock
+    connections: int | None = None
+
+
+async def run(
+    scenario: Scenario,
+    target: Target,
+    options: Options,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_step: Callable[[str], None] = lambda text: None,
+    stop: asyncio.Event | None = None,
+) -> Run:
+    """The whole run; `on_step` is told what is done now, `stop` ends the sending early.
+
+    Raises:
+        ScenarioInvalid: the target cannot do what it asks for. ServerRefused, ServerUnreachable, CannotPlay: nothing
+        was measured.
+    """
+    check(scenario, target)
+    schedule = schedule_of(scenario, shard=options.shard)
+    stop = stop or asyncio.Event()
+    async with Api(target.url) as api:
+        on_step(f"making {len(schedule.tenants)} tenants and {len(schedule.models)} adapters")
+        async with prepared(scenario, schedule, api, target.operator_key) as made:
+            on_step(f"sending {len(schedule.planned)} requests in {schedule.end / 1e9:.0f} s")
+            before = await _reading(target, api)
+            started_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+            samples, lateness, actions = await _play(scenario, schedule, target, made, options, on_progress, stop)
+            after = await _reading(target, api)
+            on_step("asking for the answers of the versions that were published")
+            await _learn_the_rest(made)
+            return Run(
+                scenario=scenario.model_dump(mode="json"),
+                target=await _about(target, made, before),
+                machine=machine(),
+                started_at=started_at,
+                schedule=schedule,
+                samples=samples,
+                events=(*actions.events, *await _ends_of_jobs(actions, made)),
+                versions=made.lives.all(),
+                lateness=tuple(lateness),
+                unfinished=INTERRUPTED if stop.is_set() else "",
+                readings={"before": before, "after": after, "canaries": made.readings()},
+            )
+
+
+async def _play(
+    scenario: Scenario,
+    schedule: Schedule,
+    target: Target,
+    made: Prepared,
+    options: Options,
+    on_progress: Callable[[Progress], None] | None,
+    stop: asyncio.Event,
+) -> tuple[Samples, list[Lateness], Actions]:
+    """The schedule, with the actions beside it."""
+    keys = Keys([tenant.key for tenant in made.tenants])
+    actions = Actions(scenario, target, made, keys)
+    over = asyncio.Event()
+    beside: list[asyncio.Task[None]] = []
+
+    def begin(at_ns: int) -> None:
+        beside.append(asyncio.create_task(actions.run(at_ns, over)))
+        beside.append(asyncio.create_task(actions.watch(over)))
+
+    try:
+        samples, lateness = await play(
+            schedule,
+            scenario=scenario,
+            server=Server(target.url, made.base.name, made.tokens_per_word, options.connections),
+            keys=keys,
+            processes=options.processes,
+            folder=options.folder,
+            begin_ns=_begin_ns(options.start_at),
+            on_begin=begin,
+            on_progress=on_progress,
+            stop=stop,
+        )
+    finally:
+        over.set()
+        done = await asyncio.gather(*beside, return_exceptions=True)
+    for error in done:
+        if isinstance(error, BaseException):
+            raise error
+    return samples, lateness, actions
+
+
+def _begin_ns(start_at: float | None) -> int | None:
+    """A time of the wall clock, which several hosts share, on this one's monotonic clock."""
+    return None if start_at is None else time.monotonic_ns() + round((start_at - time.time()) * 1e9)
+
+
+async def _reading(target: Target, api: Api) -> dict[str, Any]:
+    """What the server tells of itself: its replicas, and its metrics summed over their labels."""
+    reading: dict[str, Any] = {}
+    with suppress(ServerRefused, ServerUnreachable):
+        reading["replicas"] = (await api.call(target.operator_key, "GET", "/admin/v1/replicas"))["data"]
+    sums: defaultdict[str, float] = defaultdict(float)
+    for name, value in _METRIC.findall(await api.text(target.metrics_url) if target.metrics_url else ""):
+        sums[name] += float(value)
+    return {**reading, "metrics": dict(sums)}
+
+
+async def _learn_the_rest(made: Prepared) -> None:
+    """Answers of versions that came during the run, where they are still there."""
+    with suppress(ServerRefused, ServerUnreachable):
+        await off_plans(made)
+        await made.learn(
+            (tenant, adapter, version)
+            for tenant in made.tenants
+            for adapter in tenant.adapters
+            for version in adapter.versions
+        )
+
+
+async def _ends_of_jobs(actions: Actions, made: Prepared) -> list[Event]:
+    """How the fine-tuning jobs stand at the end."""
+    events = []
+    for tenant, job in actions.jobs:
+        told = await made.api.call(tenant.key, "GET", f"/v1/fine_tuning/jobs/{job}")
+        error = str((told.get("error") or {}).get("message") or "") if told["status"] == "failed" else ""
+        events.append(Event(actions.now(), "job", f"{tenant.name}/{job} {told['status']}", error=error))
+    return events
+
+
+async def _about(target: Target, made: Prepared, reading: dict[str, Any]) -> dict[str, Any]:
+    replicas = reading.get("replicas", [])
+    return {
+        "kind": target.kind,
+        "url": target.url,
+        "model": made.base.name,
+        "fingerprint": made.base.fingerprint,
+        "replicas": len(replicas),
+        "slots": target.slots,
+        "tokens_per_word": made.tokens_per_word,
+        "tool": importlib.metadata.version("tailor"),
+    }

@@ -1,0 +1,28 @@
+"""Every shipped scenario, run in its short form against a real gateway in front of fake replicas."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from loadtests import gates
+from loadtests.running import Options, run
+from loadtests.scenario import SHIPPED, read
+from tests.integration.loadtests.stacks import Stacks, shared_stacks
+
+NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+async def stacks(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stacks]:
+    async with shared_stacks(tmp_path_factory.mktemp("stacks")) as stacks:
+        yield stacks
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_a_scenario_is_green(name: str, stacks: Stacks, tmp_path: Path) -> None:
+    """Its short profile keeps all its gates, and nothing about the run is in doubt."""
+    scenario = read(Path(name), profile="short")
+    found = await run(scenario, await stacks.stack(scenario.stack), Options(tmp_path))
+    verdicts = gates.judge(found)
+    assert gates.exit_code(verdicts, found) == gates.PASSED, verdicts
