@@ -14,7 +14,7 @@ import numpy as np
 
 from loadtests import metrics, statistics
 from loadtests.metrics import Figure
-from loadtests.recording import Outcome, Run
+from loadtests.recording import ABSENT, Outcome, Run
 from loadtests.scenario import Gate
 from loadtests.selection import Selected, select, time_blocks
 
@@ -80,8 +80,10 @@ def exit_code(verdicts: Sequence[Verdict], run: Run) -> int:
 
 def doubts_of(run: Run) -> list[str]:
     """Why the run as a whole proves nothing, a sentence each."""
-    unsent = int((run.samples.rows["outcome"] == Outcome.UNSENT).sum())
-    planned, told = len(run.schedule.planned), len(run.samples.rows)
+    rows = run.samples.rows
+    timed = run.schedule.planned["at"][rows["index"]] != ABSENT  # a closed loop has more to ask than it can
+    unsent = int(((rows["outcome"] == Outcome.UNSENT) & timed).sum())
+    planned, told = len(run.schedule.planned), len(rows)
     return [
         *([f"The schedule was not played to its end: {run.unfinished}."] if run.unfinished else []),
         *([f"{unsent} requests were never sent."] if unsent else []),
@@ -142,6 +144,11 @@ def ratio_interval(metric: str, ours: Selected, theirs: Selected) -> tuple[float
 
 
 def _resamples(metric: str, chosen: Selected, seed: int) -> Iterable[float]:
+    name, statistic = metrics.split(metric)
+    if name in metrics.TIMES:  # of each stretch once, for they do not depend on the others
+        parts = [metrics.TIMES[name](Selected(chosen.run, at)) for at in time_blocks(chosen)]
+        yield from (metrics.reduced(values, statistic) for values in statistics.block_resamples(parts, seed))
+        return
     for at in statistics.block_resamples(time_blocks(chosen), seed):
         yield metrics.of(Selected(chosen.run, np.sort(at)), metric).value
 

@@ -45,9 +45,14 @@ def of(chosen: Selected, metric: str) -> Figure:
         return SCALARS[metric](chosen)
     name, statistic = split(metric)
     values = TIMES[name](chosen)
+    return Figure(reduced(values, statistic), len(values))
+
+
+def reduced(values: Array, statistic: str) -> float:
+    """The mean or a percentile; nan of nothing."""
     if statistic == "mean":
-        return Figure(float(values.mean()) if len(values) else math.nan, len(values))
-    return Figure(statistics.percentile(values, share_of(statistic)), len(values))
+        return float(values.mean()) if len(values) else math.nan
+    return statistics.percentile(values, share_of(statistic))
 
 
 def share_of(statistic: str) -> float:
@@ -264,13 +269,18 @@ def _sent(chosen: Selected) -> Array:
     return np.asarray(chosen.rows["outcome"] != Outcome.UNSENT)
 
 
+def _offered(chosen: Selected) -> Array:
+    """What had a time, sent or not, and what a closed loop asked."""
+    return np.asarray((chosen.planned["at"] != ABSENT) | _sent(chosen))
+
+
 def _outcome(outcome: Outcome) -> Callable[[Selected], Array]:
     return lambda chosen: chosen.rows["outcome"] == outcome
 
 
 SCALARS: Final[Mapping[str, Callable[[Selected], Figure]]] = {
     "rate": _per_s(lambda chosen: chosen.whole, lambda chosen: chosen.lasted_s),
-    "offered_rate": _per_s(lambda chosen: np.ones(len(chosen.at)), lambda chosen: chosen.planned_s),
+    "offered_rate": _per_s(_offered, lambda chosen: chosen.planned_s),
     "goodput": _per_s(lambda chosen: chosen.kept, lambda chosen: chosen.planned_s),
     "goodput_share": _share(lambda chosen: chosen.kept, lambda chosen: chosen.counted),
     "tokens_per_s": _per_s(_tokens("completion_tokens"), lambda chosen: chosen.lasted_s),

@@ -67,7 +67,7 @@ def save(run: Run, folder: Path) -> None:
     (folder / "scenario.yaml").write_text(yaml.safe_dump(run.scenario, sort_keys=False, allow_unicode=True))
     run.samples.save(folder / "samples.npz")
     np.savez(folder / "schedule.npz", planned=run.schedule.planned)
-    told = {name: getattr(run, name) for name in ("target", "machine", "started_at", "unfinished", "readings")}
+    told = {name: getattr(run, name) for name in ("target", "machine", "started_at", "unfinished", "readings", "shard")}
     told |= {name: [asdict(one) for one in getattr(run, name)] for name in ("events", "versions", "lateness")}
     told["schedule"] = {name: getattr(run.schedule, name) for name in ("tenants", "groups", "models", "workloads")}
     told["schedule"]["phases"] = run.schedule.phases
@@ -88,6 +88,7 @@ def load(folder: Path) -> Run:
         return Run(
             scenario=scenario,
             schedule=_schedule(planned, told.pop("schedule")),
+            shard=tuple(told.pop("shard", (0, 1))),
             samples=Samples.load(folder / "samples.npz"),
             events=tuple(Event(**one) for one in told.pop("events")),
             versions=tuple(VersionLife(**one) for one in told.pop("versions")),

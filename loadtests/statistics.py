@@ -68,8 +68,8 @@ def lru_hits(items: Iterable[int], slots: int) -> npt.NDArray[np.bool_]:
     return np.array(hits, bool)
 
 
-def block_resamples(blocks: Sequence[npt.NDArray[np.intp]], seed: int = 1) -> Iterable[npt.NDArray[np.intp]]:
-    """Rows as another run might have had them: as many blocks, drawn with replacement.
+def block_resamples(blocks: Sequence[npt.NDArray[Any]], seed: int = 1) -> Iterable[npt.NDArray[Any]]:
+    """Rows, or what is told of them, as another run might have had them: as many blocks, drawn with replacement.
 
     Neighbours in time share a queue, so that single requests are not independent, but stretches of time nearly are.
     """

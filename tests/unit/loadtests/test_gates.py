@@ -264,6 +264,18 @@ def test_an_unfinished_schedule_is_inconclusive(members: Mapping[str, Any], chan
     assert gates.exit_code(verdicts, run) == gates.INCONCLUSIVE
 
 
+def test_what_a_closed_loop_had_no_time_for_is_no_doubt() -> None:
+    """Its callers have more to ask than can be answered; the rest was neither offered nor left out."""
+
+    def closed(planned: Array, rows: Array) -> None:
+        planned["at"], planned["caller"] = ABSENT, 0
+        _end(Outcome.UNSENT, every=2)(planned, rows)
+
+    run = run_of(change=closed)
+    assert gates.doubts_of(run) == []
+    assert metrics.figure(run, "offered_rate").value == pytest.approx(10)
+
+
 def test_too_few_samples_are_inconclusive() -> None:
     """Fewer than the gate says, or than a percentile needs to have one beyond it."""
     few = run_of(Shape(rate=1.5), gates=[{"metric": "error_share", "at_most": 0}])

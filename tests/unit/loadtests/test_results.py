@@ -32,10 +32,21 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
         lateness=(Lateness(0, 40.0, 300.0, 900.0, 0.3),),
         unfinished="stopped",
         readings={"before": {"loads": 3}},
+        shard=(1, 3),
     )
     results.write(run, gates.judge(run), tmp_path / "run")
     found = results.load(tmp_path / "run")
-    for name in ("scenario", "target", "machine", "started_at", "events", "versions", "lateness", "unfinished"):
+    for name in (
+        "scenario",
+        "target",
+        "machine",
+        "started_at",
+        "events",
+        "versions",
+        "lateness",
+        "unfinished",
+        "shard",
+    ):
         assert getattr(found, name) == getattr(run, name)
     assert found.readings == run.readings
     assert np.array_equal(found.schedule.planned, run.schedule.planned)
