@@ -13,7 +13,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install compile compile-if-possible demo test test-full bench-gateway bench-store bench-training lint check format lock clean promtool
+.PHONY: help install compile compile-if-possible demo test test-full bench-gateway bench-store bench-training bench-loadtest lint check format lock clean promtool
 
 help:  ## these lines
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,10 @@ bench-store: compile-if-possible  ## what the adapter store costs, upload to fir
 
 bench-training: $(INSTALLED)  ## what a step of training costs beside TRL's, and eight tenants at once: a line a figure
 	$(BIN)/python -m loadtests.training $(ARGS)
+
+# ARGS=--quick for a look; ARGS="--report FILE --markdown FILE" to keep the figures
+bench-loadtest: $(INSTALLED)  ## what this machine's load generator can send, and how wrong its times are: a line a figure
+	$(BIN)/python -m loadtests.selftest $(ARGS)
 
 # Unpacked from the distribution's package, not installed: that would start a Prometheus server. Where the system's lists of
 # packages are absent or old, lists of our own are fetched: the system's are root's.

@@ -22,6 +22,9 @@ now = time.monotonic_ns
 NS: Final = 1_000_000_000
 CONTENT: Final = re.compile(rb'"(?:content|text|reasoning_content|reasoning|arguments)": ?"[^"]')
 """In a line that brings something; within a JSON string its quotes would be escaped."""
+_CHAT: Final = b'"content":"'
+"""What nearly all of them have; looking for it is eight times cheaper."""
+_QUOTE: Final = ord('"')
 _KEPT_HEADERS: Final = frozenset(
     {b"content-type", b"retry-after", b"server-timing", b"x-tailor-version", b"x-tailor-replica"}
 )
@@ -80,15 +83,17 @@ class Exchange:
         lines = (self.rest + piece if self.rest else piece).split(b"\n")
         self.rest = lines.pop()
         before = len(self.chunk_at)
+        since_us = (at - self.sent) // 1_000
         for line in lines:
             if not line:
                 continue
-            if CONTENT.search(line) is None:
-                self._read_other(line)
-            else:
-                self.chunk_at.append((at - self.sent) // 1_000)
+            found = line.find(_CHAT)
+            if (found >= 0 and line[found + len(_CHAT)] != _QUOTE) or CONTENT.search(line) is not None:
+                self.chunk_at.append(since_us)
                 if self.keeps_answer:
                     self._read_content(line)
+            else:
+                self._read_other(line)
         came = len(self.chunk_at) - before
         if came:
             self.tally.tokens += came
@@ -192,6 +197,8 @@ class Connection(asyncio.Protocol):
     def __init__(self, pool: "Pool") -> None:
         self._pool = pool
         self._exchange: Exchange | None = None
+        self._pieces: list[bytes] = []
+        self.on_body = self._pieces.append
         self._parser = httptools.HttpResponseParser(self)
         self._at = 0
         self.idle_since = 0
@@ -224,6 +231,17 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._break(f"not HTTP: {type(error).__name__}")
+        else:
+            self._read_body()
+
+    def _read_body(self) -> None:
+        """All pieces that one reading brought at once: their times are the same."""
+        pieces = self._pieces
+        if pieces:
+            body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces.clear()
+            if self._exchange is not None:
+                self._exchange.body_came(body, self._at)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
@@ -234,11 +252,8 @@ class Connection(asyncio.Protocol):
         if self._exchange is not None:
             self._exchange.head_came(self._parser.get_status_code(), self._at)
 
-    def on_body(self, piece: bytes) -> None:
-        if self._exchange is not None:
-            self._exchange.body_came(piece, self._at)
-
     def on_message_complete(self) -> None:
+        self._read_body()
         exchange, self._exchange = self._exchange, None
         if exchange is None:
             return

@@ -1,0 +1,71 @@
+"""The load generator's own figures: how they are made of what was written down, and that a freeze shows."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loadtests.recording import ABSENT, SAMPLE, Outcome, Samples
+from loadtests.selftest import FULL, QUICK, Bench, Effort, failed, p99_ms, rate_of, ttft_errors_ms
+
+MS = 1_000_000
+SHORT = replace(QUICK, busy_s=0.5, paced_s=1, run_s=3, frozen_s=1.2)
+
+
+def samples(answers: Sequence[str]) -> Samples:
+    """Whole requests of 10 ms, the first content after 5, one every ms."""
+    rows = np.zeros(len(answers), SAMPLE)
+    rows["sent"] = np.arange(len(answers)) * MS
+    rows["first"] = rows["sent"] + 5 * MS
+    rows["done"] = rows["sent"] + 10 * MS
+    rows["answer"] = np.arange(len(answers)) + 1
+    return Samples(rows, np.zeros(len(answers), np.uint64), np.zeros(0, np.uint32), ("", *answers))
+
+
+def test_the_error_of_a_time_is_what_the_stamps_do_not_explain() -> None:
+    """5 ms were written down; the server says 4 and 5."""
+    told = samples([f"@{MS} @{5 * MS} @{MS} @{9 * MS} ", f"@{2 * MS} @{7 * MS} ", "no stamps"])
+    assert ttft_errors_ms(told) == [1.0, 0.0]
+
+
+def test_a_rate_counts_whole_answers_alone() -> None:
+    """Those that had no turn are no failures either."""
+    told = samples(["x"] * 4)
+    told.rows["outcome"] = [Outcome.WHOLE, Outcome.WHOLE, Outcome.TRUNCATED, Outcome.UNSENT]
+    told.rows["done"][1] = 20 * MS
+    assert rate_of(told) == pytest.approx(100)
+    assert failed(told) == 1
+    assert rate_of(samples([])) == 0
+
+
+async def test_times_are_close_to_the_servers_own(tmp_path: Path) -> None:
+    """On a machine that does other things as well; what a quiet one does is in docs/benchmarks.md."""
+    told, (late,) = await Bench(tmp_path).paced(SHORT)
+    errors = ttft_errors_ms(told)
+    assert len(errors) == len(told.rows) > 60
+    assert 0 < np.median(errors) < 10
+    assert late.p50_us < 10_000
+
+
+@pytest.mark.parametrize("effort", [SHORT, pytest.param(FULL, marks=pytest.mark.full)])
+async def test_a_server_that_stands_still_shows_in_response_times_though_service_times_hide_it(
+    tmp_path: Path, effort: Effort
+) -> None:
+    """A stop of 3 s in 15 s (1.2 in 3): a fifth of the requests were due in it, whoever sent them when."""
+    told, _ = await Bench(tmp_path).frozen(effort)
+    rows = told.rows
+    assert failed(told) == 0
+    assert p99_ms(rows["scheduled"], rows["done"]) >= effort.frozen_s * 1_000 * 5 / 6
+    assert np.quantile((rows["done"] - rows["sent"]) / MS, 0.95) < 200
+    assert (rows["scheduled"] != ABSENT).all()
+
+
+async def test_a_freeze_shows_in_both_where_nothing_holds_requests_back(tmp_path: Path) -> None:
+    """As a load test is by default: without a limit of connections each request is sent at its time."""
+    told, (late,) = await Bench(tmp_path).frozen(SHORT, connections=None)
+    rows = told.rows
+    assert p99_ms(rows["scheduled"], rows["done"]) >= 1_000
+    assert p99_ms(rows["sent"], rows["done"]) >= 1_000
+    assert late.p99_us < 500_000
