@@ -18,11 +18,11 @@ from random import uniform
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from gateway.home import ConfigurationError
+from gateway.telemetry.otlp_bytes import encode_spans
 
 ENDPOINT: Final = "http://localhost:4318"
 TIMEOUT_S: Final = 10.0
@@ -60,7 +60,7 @@ class Exporter(SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send these; a failure is told in the log, once until spans are taken again."""
         try:
-            fault = self._send(encode_spans(spans).SerializeToString())
+            fault = self._send(encode_spans(spans))
         except Exception as error:  # noqa: BLE001  whatever it is, it must not end the thread
             fault = type(error).__name__
         if fault and not self._away:
