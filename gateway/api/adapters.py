@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import Path, Query, Request, Response
 from pydantic import BaseModel
 
 from adapter_store.archives import ARCHIVE_TYPES, ArchiveFile
@@ -19,6 +19,7 @@ from adapter_store.scaling import PARTS, Scaling
 from adapter_store.signing import VersionSignature
 from gateway.api.body import Body
 from gateway.api.erasures import ErasureObject, erasure_object
+from gateway.api.lazy import LazyRouter
 from gateway.api.multipart import UploadForm
 from gateway.api.proofs import ProofObject, proof_object
 from gateway.api.publishing import (
@@ -36,7 +37,7 @@ from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, Ten
 from gateway.errors import GatewayError, RequestInvalid
 from gateway.idempotency import Repeated
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+router = LazyRouter(prefix="/v1/adapters", tags=["adapters"])
 ERASE_WAIT_S: Final = 5.0
 ERASING: Final[dict[int | str, dict[str, Any]]] = {
     202: {"model": ErasureObject, "description": "Erased here; a replica is still to follow."}

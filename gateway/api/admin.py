@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from typing import Annotated
 
-from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from gateway.api.keys import (
@@ -20,13 +19,14 @@ from gateway.api.keys import (
     tenant_scopes,
     with_secret,
 )
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AppParts, Operator
 from gateway.errors import RequestInvalid
 from gateway.keys import ANYONE
 from gateway.plans import DEFAULT, Plan
 from gateway.tenants import Scope, Tenant, check_name
 
-router = APIRouter(prefix="/admin/v1", tags=["admin"])
+router = LazyRouter(prefix="/admin/v1", tags=["admin"])
 
 Weight = Annotated[float, Field(ge=0.01, le=1_000, allow_inf_nan=False)]
 Bound = Annotated[int, Field(ge=1, le=10**15)]

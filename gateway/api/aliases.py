@@ -3,7 +3,7 @@
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, Field, model_validator
 
 from adapter_store import rollouts
@@ -11,9 +11,10 @@ from adapter_store.aliases import MOST_REASON, MOST_SHARES, MOST_WEIGHT, Alias, 
 from adapter_store.catalog import DEFAULT_ALIAS, Fallback, Version
 from adapter_store.errors import AdapterStoreError
 from adapter_store.scaling import SCALED
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, TenantKey
 
-router = APIRouter(prefix="/v1/adapters/{name}", tags=["aliases"])
+router = LazyRouter(prefix="/v1/adapters/{name}", tags=["aliases"])
 MOST_NUMBER = 10**9
 Number = Annotated[int, Field(ge=1, le=MOST_NUMBER)]
 Target = Number | Annotated[str, Field(pattern=rf"^{SCALED.pattern}$")]

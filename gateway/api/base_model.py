@@ -1,13 +1,13 @@
 """`GET /v1/base-model`: what a tenant's adapters are checked against, for checking them at home."""
 
 import msgspec
-from fastapi import APIRouter
 from pydantic import BaseModel
 
 from adapter_store.base_description import describe
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AdapterTenant, AppParts
 
-router = APIRouter(prefix="/v1/base-model", tags=["adapters"])
+router = LazyRouter(prefix="/v1/base-model", tags=["adapters"])
 
 
 class BaseModelObject(BaseModel):

@@ -7,7 +7,7 @@ like any other, so that nobody learns from it which tenants there are.
 import time
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 from pydantic import BaseModel, Field
 
 from adapter_store import grants
@@ -16,12 +16,13 @@ from adapter_store.changes import take_turn
 from adapter_store.grants import Grant
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
+from gateway.api.lazy import LazyRouter
 from gateway.api.publishing import as_response, once
 from gateway.dependencies import AppParts, KeyAdmin, Parts
 from gateway.errors import ModelUnknown
 from gateway.idempotency import Kept, Repeated, fingerprint
 
-router = APIRouter(prefix="/v1/fine_tuning/checkpoints/{checkpoint:path}/permissions", tags=["fine-tuning"])
+router = LazyRouter(prefix="/v1/fine_tuning/checkpoints/{checkpoint:path}/permissions", tags=["fine-tuning"])
 ProjectId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import Depends, Query, Request
 from pydantic import BaseModel
 
 from adapter_store.erasure import Erasure, Outcome, ReplicaPart
 from adapter_store.ids import TenantId
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AppParts, Operator
 from gateway.errors import ObjectUnknown, ReplicaInSettings, ScopeMissing, authorization_of
 from gateway.tenants import Scope
 
-router = APIRouter(tags=["erasures"])
+router = LazyRouter(tags=["erasures"])
 
 After = Annotated[str | None, Query(max_length=64, pattern="^[^\\x00]*$")]
 Limit = Annotated[int, Query(ge=1, le=1_000)]

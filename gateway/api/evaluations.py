@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from fastapi import APIRouter
 from pydantic import BaseModel
 
 from adapter_store.aliases import main_of
 from gateway.api.adapters import Number
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AdapterTenant, AppParts
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+router = LazyRouter(prefix="/v1/adapters", tags=["adapters"])
 
 
 class EvaluationObject(BaseModel):

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Annotated, Final, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from pydantic import BaseModel, Field
 
 from adapter_store.bundle import StagedBundle
@@ -25,6 +25,7 @@ from gateway.api.files import (
     file_object,
     keep_staged,
 )
+from gateway.api.lazy import LazyRouter
 from gateway.api.multipart import Form, Writes
 from gateway.api.publishing import as_response, once
 from gateway.dependencies import AppParts, Parts, TrainingKey
@@ -34,7 +35,7 @@ from training.errors import FileInvalid, FileTooLarge, Md5Differs, PartTooLarge,
 from training.file_uploads import MOST_PARTS, FileUpload, NewUpload, Part, check_pending
 from training.files import File, Purpose
 
-router = APIRouter(prefix="/v1/uploads", tags=["files"])
+router = LazyRouter(prefix="/v1/uploads", tags=["files"])
 
 MOST_PART_BYTES: Final = 64 << 20
 Word = Annotated[str, Field(max_length=MOST_NAME_CHARACTERS)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import quote
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.types import Receive, Scope, Send
@@ -17,6 +17,7 @@ from adapter_store.engine import AsyncConnection
 from adapter_store.errors import AdapterStoreError
 from adapter_store.together import Together
 from gateway.api.body import Body
+from gateway.api.lazy import LazyRouter
 from gateway.api.multipart import Form, Writes
 from gateway.api.publishing import as_response, once
 from gateway.dependencies import AppParts, Parts, TenantKey, TrainingKey, trainer
@@ -25,7 +26,7 @@ from gateway.idempotency import Answers, Kept, Once, Repeated, fingerprint
 from training.errors import FileTooLarge, TrainingError
 from training.files import File, NewFile, OnErase, Purpose, bytes_exceeded
 
-router = APIRouter(prefix="/v1/files", tags=["files"])
+router = LazyRouter(prefix="/v1/files", tags=["files"])
 
 DATA: Final = "data"
 """What a staged file is called, whatever its sender calls it."""

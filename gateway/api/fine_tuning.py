@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, field_validator
 from pydantic_core import CoreSchema, core_schema
@@ -21,6 +21,7 @@ from adapter_store.engine import AsyncConnection
 from adapter_store.errors import AdapterNotFound, NameInvalid, NameReserved, OtherBaseModel
 from adapter_store.quota import kept_by
 from adapter_store.together import Together
+from gateway.api.lazy import LazyRouter
 from gateway.api.publishing import as_response, check_published_alias, once
 from gateway.dependencies import AppParts, Parts, TenantKey, TrainingKey
 from gateway.errors import ModelUnknown, RequestInvalid, TooManyStreams
@@ -33,7 +34,7 @@ from training.errors import FileNotKnown, FileUnfit, NotServable
 from training.files import File, Purpose
 from training.jobs import OVER, Checkpoint, Event, Job, Method, NewJob, Status, Terms, event_number
 
-router = APIRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
+router = LazyRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
 MOST_SEED: Final = 2**31 - 1
 MOST_PAIRS: Final = 16
 MOST_STREAMS: Final = 16

@@ -2,14 +2,15 @@
 
 import asyncio
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 from fastapi.responses import JSONResponse
 from sqlalchemy import text
 
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AppParts
 from gateway.replicas.replica import ReplicaState
 
-router = APIRouter(tags=["health"])
+router = LazyRouter(tags=["health"])
 DATABASE_PATIENCE_S = 2.0
 
 

@@ -2,16 +2,16 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from adapter_store.catalog import Provenance
 from gateway.api.adapters import PublishedVersion, published_version
+from gateway.api.lazy import LazyRouter
 from gateway.api.publishing import current
 from gateway.dependencies import AppParts, Operator
 from gateway.errors import RequestInvalid
 
-router = APIRouter(prefix="/admin/v1/tenants/{tenant}/adapters", tags=["admin"])
+router = LazyRouter(prefix="/admin/v1/tenants/{tenant}/adapters", tags=["admin"])
 
 Place = Annotated[str, Field(min_length=1, max_length=1_024)]
 

@@ -5,15 +5,16 @@ The objects are those of `/admin/v1` too.
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import BaseModel, Field
 
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AppParts, KeyAdmin
 from gateway.errors import RequestInvalid
 from gateway.keys import KeyDetails, Rotation
 from gateway.tenants import DEFAULT_SCOPES, ApiKey, Scope
 
-router = APIRouter(prefix="/v1/keys", tags=["keys"])
+router = LazyRouter(prefix="/v1/keys", tags=["keys"])
 OVERLAP_LIMIT_S = 2_592_000
 KEPT_FOR_EVER = 253_402_300_799  # the last second of the year 9999
 

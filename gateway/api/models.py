@@ -1,14 +1,14 @@
 """`/v1/models`: the base model and the tenant's own adapters, as OpenAI lists models."""
 
-from fastapi import APIRouter
 from pydantic import BaseModel
 
 from adapter_store.aliases import main_of
 from gateway.api.adapters import erase_everywhere
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AdapterKey, AppParts, InferenceTenant
 from gateway.errors import ModelUnknown, RequestInvalid
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+router = LazyRouter(prefix="/v1/models", tags=["models"])
 
 
 class Model(BaseModel):

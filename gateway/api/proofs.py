@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from typing import Annotated
 
-from fastapi import APIRouter, Path
+from fastapi import Path
 from pydantic import BaseModel, Field
 
 from adapter_store.examples import MOST_EXAMPLES, MOST_TEXT_BYTES, Example
 from adapter_store.proofs import MOST_PROMPT_BYTES, MOST_PROMPTS, PROMPTS, Proof, Status
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AdapterTenant, AppParts
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+router = LazyRouter(prefix="/v1/adapters", tags=["adapters"])
 Number = Annotated[int, Path(ge=1, le=999_999_999)]
 
 

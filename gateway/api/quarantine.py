@@ -1,12 +1,12 @@
 """`/admin/v1/quarantine`: adapters that are held back, for operators."""
 
-from fastapi import APIRouter
 from pydantic import BaseModel
 
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AppParts, Operator
 from gateway.quarantine import Held
 
-router = APIRouter(prefix="/admin/v1/quarantine", tags=["quarantine"])
+router = LazyRouter(prefix="/admin/v1/quarantine", tags=["quarantine"])
 
 
 class HeldObject(BaseModel):

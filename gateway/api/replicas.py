@@ -2,16 +2,16 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AppParts, Operator
 from gateway.errors import RequestInvalid
 from gateway.replicas.pool import Member
 from gateway.replicas.replica import ReplicaState
 from gateway.settings import ADDRESS
 
-router = APIRouter(prefix="/admin/v1/replicas", tags=["replicas"])
+router = LazyRouter(prefix="/admin/v1/replicas", tags=["replicas"])
 
 
 class NewReplica(BaseModel, extra="forbid"):

@@ -2,16 +2,17 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 from pydantic import BaseModel, Field
 
 from adapter_store.aliases import main_of
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Operator, Parts
 from gateway.pins import OPERATOR, TENANT, Pin
 
-router = APIRouter(tags=["residency"])
+router = LazyRouter(tags=["residency"])
 MOST_SHOWN = 100
 Number = Annotated[int, Field(ge=1, le=999_999_999)]
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from pydantic import BaseModel, BeforeValidator, Field
 
 from adapter_store import scaling
@@ -12,6 +12,7 @@ from adapter_store.engine import AsyncConnection
 from adapter_store.proofs import find_all
 from adapter_store.scaling import Scaling
 from gateway.api.adapters import Number, ScaledVersion, scaled_version
+from gateway.api.lazy import LazyRouter
 from gateway.api.publishing import (
     Publication,
     as_response,
@@ -22,7 +23,7 @@ from gateway.api.publishing import (
 from gateway.dependencies import AdapterKey, AppParts
 from gateway.idempotency import Repeated, fingerprint
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+router = LazyRouter(prefix="/v1/adapters", tags=["adapters"])
 ROUTE: Final = "/{name}/versions/{number}/scaled"
 Factor = Annotated[str, BeforeValidator(lambda given: repr(given) if type(given) in (int, float) else given)]
 """A number as JSON has it, or as text."""

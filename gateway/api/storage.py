@@ -1,14 +1,14 @@
 """`/admin/v1/storage`: what is stored, whose it is, and what is wrong with it, for operators."""
 
-from fastapi import APIRouter
 from pydantic import BaseModel
 
 from adapter_store.scrub import FaultyBlob
 from gateway.api.keys import After, Limit
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AppParts, Operator
 from gateway.stored import Stored, stored_by
 
-router = APIRouter(prefix="/admin/v1/storage", tags=["storage"])
+router = LazyRouter(prefix="/admin/v1/storage", tags=["storage"])
 
 
 class FaultObject(BaseModel):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import Header, Request, Response
 from pydantic import BaseModel, Field
 
 from adapter_store.bundle import BUNDLE_FILES
@@ -15,12 +15,13 @@ from adapter_store.together import Together
 from adapter_store.uploads import DeclaredFile, Upload, check_complete, check_part
 from gateway.api.adapters import PublishedVersion, published_version
 from gateway.api.body import Body
+from gateway.api.lazy import LazyRouter
 from gateway.api.publishing import Publication, PublishedAlias, as_response, check_published_alias, once, publish_bundle
 from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, TenantKey
 from gateway.errors import GatewayError, RequestInvalid, answer
 from gateway.idempotency import Kept, Once, Repeated, fingerprint
 
-router = APIRouter(prefix="/v1/adapters/{name}/uploads", tags=["adapters"])
+router = LazyRouter(prefix="/v1/adapters/{name}/uploads", tags=["adapters"])
 
 FileName = Literal["adapter_config.json", "adapter_model.safetensors"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

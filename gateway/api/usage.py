@@ -4,10 +4,11 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Final, Literal
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel
 
 from adapter_store.ids import TenantId
+from gateway.api.lazy import LazyRouter
 from gateway.dependencies import AppParts, Operator, Parts
 from gateway.errors import RequestInvalid, ScopeMissing, authorization_of
 from gateway.limits.terms import month_of
@@ -15,7 +16,7 @@ from gateway.spreadsheet import csv_of
 from gateway.tenants import Scope
 from gateway.usage import UsageQuestion, UsageRow, read_usage
 
-router = APIRouter(tags=["usage"])
+router = LazyRouter(tags=["usage"])
 LAST_SECOND: Final = 253_402_300_799  # of the year 9999
 LONGEST_S: Final = 10 * 366 * 86_400
 COLUMNS: Final = ("start", "adapter", "requests", "failed", "prompt_tokens", "cached_tokens", "completion_tokens")
