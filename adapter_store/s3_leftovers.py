@@ -8,7 +8,6 @@ does it; Azure drops uncommitted blocks by itself.
 import hashlib
 import hmac
 import os
-import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -85,13 +84,15 @@ class Leftovers:
                 raise
 
     def _ask(self, method: str, key: str, query: Mapping[str, str]) -> bytes:
+        from urllib.request import Request, urlopen
+
         base = urlsplit(self.endpoint)
         path = quote(f"{base.path.rstrip('/')}/{self.bucket}" + (f"/{key}" if key else ""), safe="/-_.~")
         asked = urlencode(sorted(query.items()), quote_via=quote, safe="-_.~")
         headers = self._signed(method, base.netloc, path, asked, datetime.now(UTC))
         url = f"{base.scheme}://{base.netloc}{path}?{asked}"
-        request = urllib.request.Request(url, method=method, headers=headers)  # noqa: S310  the operator's own URL
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
+        request = Request(url, method=method, headers=headers)  # noqa: S310  the operator's own URL
+        with urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
             content: bytes = answer.read()
         return content
 

@@ -10,19 +10,24 @@ import ctypes
 import gc
 import socket
 import sys
+from importlib import import_module
+from types import ModuleType
 from typing import Final
 
 from pydantic import ValidationError
 
 from adapter_store.errors import AdapterStoreError
+from adapter_store.late import import_when_used
 from adapter_store.process import die_with_parent
 from gateway.home import ConfigurationError
 from gateway.listening import Ports, bind_ports
 from gateway.settings import Settings, explain
 
-UNUSED: Final = ("watchfiles", "psutil", "pydantic.v1", "email_validator")
-"""2.8 MiB, imported where they are installed: by uvicorn's reloader, a detector of OpenTelemetry's, FastAPI's past and
-its form of an address."""
+UNUSED: Final = ("watchfiles", "psutil", "pydantic.v1", "pydantic_extra_types", "email_validator", "orjson")
+"""3 MiB, imported where they are installed: by uvicorn's reloader, a detector of OpenTelemetry's, FastAPI's past, its
+forms of a colour and of an address, and an answer of its that nobody gives here."""
+LATE: Final = ("html",)
+"""0.5 MiB, imported by Starlette's page for debugging."""
 
 M_ARENA_MAX: Final = -8  # malloc.h of glibc
 
@@ -30,8 +35,7 @@ M_ARENA_MAX: Final = -8  # malloc.h of glibc
 def main() -> None:
     """The process's entry; what an operator can mend is told without a traceback."""
     _share_one_heap()
-    for name in UNUSED:
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # the import system's word for "not to be found"
+    _leave_out_what_is_not_used()
     arguments = _arguments()
     if arguments.with_parent:
         die_with_parent()
@@ -52,6 +56,24 @@ def _share_one_heap() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_ARENA_MAX, 1)
+
+
+def _leave_out_what_is_not_used() -> None:
+    for name in UNUSED:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # the import system's word for "not to be found"
+    for name in LATE:
+        import_when_used(name)
+    sys.modules.setdefault("uvicorn.main", _UvicornsCommand("uvicorn.main"))
+
+
+class _UvicornsCommand(ModuleType):
+    """Stands for the module of uvicorn's command, with click and its supervisors 1 MiB, of which its package needs the
+    server alone."""
+
+    main = run = None
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(import_module("uvicorn.server"), name)
 
 
 def _arguments() -> argparse.Namespace:

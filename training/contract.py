@@ -5,7 +5,6 @@ A job whose result could not be served is refused with the nearest choice that c
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
@@ -170,6 +169,8 @@ def _modules(options: Options, limits: Limits, warm_start: Version | None) -> li
 
 def nearest_modules(asked: Collection[str], known: Collection[str]) -> list[str]:
     """Those that are meant: what is known, what is spelled nearly so, or all where nothing is left."""
+    from difflib import get_close_matches
+
     ordered = sorted(known)
     found = [name if name in known else next(iter(get_close_matches(name, ordered, n=1)), None) for name in asked]
     return list(dict.fromkeys(name for name in found if name is not None)) or ordered
