@@ -39,9 +39,7 @@ Url = Annotated[str | None, typer.Option("--target", envvar="TAILOR_URL", help="
 Chosen = Annotated[Stack | None, typer.Option("--stack", help="Start one for the run alone.")]
 OperatorKey = Annotated[
     str | None,
-    typer.Option(
-        envvar="TAILOR_OPERATOR_KEY", help="Of --target; default: TAILOR_HOME's.", show_default=False
-    ),
+    typer.Option(envvar="TAILOR_OPERATOR_KEY", help="Of --target; default: TAILOR_HOME's.", show_default=False),
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder for the results; default: loadtests/<scenario>-<time>.")]
 
@@ -92,7 +90,7 @@ def run(
         options = Options(folder, processes, _shard(shard), start_at)
         given = None if target is None else UrlTarget(target, _operator_key(operator_key), metrics, slots=slots)
         found = asyncio.run(_run(wanted, given, stack, base_model, options, quiet=quiet))
-        code = _judge(found, folder, baseline)
+        code = judge(found, folder, baseline)
     raise typer.Exit(code)
 
 
@@ -148,7 +146,7 @@ def _tiny_base() -> Path:
     return base.resolve()
 
 
-def _judge(found: "Run", folder: Path, baseline: Path | None) -> int:
+def judge(found: "Run", folder: Path, baseline: Path | None) -> int:
     """The verdicts, told and written."""
     from rich.console import Console
 

@@ -78,6 +78,7 @@ async def run(
                 lateness=tuple(lateness),
                 unfinished=INTERRUPTED if stop.is_set() else "",
                 readings={"before": before, "after": after, "canaries": made.readings()},
+                shard=options.shard,
             )
 
 
