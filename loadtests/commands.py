@@ -41,7 +41,7 @@ OperatorKey = Annotated[
     str | None,
     typer.Option(envvar="TAILOR_OPERATOR_KEY", help="Of --target; default: TAILOR_HOME's.", show_default=False),
 ]
-Out = Annotated[Path | None, typer.Option(help="Folder for the results; default: loadtests/<scenario>-<time>.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the results; default: loadtest-results/<scenario>-<time>.")]
 
 
 @app.command("list")
@@ -85,7 +85,7 @@ def run(
         wanted = read(Path(scenario), profile=profile)
         if (target is None) == (stack is None):
             cannot("say either --target URL, or --stack fake or cpu")
-        folder = out or Path("loadtests") / f"{wanted.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = out or Path("loadtest-results") / f"{wanted.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder.mkdir(parents=True, exist_ok=True)
         options = Options(folder, processes, _shard(shard), start_at)
         given = None if target is None else UrlTarget(target, _operator_key(operator_key), metrics, slots=slots)

@@ -73,7 +73,7 @@ async def run(
                 started_at=started_at,
                 schedule=schedule,
                 samples=samples,
-                events=(*actions.events, *await _ends_of_jobs(actions, made)),
+                events=(*actions.events, *await _ends_of_jobs(actions, made, schedule.end - 1)),
                 versions=made.lives.all(),
                 lateness=tuple(lateness),
                 unfinished=INTERRUPTED if stop.is_set() else "",
@@ -151,13 +151,13 @@ async def _learn_the_rest(made: Prepared) -> None:
         )
 
 
-async def _ends_of_jobs(actions: Actions, made: Prepared) -> list[Event]:
-    """How the fine-tuning jobs stand at the end."""
+async def _ends_of_jobs(actions: Actions, made: Prepared, at: int) -> list[Event]:
+    """How the fine-tuning jobs stand after the run, told as of its end."""
     events = []
     for tenant, job in actions.jobs:
         told = await made.api.call(tenant.key, "GET", f"/v1/fine_tuning/jobs/{job}")
         error = str((told.get("error") or {}).get("message") or "") if told["status"] == "failed" else ""
-        events.append(Event(actions.now(), "job", f"{tenant.name}/{job} {told['status']}", error=error))
+        events.append(Event(at, "job", f"{tenant.name}/{job} {told['status']}", error=error))
     return events
 
 
