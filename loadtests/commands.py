@@ -107,14 +107,15 @@ async def _run(
 
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
-    async with _target(scenario, given, stack, base_model, options.folder) as target:
+    async with stack_or_target(scenario, given, stack, base_model, options.folder) as target:
         return await run_scenario(scenario, target, options, on_step=_say, stop=stop)
 
 
 @asynccontextmanager
-async def _target(
+async def stack_or_target(
     scenario: "Scenario", given: "Target | None", stack: Stack | None, base_model: Path | None, folder: Path
 ) -> "AsyncIterator[Target]":
+    """What is tested: the one that is given, or a stack started for it; files in `folder`."""
     from loadtests.cpu_stack import cpu_stack
     from loadtests.fake_stack import fake_stack
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loadtests.commands import app as app
 from loadtests.commands import cannot, judge, told
+from loadtests.tool_commands import app as app
 
 if TYPE_CHECKING:
     from loadtests.comparing import Compared
