@@ -94,6 +94,19 @@ def run(
     raise typer.Exit(code)
 
 
+@app.command("report")
+def report_again(
+    folder: Annotated[Path, typer.Argument(help="Of a run's results.")],
+    baseline: Annotated[Path | None, typer.Option(help="Folder of an earlier run to compare with.")] = None,
+) -> None:
+    """Judge a run again and write its report anew. Exit code as of `run`."""
+    from loadtests import results
+
+    with told():
+        code = judge(results.load(folder), folder, baseline)
+    raise typer.Exit(code)
+
+
 async def _run(
     scenario: "Scenario",
     given: "Target | None",
@@ -103,12 +116,16 @@ async def _run(
     *,
     quiet: bool,
 ) -> "Run":
+    from loadtests.live import Display
     from loadtests.running import run as run_scenario
 
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
     async with stack_or_target(scenario, given, stack, base_model, options.folder) as target:
-        return await run_scenario(scenario, target, options, on_step=_say, stop=stop)
+        if quiet:
+            return await run_scenario(scenario, target, options, stop=stop)
+        with Display(scenario) as display:
+            return await run_scenario(scenario, target, options, on_progress=display, on_step=_say, stop=stop)
 
 
 @asynccontextmanager
@@ -151,15 +168,17 @@ def judge(found: "Run", folder: Path, baseline: Path | None) -> int:
     """The verdicts, told and written."""
     from rich.console import Console
 
-    from loadtests import gates, results
+    from loadtests import gates, report, results
 
+    results.save(found, folder)
     verdicts = gates.judge(found, results.load(baseline) if baseline is not None else None)
     results.write(found, verdicts, folder)
+    page = report.write(found, verdicts, folder)
     console = Console()
     for one in verdicts:
         colour = {"pass": "green", "fail": "red"}.get(one.judgement, "yellow")
         console.print(f"[{colour}]{one.judgement:12}[/] {one.gate}: {one.reason}", highlight=False, soft_wrap=True)
-    console.print(f"results are in {folder}", highlight=False, soft_wrap=True)
+    console.print(f"results are in {folder}, the report is {page}", highlight=False, soft_wrap=True)
     return gates.exit_code(verdicts, found)
 
 
