@@ -67,6 +67,7 @@ class Load:
                 "name": "crosscheck",
                 "question": "does another tool see the same?",
                 "seed": seed,
+                "stack": {"max_model_len": max(512, 2 * (self.prompt_tokens + self.output_tokens))},
                 "tenants": [{"name": "caller", "adapters": 0, "plan": UNLIMITED}],
                 "workloads": {
                     "plain": {
