@@ -1,24 +1,38 @@
-"""Runs the in-process measurement of resolve + admit; that lives with the tests, since it imports what it measures."""
+"""Resolve + admit with many adapters: alone in a loop, and as part of whole requests.
 
+The loop lives with the tests, since it imports what it measures. It is the worst that there is: nothing but those
+lookups, over everything there is. A whole request goes over HTTP to a gateway on the same database.
+"""
+
+import asyncio
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import uvloop
+
 from loadtests.figures import Row
-from loadtests.overhead.processes import on_core, two_cores
+from loadtests.overhead.client import Pool, Target
+from loadtests.overhead.model_files import BASE_NAME
+from loadtests.overhead.phases import CONNECTIONS
+from loadtests.overhead.processes import cpu_ns, on_core, two_cores
 from loadtests.overhead.report import row
-from loadtests.overhead.stack import CannotMeasureError
+from loadtests.overhead.stack import CannotMeasureError, Gateway, RunningGateway, base_model, mock_upstream
 
 PROGRAM: Final = "tests.bench.scale"
 ROOT: Final = Path(__file__).parents[2]
 SMALL: Final = ("10", "1", "2")  # adapters, tenants, keys
 LARGE: Final = ("100000", "10000", "20000")
 TRAFFIC: Final = ("uniform", "zipf")
+WHOLE_REQUESTS: Final = 1_000
+MOST_ASKED: Final = 2_000
+"""Adapters that whole requests ask for: as many as an engine with much memory holds. More would be loads."""
 
 
 class Measured:
@@ -50,38 +64,122 @@ def scale_rows(*, rounds: int) -> list[Row]:
     """CPU with few and with many, turn by turn. The least of the rounds counts: what else runs only ever adds."""
     with ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tailor-scale-")))
-        small = held.enter_context(_measured(folder / "small.db", SMALL))
-        large = held.enter_context(_measured(folder / "large.db", LARGE))
-        least = {
-            traffic: [min(pair) for pair in zip(*_turns(small, large, traffic, rounds), strict=True)]
-            for traffic in TRAFFIC
-        }
+        base, fingerprint = base_model(folder / BASE_NAME)
+        filled = [Filled(folder / name, size) for name, size in (("small.db", SMALL), ("large.db", LARGE))]
+        for one in filled:
+            one.run("fill", fingerprint)
+        with ExitStack() as looping:
+            small, large = (looping.enter_context(_measured(one)) for one in filled)
+            least = {traffic: _least(small.cpu_us, large.cpu_us, traffic, rounds) for traffic in TRAFFIC}
+        whole = whole_requests(base, fingerprint, filled, rounds)
         uniform, zipf = (least[traffic] for traffic in TRAFFIC)
         return [
             row(
                 "resolve_admit_cpu_ratio", uniform[1] / uniform[0], traffic="uniform",
                 cpu_us_with_10=round(uniform[0], 2), cpu_us_with_100000=round(uniform[1], 2),
                 ratio_in_zipf_traffic=round(zipf[1] / zipf[0], 3),
+                whole_requests={
+                    traffic: {"ratio": round(many / few, 3), "cpu_us_with_10": round(few, 1),
+                              "cpu_us_with_100000": round(many, 1)}
+                    for traffic, (few, many) in whole.items()
+                },
             ),
             row("resolve_admit_rss_mib", large.rss_mib, with_10=round(small.rss_mib, 2)),
         ]  # fmt: skip
 
 
-def _turns(small: Measured, large: Measured, traffic: str, rounds: int) -> list[tuple[float, float]]:
-    return [(small.cpu_us(traffic), large.cpu_us(traffic)) for _ in range(rounds)]
+def whole_requests(base: Path, fingerprint: str, filled: "Sequence[Filled]", rounds: int) -> dict[str, list[float]]:
+    """Traffic → CPU of a whole small request over HTTP, with few and with many adapters."""
+    with ExitStack() as held:
+        few, many = (held.enter_context(_asked(one, base, fingerprint)) for one in filled)
+        return {traffic: _least(few.cpu_us, many.cpu_us, traffic, rounds) for traffic in TRAFFIC}
+
+
+def _least(small: Callable[[str], float], large: Callable[[str], float], traffic: str, rounds: int) -> list[float]:
+    turns = [(small(traffic), large(traffic)) for _ in range(rounds)]
+    return [min(column) for column in zip(*turns, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A database of so many adapters, tenants and keys, and what is asked of it."""
+
+    database: Path
+    size: Sequence[str]
+
+    def command(self, verb: str, *more: str) -> list[str]:
+        return [sys.executable, "-m", PROGRAM, str(self.database), *self.size, verb, *more]
+
+    def run(self, verb: str, *more: str) -> str:
+        return subprocess.run(self.command(verb, *more), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 @contextmanager
-def _measured(database: Path, size: Sequence[str]) -> Iterator[Measured]:
-    """A process that holds so many adapters, tenants and keys, until the block ends."""
-    command = [sys.executable, "-m", PROGRAM, str(database), *size]
-    subprocess.run([*command, "fill"], cwd=ROOT, check=True)
+def _measured(filled: Filled) -> Iterator[Measured]:
+    """A process that has looked everything up once, until the block ends."""
     with on_core(two_cores()[0]):
         process = subprocess.Popen(
-            [*command, "measure"], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            filled.command("measure"), cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
     with process:
         try:
             yield Measured(process)
         finally:
             process.kill()
+
+
+class Asked:
+    """A gateway in front of a mock that holds every adapter which is asked for."""
+
+    def __init__(self, gateway: RunningGateway, requests: dict[str, list[tuple[str, str]]]) -> None:
+        self._pid = gateway.start.process.pid
+        self._port = gateway.port
+        self._wires = {
+            traffic: [Target("gateway", gateway.port, key, model).request(max_tokens=16) for key, model in pairs]
+            for traffic, pairs in requests.items()
+        }
+        for wires in self._wires.values():  # keys, names and places are known afterwards, and adapters loaded
+            self._ask(wires)
+
+    def cpu_us(self, traffic: str) -> float:
+        """Of one request, over some thousands."""
+        wires = self._wires[traffic][:WHOLE_REQUESTS]
+        self._wires[traffic] = self._wires[traffic][WHOLE_REQUESTS:] + wires
+        before = cpu_ns([self._pid])
+        self._ask(wires)
+        return (cpu_ns([self._pid]) - before) / 1e3 / len(wires)
+
+    def _ask(self, wires: Sequence[bytes]) -> None:
+        with on_core(two_cores()[1]):
+            failed = uvloop.run(_ask_all(Target("gateway", self._port), wires))
+        if failed:
+            raise CannotMeasureError(f"{failed} of {len(wires)} requests failed")
+
+
+async def _ask_all(target: Target, wires: Sequence[bytes]) -> int:
+    """How many failed."""
+    left, failed = iter(wires), 0
+    async with Pool(target) as pool:
+        await pool.warm(CONNECTIONS)
+
+        async def work() -> None:
+            nonlocal failed
+            for wire in left:
+                failed += not (await pool.ask(wire)).ok
+
+        await asyncio.gather(*(work() for _ in range(CONNECTIONS)))
+    return failed
+
+
+@contextmanager
+def _asked(filled: Filled, base: Path, fingerprint: str) -> Iterator[Asked]:
+    """A gateway on that database, its requests asked once, until the block ends."""
+    proxy_core, client_core = two_cores()
+    folder = filled.database.with_suffix("")
+    folder.mkdir()
+    database = {"TAILOR_DATABASE_URL": f"sqlite+aiosqlite:///{filled.database}"}
+    with (
+        mock_upstream(folder, fingerprint, client_core) as upstream,
+        Gateway(folder, base, upstream, proxy_core, database).started() as gateway,
+    ):
+        yield Asked(gateway, json.loads(filled.run("requests", str(MOST_ASKED))))

@@ -1,7 +1,11 @@
 """What resolve + admit costs, and what its caches hold, with many adapters: in a process of its own.
 
-    python -m tests.bench.scale DATABASE ADAPTERS TENANTS KEYS fill       makes the rows
-    python -m tests.bench.scale DATABASE ADAPTERS TENANTS KEYS measure    asks for each adapter once, then measures
+    python -m tests.bench.scale DATABASE ADAPTERS TENANTS KEYS fill [FINGERPRINT]  makes the rows
+    python -m tests.bench.scale DATABASE ADAPTERS TENANTS KEYS measure             asks for each adapter, then measures
+    python -m tests.bench.scale DATABASE ADAPTERS TENANTS KEYS requests MOST       says what could be asked over HTTP
+
+The fingerprint is that of the adapters' base model. `requests` prints {"uniform": …, "zipf": …}, each some thousands of
+pairs of key and model, for at most so many adapters.
 
 `measure` prints {"rss_mib": growth by what the caches hold}, then {"cpu_us": per request} for each line on stdin, over
 requests for adapters in random order. Keys and names are made anew for each request, as a socket would bring them.
@@ -16,7 +20,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,7 @@ from gateway.tenants import ApiKey
 
 FINGERPRINT = "f" * 64
 REQUESTS = 20_000
+REQUESTS_OVER_HTTP = 6_000
 SCATTER = 7_919  # prime: neighbours in popularity are no neighbours in memory
 AT_ONCE = 250  # requests made up at a time: few enough to be in the processor's cache, as bytes off a socket are
 FILLED = 5_000
@@ -60,6 +65,9 @@ class Size:
     adapters: int
     tenants: int
     keys: int
+    fingerprint: str = FINGERPRINT
+    asked: int | None = None
+    """Adapters that are asked for at all; None: each."""
 
     def tenant_of(self, number: int) -> TenantId:
         return TenantId(f"tnt_{number % self.tenants:024x}")
@@ -69,7 +77,8 @@ class Size:
 
         Traffic `uniform` asks for all equally often, `zipf` for the nth most popular in proportion to 1/n.
         """
-        rank = int(self.adapters ** chosen.random()) - 1 if traffic == "zipf" else chosen.randrange(self.adapters)
+        asked = min(self.adapters, self.asked or self.adapters)
+        rank = int(asked ** chosen.random()) - 1 if traffic == "zipf" else chosen.randrange(asked)
         adapter = rank * SCATTER % self.adapters
         key = adapter % self.tenants + self.tenants * chosen.randrange(self.keys // self.tenants)
         return f"Bearer {secret(key)}".encode(), f"adapter-{adapter}"
@@ -138,7 +147,7 @@ def version_row(size: Size, number: int) -> dict[str, object]:
         "weights_bytes": 1_000_000 + number,
         "rank": 8,
         "modules": json.dumps(["q_proj", "k_proj", "v_proj", "o_proj"]),
-        "base_fingerprint": FINGERPRINT,
+        "base_fingerprint": size.fingerprint,
         "provenance": "upload",
         "created_at": 1_700_000_000 + number,
     }
@@ -284,13 +293,31 @@ def _tell(**figures: float) -> None:
     sys.stdout.flush()
 
 
-async def main(database: str, adapters: str, tenants_: str, keys: str, verb: str) -> None:
+async def main(database: str, adapters: str, tenants_: str, keys: str, verb: str, more: str = "") -> None:
     size = Size(int(adapters), int(tenants_), int(keys))
+    if verb == "requests":
+        _say_requests(replace(size, asked=int(more)))
+        return
     engine = open_engine(f"sqlite+aiosqlite:///{database}")
     try:
-        await (fill(engine, size) if verb == "fill" else measure(engine, size, Path(database).parent))
+        if verb == "fill":
+            await fill(engine, replace(size, fingerprint=more or FINGERPRINT))
+        else:
+            await measure(engine, size, Path(database).parent)
     finally:
         await engine.dispose()
+
+
+def _say_requests(size: Size) -> None:
+    chosen = random.Random(1)
+    pairs = {
+        traffic: [size.request(chosen, traffic) for _ in range(REQUESTS_OVER_HTTP)] for traffic in ("uniform", "zipf")
+    }
+    told = {
+        traffic: [(authorization.decode().removeprefix("Bearer "), model) for authorization, model in asked]
+        for traffic, asked in pairs.items()
+    }
+    sys.stdout.write(json.dumps(told))
 
 
 if __name__ == "__main__":
