@@ -120,10 +120,12 @@ class Bodies:
         else:
             length = planned.output_tokens
             fields = self._fields[planned.workload][planned.parameters] % (model, length, length)
-            body = fields + self._prompt(workload, planned) + (b'"}]}' if workload.route == "chat" else b'"}')
+            body = fields + self.prompt(planned) + (b'"}]}' if workload.route == "chat" else b'"}')
         return self._head(planned.tenant, workload.route) % len(body) + body
 
-    def _prompt(self, workload: Workload, planned: Planned) -> bytes:
+    def prompt(self, planned: Planned) -> bytes:
+        """Its text, without what a canary has instead."""
+        workload = self._workloads[planned.workload]
         words = self._words(planned.prompt_tokens)
         shared = min(self._words(workload.shared_prefix_tokens), words - 1) if workload.shared_prefix_tokens else 0
         begin = self._text.prompt(_spread(planned.tenant), shared) if shared else b""

@@ -269,6 +269,7 @@ class Connection(asyncio.Protocol):
         self.closed = True
         self._break("closed" if exc is None else type(exc).__name__)
         self._pool.lost()
+        del self._parser  # it holds us
 
     def _break(self, error: str) -> None:
         exchange = self._exchange

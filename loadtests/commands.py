@@ -41,7 +41,7 @@ OperatorKey = Annotated[
     str | None,
     typer.Option(envvar="TAILOR_OPERATOR_KEY", help="Of --target; default: TAILOR_HOME's.", show_default=False),
 ]
-Out = Annotated[Path | None, typer.Option(help="Folder for the results; default: loadtests/<scenario>-<time>.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the results; default: loadtest-results/<scenario>-<time>.")]
 
 
 @app.command("list")
@@ -85,12 +85,25 @@ def run(
         wanted = read(Path(scenario), profile=profile)
         if (target is None) == (stack is None):
             cannot("say either --target URL, or --stack fake or cpu")
-        folder = out or Path("loadtests") / f"{wanted.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = out or Path("loadtest-results") / f"{wanted.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder.mkdir(parents=True, exist_ok=True)
         options = Options(folder, processes, _shard(shard), start_at)
         given = None if target is None else UrlTarget(target, _operator_key(operator_key), metrics, slots=slots)
         found = asyncio.run(_run(wanted, given, stack, base_model, options, quiet=quiet))
-        code = _judge(found, folder, baseline)
+        code = judge(found, folder, baseline)
+    raise typer.Exit(code)
+
+
+@app.command("report")
+def report_again(
+    folder: Annotated[Path, typer.Argument(help="Of a run's results.")],
+    baseline: Annotated[Path | None, typer.Option(help="Folder of an earlier run to compare with.")] = None,
+) -> None:
+    """Judge a run again and write its report anew. Exit code as of `run`."""
+    from loadtests import results
+
+    with told():
+        code = judge(results.load(folder), folder, baseline)
     raise typer.Exit(code)
 
 
@@ -103,18 +116,23 @@ async def _run(
     *,
     quiet: bool,
 ) -> "Run":
+    from loadtests.live import Display
     from loadtests.running import run as run_scenario
 
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
-    async with _target(scenario, given, stack, base_model, options.folder) as target:
-        return await run_scenario(scenario, target, options, on_step=_say, stop=stop)
+    async with stack_or_target(scenario, given, stack, base_model, options.folder) as target:
+        if quiet:
+            return await run_scenario(scenario, target, options, stop=stop)
+        with Display(scenario) as display:
+            return await run_scenario(scenario, target, options, on_progress=display, on_step=_say, stop=stop)
 
 
 @asynccontextmanager
-async def _target(
+async def stack_or_target(
     scenario: "Scenario", given: "Target | None", stack: Stack | None, base_model: Path | None, folder: Path
 ) -> "AsyncIterator[Target]":
+    """What is tested: the one that is given, or a stack started for it; files in `folder`."""
     from loadtests.cpu_stack import cpu_stack
     from loadtests.fake_stack import fake_stack
 
@@ -146,19 +164,21 @@ def _tiny_base() -> Path:
     return base.resolve()
 
 
-def _judge(found: "Run", folder: Path, baseline: Path | None) -> int:
+def judge(found: "Run", folder: Path, baseline: Path | None) -> int:
     """The verdicts, told and written."""
     from rich.console import Console
 
-    from loadtests import gates, results
+    from loadtests import gates, report, results
 
+    results.save(found, folder)
     verdicts = gates.judge(found, results.load(baseline) if baseline is not None else None)
     results.write(found, verdicts, folder)
+    page = report.write(found, verdicts, folder)
     console = Console()
     for one in verdicts:
         colour = {"pass": "green", "fail": "red"}.get(one.judgement, "yellow")
         console.print(f"[{colour}]{one.judgement:12}[/] {one.gate}: {one.reason}", highlight=False, soft_wrap=True)
-    console.print(f"results are in {folder}", highlight=False, soft_wrap=True)
+    console.print(f"results are in {folder}, the report is {page}", highlight=False, soft_wrap=True)
     return gates.exit_code(verdicts, found)
 
 

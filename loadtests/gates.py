@@ -128,7 +128,7 @@ def _measured(run: Run, gate: Gate, baseline: Run | None) -> tuple[Figure, Figur
     if gate.ratio_to_baseline and baseline is not None:
         other = select(baseline, phase=gate.phase, tenants=gate.tenants)
         return ours, metrics.of(other, gate.metric), ratio_interval(gate.metric, chosen, other)
-    return ours, None, None
+    return ours, Figure(math.nan, 0) if gate.ratio_to_baseline else None, None
 
 
 def ratio_interval(metric: str, ours: Selected, theirs: Selected) -> tuple[float, float] | None:

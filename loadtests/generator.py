@@ -10,6 +10,7 @@ import asyncio
 import gc
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ class Sender:
         self._next = 0
         self._callers = sorted(self._closed_loops(), key=lambda caller: caller.begin, reverse=True)
         self._running = 0  # callers at work
+        self._idle_callers = 0
         self._in_flight = 0
         self._stopped = False
         self._finished = asyncio.Event()
@@ -125,8 +127,10 @@ class Sender:
         self._check_end()
 
     def _ask_again(self, caller: Caller) -> None:
-        place = None if self._stopped or now() - self._begin >= caller.end else next(caller.places, None)
+        over = self._stopped or now() - self._begin >= caller.end
+        place = None if over else next(caller.places, None)
         if place is None:
+            self._idle_callers += not over
             self._running -= 1
             self._check_end()
         else:
@@ -187,13 +191,15 @@ class Sender:
         sent = rows[rows["sent"] != ABSENT]
         late_us = (sent["sent"] - sent["scheduled"]) / 1_000
         if not len(late_us):
-            return Lateness(process, 0.0, 0.0, 0.0, cpu_share)
+            return Lateness(process, 0.0, 0.0, 0.0, cpu_share, self._idle_callers)
         p50_us, p99_us = np.quantile(late_us, (0.5, 0.99)).tolist()
-        return Lateness(process, p50_us, p99_us, float(late_us.max()), cpu_share)
+        return Lateness(process, p50_us, p99_us, float(late_us.max()), cpu_share, self._idle_callers)
 
 
 async def serve() -> None:
     """One run, as standard input says."""
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection each that is in flight
     told = _Messages()
     await told.open()
     order = await told.next()
@@ -209,7 +215,7 @@ async def serve() -> None:
     begin = int((await told.next())["begin"])
     gc.collect()
     gc.freeze()
-    gc.disable()  # what a request makes dies with it
+    gc.set_threshold(10_000)  # what a request makes dies with it; only connections that fail leave cycles
     asides = [asyncio.create_task(_listen(told, sender)), asyncio.create_task(_tell(sender))]
     cpu_s, wall = time.process_time(), max(begin, now())
     await sender.run(begin)

@@ -152,6 +152,7 @@ class Lateness:
     p99_us: float
     most_us: float
     cpu_share: float
+    idle_callers: int = 0  # of closed loops: who had nothing left to ask before their phase ended
 
 
 @dataclass(frozen=True, slots=True)

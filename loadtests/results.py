@@ -54,15 +54,14 @@ class ResultsUnreadable(Exception):
 
 
 def write(run: Run, verdicts: Sequence[Verdict], folder: Path) -> None:
-    """Everything about a run into its folder, which is made if it is not there."""
-    save(run, folder)
+    """Its verdicts and figures, for people, CI and spreadsheets, into the folder of a run that was saved."""
     (folder / "summary.json").write_text(json.dumps(summary(run, verdicts), indent=1, ensure_ascii=False))
     ElementTree.ElementTree(_junit(run, verdicts)).write(folder / "junit.xml", "utf-8", xml_declaration=True)
     _write_requests(run, folder / "requests.csv")
 
 
 def save(run: Run, folder: Path) -> None:
-    """What `load` reads, before anybody has judged it."""
+    """What `load` reads, into its folder, which is made if it is not there; before anybody judges it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scenario.yaml").write_text(yaml.safe_dump(run.scenario, sort_keys=False, allow_unicode=True))
     run.samples.save(folder / "samples.npz")

@@ -5,7 +5,7 @@ import importlib.metadata
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -73,11 +73,12 @@ async def run(
                 started_at=started_at,
                 schedule=schedule,
                 samples=samples,
-                events=(*actions.events, *await _ends_of_jobs(actions, made)),
+                events=(*actions.events, *await _ends_of_jobs(actions, made, schedule.end - 1)),
                 versions=made.lives.all(),
                 lateness=tuple(lateness),
-                unfinished=INTERRUPTED if stop.is_set() else "",
+                unfinished=INTERRUPTED if stop.is_set() else _idle(lateness),
                 readings={"before": before, "after": after, "canaries": made.readings()},
+                shard=options.shard,
             )
 
 
@@ -122,6 +123,12 @@ async def _play(
     return samples, lateness, actions
 
 
+def _idle(lateness: Sequence[Lateness]) -> str:
+    """Callers who ask nothing are a smaller load than was meant."""
+    idle = sum(one.idle_callers for one in lateness)
+    return f"{idle} callers of a closed loop had asked all that was planned before their phase ended" if idle else ""
+
+
 def _begin_ns(start_at: float | None) -> int | None:
     """A time of the wall clock, which several hosts share, on this one's monotonic clock."""
     return None if start_at is None else time.monotonic_ns() + round((start_at - time.time()) * 1e9)
@@ -150,13 +157,13 @@ async def _learn_the_rest(made: Prepared) -> None:
         )
 
 
-async def _ends_of_jobs(actions: Actions, made: Prepared) -> list[Event]:
-    """How the fine-tuning jobs stand at the end."""
+async def _ends_of_jobs(actions: Actions, made: Prepared, at: int) -> list[Event]:
+    """How the fine-tuning jobs stand after the run, told as of its end."""
     events = []
     for tenant, job in actions.jobs:
         told = await made.api.call(tenant.key, "GET", f"/v1/fine_tuning/jobs/{job}")
         error = str((told.get("error") or {}).get("message") or "") if told["status"] == "failed" else ""
-        events.append(Event(actions.now(), "job", f"{tenant.name}/{job} {told['status']}", error=error))
+        events.append(Event(at, "job", f"{tenant.name}/{job} {told['status']}", error=error))
     return events
 
 

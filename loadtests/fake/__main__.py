@@ -10,10 +10,34 @@ import asyncio
 import json
 import os
 import signal
+from typing import Any
 
 from adapter_store.process import die_with_parent
 from loadtests.fake.engine import EngineModel
 from loadtests.fake.replica import FakeReplica
+
+BLOCK_TOKENS = 16
+BLOCKS = 65_536
+
+
+class PrefixCache:
+    """Blocks of prompts that were computed before, as vLLM keeps them: each known by all that stands before it."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, None] = {}
+
+    def hits(self, owner: str | None, text: str) -> int:
+        """How many blocks at the begin of a text are there; afterwards all of it is."""
+        size, key, hits, whole = 4 * BLOCK_TOKENS, hash(owner), 0, True
+        for begin in range(0, len(text) - size, size):
+            key = hash((key, text[begin : begin + size]))
+            whole = whole and key in self._blocks
+            hits += whole
+            self._blocks.pop(key, None)
+            self._blocks[key] = None
+        while len(self._blocks) > BLOCKS:
+            del self._blocks[next(iter(self._blocks))]
+        return hits
 
 
 class StandaloneReplica(FakeReplica):
@@ -21,6 +45,11 @@ class StandaloneReplica(FakeReplica):
 
     mix_up_every = 0
     _spoken = 0
+    _cache = PrefixCache()
+
+    def cached_tokens(self, name: str | None, body: dict[str, Any]) -> int:
+        """Of this adapter's prompts, for another one's have other keys and values."""
+        return BLOCK_TOKENS * self._cache.hits(name, json.dumps(body.get("messages", body.get("prompt", ""))))
 
     def text_of(self, name: str | None) -> str:
         """The adapter's, or where it is to mix them up now and then another one's."""

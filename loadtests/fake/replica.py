@@ -85,6 +85,7 @@ class Served:
     whole: bool = False
     arrived_s: float = 0.0
     ended_s: float = 0.0
+    cached_tokens: int = 0
 
 
 @dataclass
@@ -475,6 +476,8 @@ class FakeReplica:
             return self._bytes(writer, 500, self.faults.status_body)
         await asyncio.sleep(self.faults.slow_digests.get(digest, 0.0))
         served = self._serve_record(name, body)
+        speech.cached = self.cached_tokens(name, body)
+        served.cached_tokens = speech.cached or 0
         try:
             if body.get("stream"):
                 await self._stream(speech, body, name, served, reader, writer)
@@ -512,6 +515,10 @@ class FakeReplica:
         if self.engine is None:
             return 3
         return 1 + len(json.dumps(body.get("messages", body.get("prompt", "")))) // 4
+
+    def cached_tokens(self, name: str | None, body: dict[str, Any]) -> int | None:
+        """How much of the prompt was there already; None where there is no cache to tell of."""
+        return None
 
     def completion_tokens(self, body: dict[str, Any]) -> int:
         """What a whole answer has."""
@@ -564,7 +571,8 @@ class FakeReplica:
             else:
                 tell(number)
 
-        sequence = Sequence(name, served.priority, served.prompt_tokens, tokens, on_token, done)
+        new = served.prompt_tokens - served.cached_tokens
+        sequence = Sequence(name, served.priority, new, tokens, on_token, done)
         engine.add(sequence)
         gone = asyncio.ensure_future(_until_gone(reader))
         try:

@@ -17,13 +17,15 @@ class Speech:
         self.model: str = body["model"]
         self._chat = path == "/v1/chat/completions"
         self._continuous = bool((body.get("stream_options") or {}).get("continuous_usage_stats"))
+        self.cached: int | None = None
+        """Tokens of the prompt that were there already; told where there is a number."""
 
     def whole(self, text: str, prompt: int, completion: int) -> dict[str, Any]:
         said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         choice = {"index": 0, **said, "finish_reason": "stop"}
         kind = "chat.completion" if self._chat else "text_completion"
         answer = {"id": "x", "object": kind, "created": 1, "model": self.model}
-        return {**answer, "choices": [choice], "usage": usage(prompt, completion)}
+        return {**answer, "choices": [choice], "usage": self._used(prompt, completion)}
 
     def begin(self, prompt: int) -> Iterator[bytes]:
         """Before the first token."""
@@ -47,8 +49,12 @@ class Speech:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         event = {"id": "x", "object": kind, "created": 1, "model": self.model, "choices": choices}
         if counts or self._continuous:
-            event["usage"] = usage(prompt, completion)
+            event["usage"] = self._used(prompt, completion)
         return b"data: " + _json(event) + b"\n\n"
+
+    def _used(self, prompt: int, completion: int) -> dict[str, Any]:
+        details = {} if self.cached is None else {"prompt_tokens_details": {"cached_tokens": self.cached}}
+        return {**usage(prompt, completion), **details}
 
 
 class MessagesSpeech(Speech):

@@ -9,6 +9,7 @@ from loadtests import gates
 from loadtests.running import Options, run
 from loadtests.scenario import SHIPPED, read
 from tests.integration.loadtests.stacks import Stacks, shared_stacks
+from tests.small_base import SMALL
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
@@ -20,9 +21,19 @@ async def stacks(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stac
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_a_scenario_is_green(name: str, stacks: Stacks, tmp_path: Path) -> None:
+async def test_a_scenario_is_green(
+    name: str, stacks: Stacks, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Its short profile keeps all its gates, and nothing about the run is in doubt."""
     scenario = read(Path(name), profile="short")
-    found = await run(scenario, await stacks.stack(scenario.stack), Options(tmp_path))
+    base = trainable(tmp_path_factory.mktemp("bases")) if scenario.stack.worker else None
+    found = await run(scenario, await stacks.stack(scenario.stack, base=base), Options(tmp_path))
     verdicts = gates.judge(found)
     assert gates.exit_code(verdicts, found) == gates.PASSED, verdicts
+
+
+def trainable(folder: Path) -> Path:
+    """A base with weights that a worker can train on."""
+    from training import tiny_base
+
+    return tiny_base.build(folder / "base", recipe=SMALL).path

@@ -35,7 +35,7 @@ def played(schedule: Schedule) -> Samples:
     planned = schedule.planned
     rows = np.full(len(planned), ABSENT, np.dtype([(name, "i8") for name in SAMPLE.names or ()])).astype(SAMPLE)
     rows["index"] = np.arange(len(planned))
-    rows["outcome"] = Outcome.WHOLE
+    rows["outcome"], rows["tier"] = Outcome.WHOLE, 0
     rows["sent"] = planned["seed"]
     rows["chunks"] = planned["seed"] % 4
     texts = ("", *sorted({f"replica-{seed % 5}" for seed in planned["seed"]}, reverse=True))

@@ -34,7 +34,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path: Path) -> None:
         readings={"before": {"loads": 3}},
         shard=(1, 3),
     )
-    results.write(run, gates.judge(run), tmp_path / "run")
+    results.save(run, tmp_path / "run")
     found = results.load(tmp_path / "run")
     for name in (
         "scenario",

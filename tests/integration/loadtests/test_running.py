@@ -1,0 +1,85 @@
+"""A run as a whole: what it finds, what it leaves at the server, and what it says where there is nothing to run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from loadtests import gates, metrics
+from loadtests.fake_stack import fake_stack
+from loadtests.running import Options, run
+from loadtests.scenario import Scenario, read
+from loadtests.stacks import UrlTarget
+
+
+async def test_answers_of_another_adapter_are_found_on_any_server(tmp_path: Path) -> None:
+    """A replica that answers one in seven with another adapter's voice turns the gate red, by the address alone;
+    afterwards nothing of the load test's can be used any more."""
+    scenario = read(Path("smoke"), profile="short")
+    async with fake_stack(scenario.stack, tmp_path / "stack", more=("--mix-up-every", "7")) as stack:
+        found = await run(scenario, UrlTarget(stack.url, stack.operator_key), Options(tmp_path))
+        headers = {"authorization": f"Bearer {stack.operator_key}"}
+        async with httpx.AsyncClient(base_url=stack.url, headers=headers) as http:
+            kept = (await http.get("/admin/v1/storage/tenants")).json()["data"]
+            tenants = (await http.get("/admin/v1/tenants")).json()["data"]
+    verdicts = gates.judge(found)
+    assert metrics.figure(found, "wrong_adapter").value > 0
+    assert gates.exit_code(verdicts, found) == gates.FAILED
+    assert all(not one["adapters"] for one in kept)
+    assert [one["suspended_at"] is not None for one in tenants] == [True] * 3
+
+
+async def test_versions_may_answer_as_long_as_they_live(tmp_path: Path) -> None:
+    """Publications during traffic: every answer's version is one that the name stood for, and both ones answered."""
+    scenario = one_name_that_moves()
+    async with fake_stack(scenario.stack, tmp_path / "stack") as stack:
+        found = await run(scenario, stack, Options(tmp_path))
+    assert [event.error for event in found.events if event.kind in ("publish", "flip")] == [""] * 4
+    assert len({life.digest for life in found.versions}) >= 3
+    assert all(life.answer is not None for life in found.versions)
+    told = np.unique(found.samples.rows["version"])
+    assert len(told) >= 3
+    assert metrics.figure(found, "wrong_adapter").value == 0
+
+
+def one_name_that_moves() -> Scenario:
+    return Scenario.model_validate(
+        {
+            "name": "moves",
+            "question": "Does each answer's version belong to its name?",
+            "tenants": [{"name": "one"}],
+            "workloads": {"chat": {"output_tokens": {"law": "fixed", "value": 4}, "canary_share": 0.5}},
+            "phases": [
+                {
+                    "name": "moving",
+                    "duration_s": 4,
+                    "load": [{"tenants": "one", "workload": "chat", "arrivals": {"law": "constant", "rate": 15}}],
+                    "actions": [
+                        {"kind": "publish", "at_s": 0.5, "every_s": 2},
+                        {"kind": "flip", "at_s": 1.5, "every_s": 2},
+                    ],
+                }
+            ],
+            "gates": [{"metric": "wrong_adapter", "at_most": 0}],
+        }
+    )
+
+
+def test_what_cannot_be_run_ends_with_2(tmp_path: Path) -> None:
+    """A scenario that is none, a server that does not answer, a target that nobody named; in words, not a traceback."""
+    scenario = tmp_path / "bad.yaml"
+    scenario.write_text("name: bad\nquestion: what?\nnonsense: 1\n")
+    for words, told in (
+        ([str(scenario), "--stack", "fake"], "nonsense"),
+        (["nothing-such", "--stack", "fake"], "A scenario is a YAML file or one of"),
+        (["smoke", "--target", "http://127.0.0.1:9", "--operator-key", "k"], "does not answer"),
+        (["smoke"], "say either --target"),
+        (["replica-kill", "--target", "http://127.0.0.1:9", "--operator-key", "k"], "kill-replica cannot be done"),
+    ):
+        command = [sys.executable, "-m", "gateway.cli", "loadtest", "run", *words, "--out", str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 2, done.stderr
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr
