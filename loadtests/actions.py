@@ -72,7 +72,7 @@ class Actions:
         ended = asyncio.create_task(over.wait())
         tasks: list[asyncio.Task[None]] = []
         for one in occurrences(self._scenario):
-            wait_s = (one.at_ns - self.now()) / NS
+            wait_s = (begin_ns + one.at_ns - time.monotonic_ns()) / NS  # `now` stands still until the begin
             if wait_s > 0:
                 await asyncio.wait({ended}, timeout=wait_s)
             if over.is_set():

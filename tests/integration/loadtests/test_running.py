@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Final
 
 import httpx
 import numpy as np
@@ -11,7 +12,10 @@ from loadtests import gates, metrics
 from loadtests.fake_stack import fake_stack
 from loadtests.running import Options, run
 from loadtests.scenario import Scenario, read
+from loadtests.selection import select
 from loadtests.stacks import UrlTarget
+
+NS: Final = 1_000_000_000
 
 
 async def test_answers_of_another_adapter_are_found_on_any_server(tmp_path: Path) -> None:
@@ -65,6 +69,49 @@ def one_name_that_moves() -> Scenario:
             "gates": [{"metric": "wrong_adapter", "at_most": 0}],
         }
     )
+
+
+async def test_replicas_are_frozen_slowed_and_restarted_under_load(tmp_path: Path) -> None:
+    """Each for as long as it was to be, seen in the replicas' states; a restart in turn costs no request."""
+    scenario = two_replicas_disturbed()
+    async with fake_stack(scenario.stack, tmp_path / "stack") as stack:
+        found = await run(scenario, stack, Options(tmp_path))
+    done = {event.kind: event for event in found.events if event.kind != "replica-state"}
+    assert {name: event.error for name, event in done.items()} == dict.fromkeys(
+        ("slow-replica", "stop-replica", "command", "rolling-restart"), ""
+    )
+    assert done["stop-replica"].took >= 4.5 * NS
+    assert 0 <= done["slow-replica"].at - 0.2 * NS < NS
+    assert {"unreachable", "drained", "ready"} <= {event.target.split()[-1] for event in found.events}, found.events
+    slow, restarted = (select(found, phase=name) for name in ("slow", "restarted"))
+    assert metrics.of(slow, "tpot_ms.max").value > 4 * metrics.of(restarted, "tpot_ms.p50").value
+    assert metrics.of(restarted, "error_share").value == 0
+    assert metrics.figure(found, "wrong_adapter").value == 0
+
+
+def two_replicas_disturbed() -> Scenario:
+    def phase(name: str, duration_s: float, *actions: dict[str, Any]) -> dict[str, Any]:
+        load = {"tenants": "all", "workload": "chat", "arrivals": {"law": "constant", "rate": 10}}
+        return {"name": name, "duration_s": duration_s, "load": [load], "actions": actions}
+
+    return Scenario.model_validate(
+        {
+            "name": "disturbed",
+            "question": "Is what the actions say done to the replicas?",
+            "stack": {"replicas": 2, "settings": {"TAILOR_PROBE_DEADLINE_S": "1"}},
+            "tenants": [{"name": "all", "count": 2}],
+            "workloads": {"chat": {"output_tokens": {"law": "fixed", "value": 6}}},
+            "phases": [
+                phase("slow", 2, {"kind": "slow-replica", "at_s": 0.2, "replica": 0, "duration_s": 1.5, "factor": 20}),
+                phase("frozen", 6, {"kind": "stop-replica", "at_s": 0.2, "replica": 1, "duration_s": 4.5}),
+                phase("restarted", 6, {"kind": "rolling-restart", "at_s": 0.2}, COMMAND),
+            ],
+            "gates": [{"metric": "wrong_adapter", "at_most": 0}],
+        }
+    )
+
+
+COMMAND: Final = {"kind": "command", "at_s": 0.1, "command": ["sh", "-c", 'test -n "$TAILOR_URL"']}
 
 
 def test_what_cannot_be_run_ends_with_2(tmp_path: Path) -> None:
