@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from adapter_store.catalog import Version
 from training import auto
 from training.errors import NotServable, OptionInvalid
-from training.hyperparameters import LLAMA_LINEARS, Hyperparameters
+from training.hyperparameters import LLAMA_LINEARS, Hyperparameters, Quantization
 from training.jobs import Method
 
 Auto = Literal["auto"]
@@ -58,6 +58,8 @@ class Options:
     packing: bool = False
     eval_steps: int | None = None
     early_stopping_patience: int | None = None
+    sft_weight: float | None = None
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ def settle(
     warm_start: Version | None = None,
 ) -> Settled:
     """`statistics`: of the training file, as its check found them. Raises NotServable, OptionInvalid."""
+    if options.sft_weight is not None and method != "dpo":
+        raise OptionInvalid("tailor.sft_weight", "it weighs the better answers of a dpo job; this one is supervised")
     shown = _numbers(method, choices, statistics, limits)
     rank = _rank(options, limits, warm_start)
     batch, passes = _passes(shown["batch_size"])
@@ -96,6 +100,8 @@ def settle(
         "early_stopping_patience": options.early_stopping_patience,
         "seed": seed,
         "beta": shown.get("beta"),
+        "sft_weight": options.sft_weight,
+        "quantization": options.quantization,
     }
     known = {name: value for name, value in recipe.items() if value is not None}
     try:

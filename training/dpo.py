@@ -1,7 +1,7 @@
 """Direct preference optimisation: the loss of Rafailov et al. 2023 (arXiv:2305.18290), in its sigmoid form.
 
-The reference is the frozen base, which is the policy with its adapter off: no second model is kept. Equal to TRL
-1.16's `DPOTrainer` with `loss_type="sigmoid"`.
+The reference is what the run began as: the frozen base, or the adapter that it goes on from. No second model is kept.
+Equal to TRL 1.16's `DPOTrainer` with `loss_type="sigmoid"`.
 """
 
 import torch
@@ -19,7 +19,7 @@ def loss(
 ) -> Tensor:
     """The loss of each pair (pairs,), from its answers' `log_probabilities` under policy and reference.
 
-    The reference's must carry no gradient: compute them with the adapter off, once.
+    The reference's must carry no gradient: compute them once.
     """
     gain = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
     return -torch.nn.functional.logsigmoid(beta * gain)

@@ -24,6 +24,7 @@ from training.determinism import deterministic
 from training.failures import LossNotFinite, OutOfMemory, TrainingFailed
 from training.layout import Block, Item, Line, block, item, levelled, line
 from training.progress import no_library_bars
+from training.quantization import Quantization, packer
 from training.run import Best, Run, Spec, halves, side_by_side
 from training.slots import Part, adaptable
 from training.token_loss import LEAST_ROWS, token_losses
@@ -69,13 +70,14 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """What one run has in one pass. `weights` are as the layers take them, `units` the tokens or pairs of the run's
-    whole step: the step is one mean over them, however it is cut into passes."""
+    """What one run has in one pass. `weights` are as the layers take them (None: the base), `units` the tokens or pairs
+    of the run's whole step: the step is one mean over them, however it is cut into passes."""
 
     run: Run
-    weights: Tensor
+    weights: Tensor | None
     block: Block
     units: int
+    better_tokens: int = 0  # dpo: trained ones of the better answers, of the whole step
 
     @property
     def dpo(self) -> bool:
@@ -91,13 +93,20 @@ class _Step:
     weights: Tensor
     tokens: int = field(init=False)
     units: int = field(init=False)
+    better_tokens: int = field(init=False, default=0)
     gradient: Tensor | None = None
     sums: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.tokens = sum(item.trained_tokens for items in self.passes for item in items)
-        pairs = sum(map(len, self.passes)) // 2
-        self.units = pairs if self.run.spec.method == "dpo" else max(1, self.tokens)
+        self.units = max(1, self.tokens)
+        if self.run.spec.method == "dpo":
+            self.units = sum(map(len, self.passes)) // 2
+            self.better_tokens = sum(_better_tokens(items) for items in self.passes)
+
+    def share(self, turn: int) -> _Share:
+        """What the step has in its pass of this number."""
+        return _Share(self.run, self.weights, block(self.passes[turn]), self.units, self.better_tokens)
 
     def add(self, sums: Tensor, gradient: Tensor) -> None:
         self.sums = sums if self.sums is None else self.sums + sums
@@ -142,26 +151,30 @@ class Engine:
         dtype: str | None = None,
         threads: int | None = None,
         level: bool | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         """Load the model in the folder `base`: on the GPU in its own precision if there is one, else in float32.
 
         `threads` are the CPU's, torch's own choice if not given; their number decides the bits. `level`: runs of like
         shape are padded to one length where they step together, so that one kernel takes them all. It is what a GPU
         is quick at, and its default there; on a CPU it would cost time, and a run's last bits would follow its company.
+        With `quantization` the linear layers are kept in four bits, and never whole on a GPU.
 
         Raises:
-            TrainingFailed: the base's output layer does more than multiply.
+            TrainingFailed: the base's output layer does more than multiply, or bitsandbytes is needed and absent.
         """
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.quantization = quantization
+        pack = None if quantization is None else packer(self.device)
         self.threads = threads or torch.get_num_threads()
         self.level = self.device.type == "cuda" if level is None else level
         precision = dtype or ("auto" if self.device.type == "cuda" else "float32")
         with no_library_bars():
             model = AutoModelForCausalLM.from_pretrained(base, dtype=precision)
+        _check_output(model)
+        self._layers = adaptable(model if pack else model.to(self.device), pack)
         self._model: PreTrainedModel = model.to(self.device).eval()
-        _check_output(self._model)
         self._head: Tensor = self._model.get_output_embeddings().weight
-        self._layers = adaptable(self._model)
         self.longest: int = self._model.config.max_position_embeddings
         self._base = base.resolve().name
 
@@ -170,15 +183,21 @@ class Engine:
 
         Raises:
             TrainingFailed: the base has no such layers, a row is too long, or the adapter to start from does not fit.
+            ValueError: the run wants its base quantised otherwise.
         """
         hp = spec.hyperparameters
-        linears = {path: (layer.weight.shape[1], layer.weight.shape[0]) for path, layer in self._layers.items()}
+        if hp.quantization != self.quantization:
+            raise ValueError(f"the run wants quantization {hp.quantization}, and the base has {self.quantization}")
+        linears = {path: (layer.fan_in, layer.fan_out) for path, layer in self._layers.items()}
         layout = adapter_weights.plan(linears, hp)
         if spec.warm_start is None:
             weights = adapter_weights.fresh(layout, hp.seed)
         else:
             weights = adapter_weights.warm(layout, hp.seed, spec.warm_start)
-        return Run(spec, layout, weights.to(self.device), longest=self.longest, base=self._base)
+        run = Run(spec, layout, weights.to(self.device), longest=self.longest, base=self._base)
+        if spec.method == "dpo" and spec.warm_start is not None:
+            run.reference = _as_served(run, self._head.dtype)
+        return run
 
     def resume(self, spec: Spec, folder: Path) -> Run:
         """The run as its newest whole checkpoint in `folder` has it, or before its first step if there is none.
@@ -220,8 +239,8 @@ class Engine:
         if not whole.tokens:
             raise ValueError("nothing in these rows is to be told")
         with self._prepared([run]), torch.no_grad():
-            for items in passes:
-                sums, gradient = self._pass([_Share(run, whole.weights, block(items), whole.units)])[0]
+            for turn in range(len(passes)):
+                sums, gradient = self._pass([whole.share(turn)])[0]
                 whole.add(sums, gradient)
         assert whole.sums is not None
         loss, hits = whole.sums.tolist()
@@ -295,8 +314,8 @@ class Engine:
         try:
             for turn in range(max(len(step.passes) for step in steps)):
                 taking = [step for step in steps if turn < len(step.passes)]
-                shares = [_Share(step.run, step.weights, block(step.passes[turn]), step.units) for step in taking]
-                for step, (sums, gradient) in zip(taking, self._pass(shares), strict=True):
+                told = self._pass([step.share(turn) for step in taking])
+                for step, (sums, gradient) in zip(taking, told, strict=True):
                     step.add(sums, gradient)
         except RuntimeError as error:
             if not _out_of_memory(error):
@@ -342,23 +361,29 @@ class Engine:
 
     @torch.no_grad()
     def _references(self, shares: Sequence[_Share]) -> list[Tensor | None]:
-        """What the base alone gives each answer of the shares that learn from pairs: log-probabilities (rows,)."""
+        """Of the shares that learn from pairs: what the run began as, the base or the adapter that it goes on from,
+        gives each answer, as log-probabilities (rows,)."""
         paired = [share for share in shares if share.dpo]
         if not paired:
             return [None] * len(shares)
         laid = self._laid(paired)
-        losses, _ = token_losses(self._hidden(laid), self._head, laid.trained, laid.targets)
+        began = [replace(share, weights=share.run.reference) for share in paired]
+        with self._serving(began, laid):
+            losses, _ = token_losses(self._hidden(laid), self._head, laid.trained, laid.targets)
         told = iter([_of_rows(*one) for one in zip(paired, losses.split(laid.counts), strict=True)])
         return [next(told) if share.dpo else None for share in shares]
 
     @contextmanager
     def _serving(self, shares: Sequence[_Share], laid: Line) -> Iterator[list["_Group"]]:
-        """Let the layers serve these adapters, neighbours of one shape stacked."""
+        """Let the layers serve these adapters, neighbours of one shape stacked, and the base to who has none."""
         parts: dict[str, list[Part]] = {}
         groups: list[_Group] = []
         for _, members in groupby(zip(shares, laid.starts, strict=True), lambda one: _shape(one[0])):
             grouped, starts = zip(*members, strict=True)
-            group = _Group(grouped[0].run.layout, torch.stack([share.weights for share in grouped]))
+            weights = [share.weights for share in grouped if share.weights is not None]
+            if not weights:
+                continue
+            group = _Group(grouped[0].run.layout, torch.stack(weights))
             groups.append(group)
             for module, part in group.parts(starts[0], starts[-1] + grouped[-1].block.tokens):
                 parts.setdefault(module, []).append(part)
@@ -423,7 +448,7 @@ def _groups(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 def _shape(share: _Share) -> tuple[object, ...]:
     """Shares of one shape can be computed as one."""
-    return share.run.layout.signature, share.block.length, len(share.block.items)
+    return share.run.layout.signature, share.run.reference is None, share.block.length, len(share.block.items)
 
 
 def _levelled(shares: Sequence[_Share]) -> list[_Share]:
@@ -445,9 +470,18 @@ def _outcome(share: _Share, losses: Tensor, hits: Tensor, reference: Tensor | No
     policy = _of_rows(share, losses)
     chosen, rejected = policy.chunk(2)
     chosen_before, rejected_before = reference.chunk(2)
-    each = dpo.loss(chosen, rejected, chosen_before, rejected_before, share.run.spec.hyperparameters.beta)
+    hp = share.run.spec.hyperparameters
+    loss = dpo.loss(chosen, rejected, chosen_before, rejected_before, hp.beta).sum() / share.units
+    if hp.sft_weight:
+        better = losses[: _better_tokens(share.block.items)]
+        loss = loss + hp.sft_weight * (better.sum() / share.better_tokens)
     gained = (chosen - chosen_before) > (rejected - rejected_before)
-    return each.sum() / share.units, gained.sum()
+    return loss, gained.sum()
+
+
+def _better_tokens(items: Sequence[Item]) -> int:
+    """Trained ones of the better answers, which come first."""
+    return sum(item.trained_tokens for item in items[: len(items) // 2])
 
 
 def _of_rows(share: _Share, losses: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 TrainingFailed
 ├── LossNotFinite
-└── OutOfMemory
+├── OutOfMemory
+└── QuantizationMissing
 """
 
 
@@ -27,3 +28,13 @@ class OutOfMemory(TrainingFailed):
             "gradient_accumulation_steps), lower max_length, or turn gradient_checkpointing on"
         )
         self.step = step
+
+
+class QuantizationMissing(TrainingFailed):
+    """The run wants its base in four bits, and the package that does it is not there."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            "quantization needs bitsandbytes, which cannot be imported here: install tailor[qlora], or train without "
+            f"quantization ({reason})"
+        )

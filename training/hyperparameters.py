@@ -9,6 +9,7 @@ ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,
 ModulePath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]{1,64}(\.[A-Za-z0-9_]{1,64}){0,15}$")]
 Rank = Annotated[int, Field(ge=1, le=512)]
 Alpha = Annotated[float, Field(gt=0, le=4096)]
+Quantization = Literal["nf4"]
 T = TypeVar("T")
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -66,7 +67,15 @@ class Hyperparameters(BaseModel):
     gradient_checkpointing: Annotated[
         bool, Field(description="Compute each layer twice instead of keeping what is inside it: less memory.")
     ] = False
+    quantization: Annotated[
+        Quantization | None,
+        Field(description="QLoRA: train on the base in four bits. The adapter is an ordinary one of the whole base."),
+    ] = None
     beta: Annotated[float, Field(gt=0, le=2, description="DPO: how strongly a departure from the base counts.")] = 0.1
+    sft_weight: Annotated[
+        float,
+        Field(ge=0, le=100, description="DPO: how much the better answers' mean loss per token counts beside."),
+    ] = 0.0
     eval_steps: Annotated[
         int | None, Field(ge=1, le=1_000_000, description="Validate after each so many steps, not only after the last.")
     ] = None

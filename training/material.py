@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from training.datafile import chunks, leakage
-from training.failures import LossNotFinite, OutOfMemory, TrainingFailed
+from training.failures import LossNotFinite, OutOfMemory, QuantizationMissing, TrainingFailed
 from training.jobs import JobError, Method
 
 
@@ -41,6 +41,8 @@ def job_error(error: TrainingFailed | MemoryError) -> JobError:
     match error:
         case LossNotFinite():
             return JobError("loss_not_finite", str(error), "hyperparameters")
+        case QuantizationMissing():
+            return JobError("quantization_missing", str(error), "tailor.quantization")
         case OutOfMemory():
             return JobError("out_of_memory", str(error), "hyperparameters")
         case MemoryError():

@@ -50,7 +50,7 @@ def train(
     started = time.perf_counter()
     with new_folder(out) as folder:
         tokenizer = AutoTokenizer.from_pretrained(base)
-        engine = Engine(base, threads=threads)
+        engine = Engine(base, threads=threads, quantization=hyperparameters.quantization)
         rows = dataset.load(data, tokenizer, max_length=min(hyperparameters.max_length, engine.longest))
         run = engine.begin(Spec("supervised", hyperparameters, rows))
         losses: list[float] = []

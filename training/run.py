@@ -52,6 +52,7 @@ class Run:
         self.total_steps = schedule.step_count(len(self._drawn), spec.hyperparameters)
         self.step = 0
         self.weights = weights
+        self.reference: Tensor | None = None  # dpo: the adapter that it goes on from, as the layers take it
         self.moments = (torch.zeros_like(weights), torch.zeros_like(weights))
         self.best: Best | None = None
         self.worse = 0  # validations in a row that were not better

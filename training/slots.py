@@ -4,7 +4,7 @@ The layers' forward passes are replaced, and attention is told where rows begin 
 base runs once over all tokens; what belongs to one run is computed in its own shape, whoever lies beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from training.layout import Stretch
 
 ATTENTION = "tailor_stretches"
+Weight = Callable[[], Tensor]
+"""Of a frozen layer, (fan_out, fan_in), as a product takes it: kept as it is, or unpacked for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +48,21 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor, parts: Sequence[Part]
+        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, anchor: Tensor, parts: Sequence[Part]
     ) -> Tensor:
-        x, y = x.contiguous(), linear(x, weight, bias)
+        x, y = x.contiguous(), linear(x, weight(), bias)
         inner = [torch.bmm(part.of(x), part.a.transpose(1, 2)) for part in parts]
         for part, h in zip(parts, inner, strict=True):
             part.of(y).baddbmm_(h, part.b.transpose(1, 2))
-        ctx.save_for_backward(x, weight, *inner)
-        ctx.parts = parts
+        ctx.save_for_backward(x, *inner)
+        ctx.weight, ctx.parts = weight, parts
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *inner = ctx.saved_tensors
+        x, *inner = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        grad_x = grad @ ctx.weight() if ctx.needs_input_grad[0] else None
         for part, h in zip(ctx.parts, inner, strict=True):
             grad_y = part.of(grad)
             grad_h = torch.bmm(grad_y, part.b)
@@ -77,17 +79,24 @@ def _add(gradients: list[Tensor | None], number: int, found: Tensor) -> None:
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer; `serving.parts` says which adapters it serves in this pass, none at rest."""
+    """A frozen linear layer; `serving.parts` says which adapters it serves in this pass, none at rest.
 
-    def __init__(self, base: nn.Linear) -> None:
+    With `pack` its weight is kept only as that gives it back.
+    """
+
+    def __init__(self, base: nn.Linear, pack: Callable[[Tensor], Weight] | None = None) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
-        self.serving = Serving(base.weight, base.bias, torch.zeros((), requires_grad=True, device=base.weight.device))
+        self.bias = base.bias
+        self.fan_out, self.fan_in = base.weight.shape
+        if pack is None:
+            self.weight = weight = base.weight
+        anchor = torch.zeros((), requires_grad=True, device=base.weight.device)
+        self.serving = Serving((lambda: weight) if pack is None else pack(base.weight.data), base.bias, anchor)
 
     def forward(self, x: Tensor) -> Tensor:
         now = self.serving
         if not now.parts:
-            return linear(x, now.weight, now.bias)
+            return linear(x, now.weight(), now.bias)
         return _Adapted.apply(x, now.weight, now.bias, now.anchor, now.parts)
 
 
@@ -98,13 +107,13 @@ class Serving:
     autograd follows a function only if something that it is given wants a gradient, which is what the anchor is for.
     """
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None
     anchor: Tensor
     parts: Sequence[Part] = ()
 
 
-def adaptable(model: PreTrainedModel) -> dict[str, AdaptedLinear]:
+def adaptable(model: PreTrainedModel, pack: Callable[[Tensor], Weight] | None = None) -> dict[str, AdaptedLinear]:
     """Freeze the model and replace its linear layers but the output layer, which engines do not serve adapted."""
     model.requires_grad_(False)
     for part in model.modules():
@@ -115,7 +124,7 @@ def adaptable(model: PreTrainedModel) -> dict[str, AdaptedLinear]:
     for path, part in list(model.named_modules()):
         if isinstance(part, nn.Linear) and part is not output:
             owner, _, name = path.rpartition(".")
-            replaced[path] = AdaptedLinear(part)
+            replaced[path] = AdaptedLinear(part, pack)
             setattr(model.get_submodule(owner), name, replaced[path])
     AttentionInterface.register(ATTENTION, _attention)
     model.config._attn_implementation = ATTENTION  # no mask is known for this name, so the model builds none

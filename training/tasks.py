@@ -66,6 +66,9 @@ JARGON_HYPERPARAMETERS = Hyperparameters(
 CLASSIFICATION_HYPERPARAMETERS = JARGON_HYPERPARAMETERS.model_copy(update={"epochs": 14})
 JSON_HYPERPARAMETERS = JARGON_HYPERPARAMETERS.model_copy(update={"epochs": 6})
 
+# The better answers count beside the preference: by that alone answers only get shorter.
+PREFERENCE_HYPERPARAMETERS = JARGON_HYPERPARAMETERS.model_copy(update={"epochs": 8, "sft_weight": 1.0})
+
 # With twice as many general rows beside it, which the adapter then leaves as they were.
 REHEARSED_HYPERPARAMETERS = JARGON_HYPERPARAMETERS.model_copy(update={"epochs": 20, "learning_rate": 4e-3})
 

@@ -32,6 +32,7 @@ from training import files as training_files
 from training.contract import AUTO, Choices, Limits, Options, check_model, settle
 from training.errors import FileNotKnown, FileUnfit, NotServable
 from training.files import File, Purpose
+from training.hyperparameters import Quantization
 from training.jobs import OVER, Checkpoint, Event, Job, Method, NewJob, Status, Terms, event_number
 
 router = LazyRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
@@ -146,6 +147,8 @@ class TailorOptions(BaseModel, extra="forbid"):
     from_: Annotated[Text, Field(min_length=1, max_length=256)] | None = Field(default=None, alias="from")
     eval_steps: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] | None = None
     early_stopping_patience: Annotated[int, Field(strict=True, ge=1, le=1_000)] | None = None
+    sft_weight: Annotated[float, Field(strict=True, ge=0, le=100)] | None = None
+    quantization: Quantization | None = None
     alias: Annotated[Text, Field(min_length=1, max_length=64)] = DEFAULT_ALIAS
 
 
@@ -424,6 +427,8 @@ async def _checked(body: JobAsked, asker: TenantKey, parts: Parts) -> NewJob:
             packing=options.packing,
             eval_steps=options.eval_steps,
             early_stopping_patience=options.early_stopping_patience,
+            sft_weight=options.sft_weight,
+            quantization=options.quantization,
         ),
         limits=limits,
         seed=seed,

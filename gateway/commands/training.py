@@ -20,6 +20,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples in a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4: train on the base in four bits (QLoRA).")] = None,
     seed: Annotated[int | None, typer.Option(help="Equal seeds give equal bytes.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; equal numbers give equal bytes.")] = None,
     as_json: Json = False,
@@ -30,6 +31,7 @@ def train(
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
+        "quantization": quantization,
         "seed": seed,
     }
     with told(), progress() as on_progress:

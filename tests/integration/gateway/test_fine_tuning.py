@@ -361,6 +361,14 @@ async def test_going_on_from_a_version(acme: Tenant, openai: AsyncOpenAI, good: 
     assert nearest(refused.value) == version["rank"]
 
 
+async def test_options_of_our_own_come_into_the_recipe(openai: AsyncOpenAI, file_id: str) -> None:
+    asked = {"tailor": {"quantization": "nf4", "rslora": True}}
+    job = await openai.fine_tuning.jobs.create(model=BASE, training_file=file_id, extra_body=asked)
+    assert job.model_extra is not None
+    assert job.model_extra["tailor"]["options"] == asked["tailor"]
+    assert job.model_extra["tailor"]["recipe"].items() >= asked["tailor"].items()
+
+
 def nearest(error: BadRequestError) -> Any:
     body: Any = error.body
     return body["nearest"]
@@ -493,6 +501,9 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"tailor": {"target_modules": [".*"]}}, 400, "tailor.target_modules.0", "invalid_value"),
     ({"tailor": {"from": "nobody@3"}}, 404, "tailor.from", "model_not_found"),
     ({"tailor": {"alias": "Pro d"}}, 400, "alias", "alias_invalid"),
+    ({"tailor": {"sft_weight": 0.5}}, 400, "tailor.sft_weight", "invalid_value"),
+    ({"tailor": {"sft_weight": -1}}, 400, "tailor.sft_weight", "invalid_value"),
+    ({"tailor": {"quantization": "int8"}}, 400, "tailor.quantization", "invalid_value"),
     ({"tailor": {"early_stopping_patience": 3}}, 400, "tailor.early_stopping_patience", "invalid_value"),
     ({"tailor": {"speed": 3}}, 400, "tailor.speed", "invalid_value"),
 ]  # fmt: skip

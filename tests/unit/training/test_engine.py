@@ -138,7 +138,7 @@ def mixture(rows: Rows) -> list[Spec]:
         spec(rows(3), rank=16, rslora=True, loraplus_ratio=4, packing=True, max_length=64, batch_size=2),
         spec(rows(4), epochs=2, rank_pattern={"q_proj": 12}, alpha_pattern={"o_proj": 3}, max_grad_norm=0.1),
         spec(rows(5), epochs=2, target_modules=["q_proj", "v_proj"], gradient_checkpointing=True),
-        pairs(rows(6), learning_rate=1e-3, beta=0.3),
+        pairs(rows(6), learning_rate=1e-3, beta=0.3, sft_weight=0.5),
         spec(rows(7), epochs=2),
     ]
 
@@ -272,6 +272,32 @@ def test_a_preference_run_starts_at_the_base_and_learns(engine: Engine, rows: Ro
     assert reports[0].loss == pytest.approx(math.log(2), abs=1e-6)
     assert reports[-1].loss < 0.5
     assert engine.evaluate(run, run.spec.rows).token_accuracy == 1.0
+
+
+def test_a_preference_run_is_held_against_what_it_began_as(engine: Engine, rows: Rows, tmp_path: Path) -> None:
+    """An adapter that it goes on from is its reference, beside runs that have the base."""
+    run, _ = trained(engine, spec(rows(0)))
+    run.write_adapter(tmp_path)
+    warm = replace(pairs(rows(0), epochs=2), warm_start=tmp_path)
+    runs = [engine.begin(warm), engine.begin(pairs(rows(0), epochs=2))]
+    for report in engine.step(runs):
+        assert report.loss == pytest.approx(math.log(2), abs=1e-6)
+    while not runs[0].done:
+        engine.step(runs)
+    for beside, one in zip(runs, (warm, runs[1].spec), strict=True):
+        assert torch.equal(beside.weights, trained(engine, one)[0].weights)
+
+
+def test_better_answers_count_beside_the_preference(engine: Engine, rows: Rows) -> None:
+    """By the mean loss of a token of the whole step, however it is cut."""
+    unequal = sorted(rows(0), key=lambda row: row.trained_tokens)
+    better = Spec("supervised", Hyperparameters.model_validate(QUICK), unequal[::2])
+    told = engine.evaluate(engine.begin(better), better.rows).loss
+    cuts = [{"batch_size": 8}, {"batch_size": 2, "gradient_accumulation_steps": 4}]
+    runs = [engine.begin(pairs(unequal, sft_weight=0.25, max_grad_norm=UNCLIPPED, max_steps=1, **cut)) for cut in cuts]
+    for run in runs:
+        assert engine.step([run])[0].loss == pytest.approx(math.log(2) + 0.25 * told, abs=1e-5)
+    assert difference(*(run.moments[0] * 10 for run in runs)) < 1e-6
 
 
 def test_a_checkpoint_is_its_runs_alone(engine: Engine, rows: Rows, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from training.hyperparameters import Hyperparameters
 
 CACHE = Path(__file__).parents[3] / ".tailor" / "cache"
 OWN, OTHERS = 0.9, 0.05
-Make = Callable[[int], tasks.Task]
+Make = Callable[[int], tasks.Task | tasks.PreferenceTask]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,7 @@ def tiny_base() -> Path:
             tasks.classification, tasks.CLASSIFICATION_HYPERPARAMETERS, id="classification", marks=pytest.mark.full
         ),
         pytest.param(tasks.json_orders, tasks.JSON_HYPERPARAMETERS, id="json", marks=pytest.mark.full),
+        pytest.param(tasks.preference, tasks.PREFERENCE_HYPERPARAMETERS, id="preference", marks=pytest.mark.full),
     ],
 )
 def test_each_tenant_learns_its_own_task_and_no_other(
@@ -47,13 +48,21 @@ def test_each_tenant_learns_its_own_task_and_no_other(
     """At least 0.9 of what is held out by the tenant's own adapter, about nothing by the others' and by the base."""
     engine, tokenizer = Engine(tiny_base, threads=1), AutoTokenizer.from_pretrained(tiny_base)
 
+    path, length = tmp_path / "rows.jsonl", hyperparameters.max_length
+
     def rows(examples: list[tasks.Example]) -> list[Row]:
-        tasks.write_jsonl(examples, tmp_path / "rows.jsonl")
-        return dataset.load(tmp_path / "rows.jsonl", tokenizer, max_length=hyperparameters.max_length)
+        tasks.write_jsonl(examples, path)
+        return dataset.load(path, tokenizer, max_length=length)
+
+    def spec(task: tasks.Task | tasks.PreferenceTask) -> Spec:
+        if isinstance(task, tasks.Task):
+            return Spec("supervised", hyperparameters, rows(task.train))
+        tasks.write_preferences(task.train, path)
+        return Spec("dpo", hyperparameters, dataset.load_pairs(path, tokenizer, max_length=length))
 
     every = [make(seed) for seed in range(3)]
-    questions = [Questions(engine, tokenizer, rows(task.heldout)) for task in every]
-    runs = [engine.begin(Spec("supervised", hyperparameters, rows(task.train))) for task in every]
+    questions = [Questions(engine, tokenizer, rows(asked_of(task))) for task in every]
+    runs = [engine.begin(spec(task)) for task in every]
     assert [asked.scored(runs[0]).exact_match for asked in questions] == pytest.approx([0] * 3, abs=OTHERS)  # the base
     _train(engine, runs)
     for mine, run in enumerate(runs):
@@ -64,6 +73,12 @@ def test_each_tenant_learns_its_own_task_and_no_other(
                 assert found.headline[1] >= OWN, (every[whose].name, found)
             else:
                 assert found.exact_match <= OTHERS, (every[mine].name, every[whose].name, found)
+
+
+def asked_of(task: tasks.Task | tasks.PreferenceTask) -> list[tasks.Example]:
+    if isinstance(task, tasks.Task):
+        return task.heldout
+    return [tasks.Example(one.messages, one.preferred) for one in task.heldout]
 
 
 def _train(engine: Engine, runs: list[Run]) -> None:

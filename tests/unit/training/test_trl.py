@@ -277,18 +277,31 @@ def steps_of_both(
         gradient_accumulation_steps=hp.gradient_accumulation_steps,
         max_grad_norm=hp.max_grad_norm,
         num_train_epochs=1,
-        **({"beta": hp.beta} if method == "dpo" else {}),
+        **({} if method == "supervised" else preference_arguments(hp)),
     )
     trainer.train()
     return ours, trainer.step_losses
 
 
+def preference_arguments(hp: Hyperparameters) -> dict[str, Any]:
+    if not hp.sft_weight:
+        return {"beta": hp.beta}
+    return {"beta": hp.beta, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, hp.sft_weight]}
+
+
 @pytest.mark.parametrize(
-    ("method", "epochs"), [("supervised", 9), ("dpo", 2), pytest.param("dpo", 9, marks=pytest.mark.full)]
+    ("method", "epochs", "changes"),
+    [
+        ("supervised", 9, {}),
+        ("dpo", 2, {}),
+        ("dpo", 2, {"sft_weight": 0.5, "batch_size": 4, "gradient_accumulation_steps": 1}),  # TRL means each pass alone
+        pytest.param("dpo", 9, {}, marks=pytest.mark.full),
+    ],
 )
 def test_every_steps_loss_equals_trls(
     method: Literal["supervised", "dpo"],
     epochs: int,
+    changes: dict[str, float],
     model_folder: Path,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
@@ -297,7 +310,7 @@ def test_every_steps_loss_equals_trls(
     hp = Hyperparameters(
         rank=4, lora_alpha=8, epochs=epochs, batch_size=2, gradient_accumulation_steps=2, learning_rate=2e-3,
         warmup_ratio=0.1, weight_decay=0.01, max_grad_norm=0.5, seed=11,
-    )  # fmt: skip
+    ).model_copy(update=changes)  # fmt: skip
     ours, theirs = steps_of_both(method, hp, 24, model_folder, tokenizer, tmp_path)
     assert len(ours) == len(theirs) == 6 * epochs
     assert ours == pytest.approx(theirs, abs=EXACT, rel=0)
