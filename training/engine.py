@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -224,7 +225,7 @@ class Engine:
         if any(run.done for run in runs) or len(set(map(id, runs))) < len(runs):
             raise ValueError("each run of a step must have steps left, and stand there once")
         with self._prepared(runs):
-            return [self._apply(step) for step in self._differentiated(runs)]
+            return self._applied(self._differentiated(runs))
 
     def evaluate(self, run: Run, rows: Sequence[Row] | Sequence[Pair]) -> Evaluation:
         """How well the run tells `rows`, pairs where it learns from pairs, as it is now; changes nothing.
@@ -340,11 +341,10 @@ class Engine:
         references = self._references(ranked)
         with self._serving(ranked, laid) as groups:
             losses, hits = token_losses(self._hidden(laid), self._head, laid.trained, laid.targets)
-            told = zip(ranked, losses.split(laid.counts), hits.split(laid.counts), references, strict=True)
-            outcomes = [_outcome(*one) for one in told]
+            loss, hit = _sums(ranked, laid.counts, losses, hits, references)
             if torch.is_grad_enabled():
-                torch.autograd.backward([loss for loss, _ in outcomes])
-        sums = [torch.stack((loss.detach(), hit.to(loss.dtype))) for loss, hit in outcomes]
+                torch.autograd.backward(loss, torch.ones_like(loss))
+        sums = torch.stack((loss.detach(), hit), 1).unbind()
         gradients = [gradient for group in groups for gradient in group.flat_gradients()]
         by_share = dict(zip(order, zip(sums, gradients, strict=True), strict=True))
         return [by_share[at] for at in range(len(shares))]
@@ -395,27 +395,37 @@ class Engine:
             for module in parts:
                 self._layers[module].serving.parts = ()
 
-    def _apply(self, step: _Step) -> StepReport:
-        """Clip, move the weights, validate when it is time."""
+    def _applied(self, steps: Sequence[_Step]) -> list[StepReport]:
+        """Clip, move the weights, validate where it is time."""
+        reports = [self._judged(*one) for one in zip(steps, _figures(steps), strict=True)]
+        moving = []
+        for step, report in zip(steps, reports, strict=True):
+            if report.error is None and step.gradient is not None:
+                most = step.run.spec.hyperparameters.max_grad_norm
+                if report.grad_norm > most:
+                    step.gradient.mul_(most / (report.grad_norm + 1e-6))  # torch's clip_grad_norm_
+                moving.append((step.run, step.gradient, report.learning_rate))
+                step.run.step = report.step
+        _adamw(moving)
+        return [
+            report if report.error is not None else replace(report, validation=self._validated(step.run))
+            for step, report in zip(steps, reports, strict=True)
+        ]
+
+    def _judged(self, step: _Step, figures: Sequence[float] | None) -> StepReport:
+        """What is to be told of the step; a run that cannot go on is marked."""
         run, hp = step.run, step.run.spec.hyperparameters
         number = run.step + 1
         rate = hp.learning_rate * schedule.rate_factor(number, run.total_steps, hp)
-        if step.gradient is None or step.sums is None:
+        if figures is None:
             run.failed = OutOfMemory(number, self.cost(run))
             return StepReport(number, math.nan, 0.0, step.tokens, rate, math.nan, error=run.failed)
-        step.gradient[run.layout.inner :].mul_(run.scales)
-        norm = torch.linalg.vector_norm(step.gradient)
-        loss, hits, length = torch.stack((*step.sums, norm)).tolist()
+        loss, hits, length = figures
         if not math.isfinite(loss) or not math.isfinite(length):
             whose = (length, "gradient's length") if math.isfinite(loss) else (loss, "loss")
             run.failed = LossNotFinite(number, *whose)
             return StepReport(number, loss, 0.0, step.tokens, rate, length, error=run.failed)
-        if length > hp.max_grad_norm:
-            step.gradient.mul_(hp.max_grad_norm / (length + 1e-6))  # torch's clip_grad_norm_
-        _adamw(run, step.gradient, rate)
-        run.step = number
-        validation = self._validated(run)
-        return StepReport(number, loss, hits / step.units, step.tokens, rate, length, validation)
+        return StepReport(number, loss, hits / step.units, step.tokens, rate, length)
 
     def _validated(self, run: Run) -> Evaluation | None:
         """Validate if it is time; keep the weights if they are the best, end the run if that was too long ago."""
@@ -463,10 +473,24 @@ def _as_served(run: Run, dtype: torch.dtype) -> Tensor:
     return served.to(dtype)
 
 
-def _outcome(share: _Share, losses: Tensor, hits: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The share's part of the run's loss, and its hits."""
-    if reference is None:
-        return losses.sum() / share.units, hits.sum()
+def _sums(
+    shares: Sequence[_Share], counts: Sequence[int], losses: Tensor, hits: Tensor, references: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Each share's part of its run's loss, and its hits, both (shares,)."""
+    units = losses.new_tensor([share.units for share in shares])
+    loss, hit = _totals(losses, counts) / units, _totals(hits.to(losses.dtype), counts)
+    if all(reference is None for reference in references):
+        return loss, hit
+    each = list(zip(loss.unbind(), hit.unbind(), strict=True))
+    for at, (share, own, reference) in enumerate(zip(shares, losses.split(counts), references, strict=True)):
+        if reference is not None:
+            each[at] = _preference(share, own, reference)
+    both = [torch.stack(column) for column in zip(*each, strict=True)]
+    return both[0], both[1]
+
+
+def _preference(share: _Share, losses: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the hits of a share of pairs."""
     policy = _of_rows(share, losses)
     chosen, rejected = policy.chunk(2)
     chosen_before, rejected_before = reference.chunk(2)
@@ -476,7 +500,7 @@ def _outcome(share: _Share, losses: Tensor, hits: Tensor, reference: Tensor | No
         better = losses[: _better_tokens(share.block.items)]
         loss = loss + hp.sft_weight * (better.sum() / share.better_tokens)
     gained = (chosen - chosen_before) > (rejected - rejected_before)
-    return loss, gained.sum()
+    return loss, gained.sum().to(loss.dtype)
 
 
 def _better_tokens(items: Sequence[Item]) -> int:
@@ -486,24 +510,48 @@ def _better_tokens(items: Sequence[Item]) -> int:
 
 def _of_rows(share: _Share, losses: Tensor) -> Tensor:
     """Log-probability of each of the share's rows, from its tokens' losses."""
-    counts = torch.tensor([item.trained_tokens for item in share.block.items], device=losses.device)
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=losses.device), counts, output_size=len(losses))
-    return losses.new_zeros(len(counts)).index_add(0, rows, -losses)
+    return _totals(-losses, [item.trained_tokens for item in share.block.items])
 
 
-def _adamw(run: Run, gradient: Tensor, rate: float) -> None:
-    """The fused kernel on the whole vector, or on its halves where `lora_B` has a rate of its own (LoRA+)."""
-    hp, inner = run.spec.hyperparameters, run.layout.inner
-    halves = [(slice(0, inner), rate), (slice(inner, None), rate * hp.loraplus_ratio)]
-    if hp.loraplus_ratio == 1:
-        halves = [(slice(None), rate)]
-    first, second = run.moments
-    step = torch.tensor(float(run.step + 1), device=gradient.device)
-    for half, own_rate in halves:
+def _totals(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """The sums of the first so many values, the next so many, and so on, each in the order of its own."""
+    owners = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(values.device)
+    sums = values.new_zeros(len(counts), dtype=torch.float64)  # one after the other, float32 would lose digits
+    return sums.index_add(0, owners, values.double()).to(values.dtype)
+
+
+def _figures(steps: Sequence[_Step]) -> list[list[float] | None]:
+    """Loss, hits and the gradient's length of each step that has them, read at once: reading waits for the device."""
+    found = []
+    for step in steps:
+        if step.gradient is not None and step.sums is not None:
+            step.gradient[step.run.layout.inner :].mul_(step.run.scales)
+            found.append((step.sums, torch.linalg.vector_norm(step.gradient)))
+    if not found:
+        return [None] * len(steps)
+    sums, lengths = (torch.stack(column) for column in zip(*found, strict=True))
+    read = iter(torch.column_stack((sums, lengths)).tolist())
+    return [None if step.gradient is None else next(read) for step in steps]
+
+
+def _adamw(moving: Sequence[tuple[Run, Tensor, float]]) -> None:
+    """The fused kernel on each run's whole vector, or on its halves where `lora_B` has a rate of its own (LoRA+); one
+    call for all that share rate and decay."""
+    calls: dict[tuple[float, float], list[list[Tensor]]] = {}
+    for run, gradient, rate in moving:
+        hp, inner = run.spec.hyperparameters, run.layout.inner
+        halves = [(slice(0, inner), rate), (slice(inner, None), rate * hp.loraplus_ratio)]
+        if hp.loraplus_ratio == 1:
+            halves = [(slice(None), rate)]
+        step = torch.tensor(float(run.step), device=gradient.device)
+        for half, own_rate in halves:
+            vectors = [vector[half] for vector in (run.weights, gradient, *run.moments)]
+            calls.setdefault((own_rate, hp.weight_decay), []).append([*vectors, step])
+    for (rate, decay), called in calls.items():
+        weights, gradients, first, second, steps = (list(column) for column in zip(*called, strict=True))
         torch._fused_adamw_(
-            [run.weights[half]], [gradient[half]], [first[half]], [second[half]], [], [step],
-            lr=own_rate, beta1=BETA1, beta2=BETA2, weight_decay=hp.weight_decay, eps=EPSILON,
-            amsgrad=False, maximize=False,
+            weights, gradients, first, second, [], steps,
+            lr=rate, beta1=BETA1, beta2=BETA2, weight_decay=decay, eps=EPSILON, amsgrad=False, maximize=False,
         )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def least(engine: Engine, groups: Sequence[Any]) -> float:
 
 def trl_ms(base: Path, batch: int) -> dict[str, Any]:
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     times: list[float] = []
@@ -84,6 +84,7 @@ def trl_ms(base: Path, batch: int) -> dict[str, Any]:
             train_dataset=Dataset.from_list(given), processing_class=AutoTokenizer.from_pretrained(base),
             callbacks=[Watch()],
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)  # what this program prints is its figures alone
         trainer.train()
     marks = times[WARM_UP - 1 :: STEPS]
     return {"ms_per_step": 1000 * min(b - a for a, b in pairwise(marks)) / STEPS}
