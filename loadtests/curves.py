@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from loadtests import metrics, statistics
-from loadtests.axes import log_axis
+from loadtests.axes import beside, log_axis
 from loadtests.charts import SERIES, Absent, Chart, Colours
 from loadtests.points import knee_of, points_of
 from loadtests.recording import TIERS, Run
@@ -37,8 +37,8 @@ def throughput(run: Run) -> Chart | Absent:
                 _mark(axes, one.rate, f"knee: {one.offered:.3g} requests/s offered", colours)
         _objective(axes, run, "ttft_ms", colours)
         log_axis(axes.yaxis)
-        axes.set(xlabel="whole answers per second", ylabel="ms, from scheduled")
-        axes.legend(loc="upper left")
+        axes.set(xlabel="whole answers per second", ylabel="ms, from scheduled", xlim=(0, None))
+        beside(axes)
 
     return Chart("throughput-ttft", title, _knee_note(knee), draw)
 
@@ -63,8 +63,8 @@ def goodput(run: Run) -> Chart | Absent:
         )
         if not math.isnan(knee):
             _mark(axes, knee, f"knee: {knee:.3g}", colours)
-        axes.set(xlabel="requests offered per second", ylabel="requests per second", ylim=(0, None))
-        axes.legend(loc="upper left")
+        axes.set(xlabel="requests offered per second", ylabel="requests per second", xlim=(0, None), ylim=(0, None))
+        beside(axes)
 
     note = f"Goodput counts the answers that keep the objective ({objective_words(run)}). {_knee_note(knee)}"
     return Chart("goodput-offered", title, note, draw)
@@ -92,7 +92,7 @@ def adapters(run: Run) -> Chart | Absent:
         lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         lower.set_xticks(sorted(set(x)))
         lower.xaxis.set_minor_locator(NullLocator())
-        upper.legend(loc="lower left")
+        beside(upper)
         if slots is not None:
             _mark(upper, slots, f"{slots} slots", colours)
             _mark(lower, slots, "", colours)
@@ -124,7 +124,7 @@ def cold_starts(run: Run) -> Chart | Absent:
         log_axis(axes.xaxis)
         axes.set(xlabel="ms, from scheduled", ylabel="share of requests", ylim=(0, 1.02))
         _objective(axes, run, "ttft_ms", colours, vertical=True)
-        axes.legend(loc="lower right")
+        beside(axes)
 
     note = "gpu: it was in a slot. host: in the engine's memory. cold: it had to be read from disk. base: no adapter."
     return Chart("cold-starts", title, note, draw)
@@ -144,6 +144,7 @@ def fairness(run: Run) -> Chart | Absent:
 
     def draw(figure: Figure, colours: Colours) -> None:
         upper, lower = figure.subplots(2, sharex=True)
+        middle, room = (len(tenants) - 1) / 2, max(len(tenants), 8) / 2 + 0.1
         names = list(dict.fromkeys(groups))
         for name, colour in zip(names, _repeated(len(names)), strict=True):
             x = [place for place, group in enumerate(groups) if group == name]
@@ -155,13 +156,14 @@ def fairness(run: Run) -> Chart | Absent:
         log_axis(lower.yaxis)
         for axes in (upper, lower):
             axes.grid(visible=False, axis="x")
+            axes.set_xlim(middle - room, middle + room)
         if len(tenants) <= _NAMED:
             labels = [run.schedule.tenants[tenant] for tenant in tenants]
             lower.set_xticks(range(len(tenants)), labels, rotation=45, ha="right", rotation_mode="anchor")
         else:
             lower.set(xlabel=f"{len(tenants)} tenants, by group and by what each was served")
-        if len(names) <= len(SERIES):
-            upper.legend(loc="upper center", bbox_to_anchor=(0.5, 1.25), ncols=len(names))
+        if 1 < len(names) <= len(SERIES):
+            beside(upper)
 
     jain = statistics.jain(parts)
     note = (
@@ -200,10 +202,11 @@ def _repeated(count: int) -> Sequence[str]:
 
 
 def _mark(axes: Any, x: float, text: str, colours: Colours) -> None:
+    """A line across, its name above the frame, where nothing else is."""
     axes.axvline(x, color=colours["red"], linestyle="--", linewidth=1.1)
     if text:
-        place = {"xy": (x, 1), "xycoords": ("data", "axes fraction"), "xytext": (4, -2), "textcoords": "offset points"}
-        axes.annotate(text, va="top", color=colours["red"], **place)
+        place = {"xy": (x, 1), "xycoords": ("data", "axes fraction"), "xytext": (0, 3), "textcoords": "offset points"}
+        axes.annotate(text, ha="center", va="bottom", color=colours["red"], fontsize=9, **place)
 
 
 def _objective(axes: Any, run: Run, name: str, colours: Colours, *, vertical: bool = False) -> None:

@@ -244,14 +244,18 @@ def _fairness(reduce: Callable[[Array], float]) -> Callable[[Selected], Figure]:
 
 
 def _recovery(chosen: Selected) -> Figure:
-    """The longest over all disturbances, from each one's begin; bins of at least five requests in the mean."""
+    """The longest over all disturbances, from each one's begin; bins of at least five requests in the mean.
+
+    What breaks off counts when it does, all else when it was scheduled.
+    """
     events, wanted = events_of(chosen, DISTURBANCES), chosen.counted
     if not events or not wanted.any():
         return Figure(math.nan, 0)
     width = max(0.25, 5 * chosen.planned_s / int(wanted.sum()))
-    scheduled = chosen.rows["scheduled"][wanted]
+    broke = np.isin(chosen.rows["outcome"], (Outcome.BROKEN, Outcome.TRUNCATED, Outcome.ERROR_EVENT))
+    when = np.where(broke, chosen.rows["done"], chosen.rows["scheduled"])[wanted]
     start = chosen.run.schedule.phases[chosen.phases[0]][0]
-    places = np.maximum(scheduled - start, 0) // int(width * S)
+    places = np.maximum(when - start, 0) // int(width * S)
     asked = np.bincount(places).astype(float)
     kept = np.bincount(places, chosen.kept[wanted]).astype(float)
     longest = max(
@@ -281,7 +285,7 @@ def _outcome(outcome: Outcome) -> Callable[[Selected], Array]:
 SCALARS: Final[Mapping[str, Callable[[Selected], Figure]]] = {
     "rate": _per_s(lambda chosen: chosen.whole, lambda chosen: chosen.lasted_s),
     "offered_rate": _per_s(_offered, lambda chosen: chosen.planned_s),
-    "goodput": _per_s(lambda chosen: chosen.kept, lambda chosen: chosen.planned_s),
+    "goodput": _per_s(lambda chosen: chosen.kept, lambda chosen: chosen.lasted_s),
     "goodput_share": _share(lambda chosen: chosen.kept, lambda chosen: chosen.counted),
     "tokens_per_s": _per_s(_tokens("completion_tokens"), lambda chosen: chosen.lasted_s),
     "prompt_tokens_per_s": _per_s(_tokens("prompt_tokens"), lambda chosen: chosen.lasted_s),

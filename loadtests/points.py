@@ -1,6 +1,5 @@
 """The loads that a run offered one after the other, a point each: a phase, or a step of one."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,7 +32,7 @@ class Point:
 
 def points_of(run: Run) -> list[Point]:
     """In order of time; of all phases that are measured."""
-    return [_point(name, chosen, seconds) for name, chosen, seconds in _parts(run) if len(chosen.at)]
+    return [_point(*part) for part in _parts(run) if len(part[1].at)]
 
 
 def knee_of(points: list[Point]) -> float:
@@ -41,7 +40,7 @@ def knee_of(points: list[Point]) -> float:
     return statistics.knee([one.offered for one in points], [one.kept_share for one in points])
 
 
-def _parts(run: Run) -> Iterator[tuple[str, Selected, float]]:
+def _parts(run: Run) -> Iterator[tuple[str, Selected, float, float]]:
     for number, phase in enumerate(run.scenario["phases"]):
         if not phase.get("measured", True):
             continue
@@ -52,7 +51,7 @@ def _parts(run: Run) -> Iterator[tuple[str, Selected, float]]:
             scheduled = chosen.rows["scheduled"]
             within = chosen.at[(scheduled >= low) & (scheduled < high)] if count > 1 else chosen.at
             name = phase["name"] if count == 1 else f"{phase['name']} {part + 1}"
-            yield name, Selected(run, within), (high - low) / S
+            yield name, Selected(run, within), low, high
 
 
 def _steps(arrivals: dict[str, Any]) -> int:
@@ -61,14 +60,15 @@ def _steps(arrivals: dict[str, Any]) -> int:
     return _RAMP_PARTS if arrivals["law"] == "ramp" else 1
 
 
-def _point(name: str, chosen: Selected, seconds: float) -> Point:
-    lasted = max(seconds, _until_last(chosen))
+def _point(name: str, chosen: Selected, begin: float, end: float) -> Point:
+    seconds = (end - begin) / S
+    lasted = (max(end, float(chosen.rows["done"].max())) - begin) / S
     told = {one: metrics.of(chosen, one).value for one in ("ttft_ms.p50", "ttft_ms.p99", "goodput_share", "hit_ratio")}
     return Point(
         name,
         offered=len(chosen.at) / seconds,
         rate=float(chosen.whole.sum()) / lasted,
-        goodput=float(chosen.kept.sum()) / seconds,
+        goodput=float(chosen.kept.sum()) / lasted,
         kept_share=told["goodput_share"],
         tokens_per_s=float(np.maximum(chosen.rows["completion_tokens"], 0).sum()) / lasted,
         ttft_p50_ms=told["ttft_ms.p50"],
@@ -76,8 +76,3 @@ def _point(name: str, chosen: Selected, seconds: float) -> Point:
         adapters=int(metrics.adapters_asked(chosen).value),
         hit_ratio=told["hit_ratio"],
     )
-
-
-def _until_last(chosen: Selected) -> float:
-    done, scheduled = chosen.rows["done"], chosen.rows["scheduled"]
-    return math.nan if not len(done) else float(done.max() - scheduled.min()) / S

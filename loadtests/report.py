@@ -3,7 +3,7 @@
 import base64
 import importlib.util
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Final
 from loadtests import gates, results
 from loadtests.gates import Judgement, Verdict
 from loadtests.recording import Run
-from loadtests.selection import S, select
+from loadtests.selection import S, Selected, select
 
 _EVENTS: Final = 60
 _ERRORS: Final = 20
@@ -22,21 +22,18 @@ _WORDS: Final = {
     gates.INCONCLUSIVE: ("inconclusive", "The run cannot say whether the server keeps what the scenario asks."),
 }
 _COLUMNS: Final = (
-    ("offered_rate", "offered /s"),
-    ("rate", "whole /s"),
-    ("goodput_share", "goodput"),
-    ("tokens_per_s", "tokens /s"),
-    ("ttft_ms.p50", "TTFT p50"),
-    ("ttft_ms.p99", "TTFT p99"),
-    ("response_ms.p50", "response p50"),
-    ("response_ms.p99", "response p99"),
-    ("service_ms.p50", "service p50"),
-    ("service_ms.p99", "service p99"),
-    ("itl_ms.p99", "between tokens p99"),
-    ("error_share", "failed"),
-    ("refused_share", "refused"),
-    ("wrong_adapter", "wrong adapter"),
-    ("hit_ratio", "slot hits"),
+    ("offered /s", "offered_rate"),
+    ("whole /s", "rate"),
+    ("goodput", "goodput_share"),
+    ("tokens /s", "tokens_per_s"),
+    ("TTFT p50 · p99", "ttft_ms.p50", "ttft_ms.p99"),
+    ("response p50 · p99", "response_ms.p50", "response_ms.p99"),
+    ("service p50 · p99", "service_ms.p50", "service_ms.p99"),
+    ("tokens apart p99", "itl_ms.p99"),
+    ("failed", "error_share"),
+    ("refused", "refused_share"),
+    ("wrong adapter", "wrong_adapter"),
+    ("slot hits", "hit_ratio"),
 )
 _SHARES: Final = ("goodput_share", "error_share", "refused_share", "hit_ratio")
 _GLOSSARY: Final = {
@@ -116,8 +113,8 @@ def _head(run: Run, verdicts: Sequence[Verdict]) -> str:
         for one in (
             target.get("url") or target.get("kind"),
             target.get("model"),
-            f"{target['replicas']} replicas" if target.get("replicas") else "",
-            f"{target['slots']} slots each" if target.get("slots") else "",
+            _counted(target.get("replicas"), "replica"),
+            _counted(target.get("slots"), "slot") + (" each" if target.get("slots") else ""),
             begun,
             f"{run.schedule.end / S:g} s, {len(run.samples.rows):,} requests",
         )
@@ -146,23 +143,29 @@ def _verdicts(verdicts: Sequence[Verdict]) -> str:
 
 
 def _figures(run: Run) -> str:
-    names, groups = [name for name, _ in _COLUMNS], sorted(set(run.schedule.groups))
-    rows = [("all that is measured", results.figures(select(run), names))]
-    for phase in run.scenario["phases"]:
-        name = phase["name"] + ("" if phase.get("measured", True) else " (warm-up)")
-        rows.append((name, results.figures(select(run, phase=phase["name"]), names)))
-        for group in groups if groups[1:] else ():
-            chosen = select(run, phase=phase["name"], tenants=group)
-            if len(chosen.at):
-                rows.append((f"\u2003{group}", results.figures(chosen, names)))
-    if len(run.scenario["phases"]) == 1 and not groups[1:]:
-        rows = rows[:1]
-    told = [(name, label) for name, label in _COLUMNS if any(figures[name] is not None for _, figures in rows)]
-    body = [(label, *(_cell(name, figures[name]) for name, _ in told)) for label, figures in rows]
-    note = (
-        "<p class=quiet>Times in ms. Response time runs from when a request was scheduled, service time from sent.</p>"
-    )
-    return _section("Figures", _table(("", *(label for _, label in told)), body, "figures") + note)
+    names = [name for _, *those in _COLUMNS for name in those]
+    rows = [(label, results.figures(chosen, names)) for label, chosen in _rows(run)]
+    told = [one for one in _COLUMNS if any(figures[one[1]] is not None for _, figures in rows)]
+    body = [
+        (label, *(" · ".join(_cell(name, figures[name]) for name in those) for _, *those in told))
+        for label, figures in rows
+    ]
+    note = "Times in ms. Response time runs from when a request was scheduled, service time from when it was sent."
+    table = _table(("", *(label for label, *_ in told)), body, "figures")
+    return _section("Figures", f"{table}<p class=quiet>{note}</p>")
+
+
+def _rows(run: Run) -> Iterator[tuple[str, Selected]]:
+    phases, groups = run.scenario["phases"], sorted(set(run.schedule.groups))
+    yield "all that is measured", select(run)
+    for phase in phases:
+        if len(phases) > 1:
+            warm_up = "" if phase.get("measured", True) else " (warm-up)"
+            yield phase["name"] + warm_up, select(run, phase=phase["name"])
+        chosen = [(group, select(run, phase=phase["name"], tenants=group)) for group in groups]
+        there = [(f"\u2003{group}", one) for group, one in chosen if len(one.at)]
+        if len(there) > 1:
+            yield from there
 
 
 def _errors(run: Run) -> str:
@@ -220,6 +223,10 @@ def _cell(name: str, value: float | None) -> str:
         if name in _SHARES
         else _number(value)
     )
+
+
+def _counted(count: int | None, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}" if count else ""
 
 
 def _number(value: float) -> str:

@@ -79,7 +79,10 @@ class Selected:
 
     @property
     def lasted_s(self) -> float:
-        """How long their phases lasted until the last answer, so that a queue's drain does not count as throughput."""
+        """How long their phases lasted, each until its last answer where that came later.
+
+        So what an overloaded server works off after a phase does not count as if it had been done within it.
+        """
         total = 0
         for phase in self.phases:
             begin, end = self.run.schedule.phases[phase]

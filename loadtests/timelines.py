@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from loadtests import metrics, statistics
-from loadtests.axes import log_axis
+from loadtests.axes import beside, log_axis
 from loadtests.charts import Absent, Chart, Colours
 from loadtests.recording import ABSENT, TIERS, Array, Outcome, Run
 from loadtests.selection import MS, S, Selected
@@ -21,6 +21,8 @@ from loadtests.selection import MS, S, Selected
 _BINS: Final = 120
 _TENANTS: Final = 32  # rows of the heat map
 _COLUMNS: Final = 60
+_LEAST_MS: Final = 0.1
+"""Pieces that came with one read have no time between them, and a logarithm no zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +65,19 @@ def timeline(run: Run) -> Chart | Absent:
         ratios = [0.16 * len(lanes) + 0.12, 1, 1] if lanes else [1, 1]
         panels = figure.subplots(len(ratios), sharex=True, height_ratios=ratios)
         upper, lower = panels[-2:]
+        offered = np.bincount(place, minlength=bins.count) / bins.width_s
+        upper.fill_between(
+            bins.middles, offered, step="mid", color=colours["muted"], alpha=0.25, linewidth=0, label="offered"
+        )
         for which, name, colour in (
-            (np.ones(len(rows), bool), "offered", "muted"),
             (chosen.whole, "whole", "blue"),
             (refused, "refused", "orange"),
             (chosen.failed, "failed", "red"),
         ):
             if which.any():
                 rate = np.bincount(place[which], minlength=bins.count) / bins.width_s
-                style = ":" if name == "offered" else "-"
-                upper.step(bins.middles, rate, where="mid", color=colours[colour], label=name, linestyle=style)
+                rate = np.where(bins.middles <= run.schedule.end / S, rate, np.nan)
+                upper.step(bins.middles, rate, where="mid", color=colours[colour], label=name)
         whole = rows[chosen.whole]
         for begin, share, name, colour in (
             ("scheduled", 0.5, "response p50", "blue"),
@@ -91,8 +96,8 @@ def timeline(run: Run) -> Chart | Absent:
         log_axis(lower.yaxis)
         upper.set(ylabel="requests/s", ylim=(0, None))
         lower.set(ylabel="ms", xlabel="seconds since the begin, by when requests were scheduled")
-        _beside(upper)
-        _beside(lower)
+        beside(upper)
+        beside(lower)
 
     note = (
         f"In stretches of {bins.width_s:g} s. Response time runs from when a request was scheduled, service time from "
@@ -130,7 +135,7 @@ def hit_ratio(run: Run) -> Chart | Absent:
                     axes.plot(span, [value] * 2, style, color=colours[colour], label=None if label in known else label)
         _phases([axes], run, colours)
         axes.set(ylabel="share of hits", xlabel="seconds since the begin", ylim=(0, 1.05))
-        _beside(axes)
+        beside(axes)
 
     note = (
         "Of the requests to adapters, those whose adapter was in a slot. Che's approximation supposes independent "
@@ -187,7 +192,7 @@ def token_gaps(run: Run) -> Chart | Absent:
     def draw(figure: Figure, colours: Colours) -> None:
         axes = figure.subplots()
         for share, colour in ((0.5, "blue"), (0.99, "orange")):
-            values = _by_bin(bins, when, gaps, share)
+            values = np.maximum(_by_bin(bins, when, gaps, share), _LEAST_MS)
             axes.plot(bins.middles, values, color=colours[colour], marker=".", markersize=3, label=f"p{share * 100:g}")
         log_axis(axes.yaxis)
         if len(loads):
@@ -196,9 +201,11 @@ def token_gaps(run: Run) -> Chart | Absent:
         _flags([axes], run, colours)
         _phases([axes], run, colours)
         axes.set(ylabel="ms between chunks", xlabel="seconds since the begin, by when a chunk came")
-        _beside(axes)
+        beside(axes)
 
-    note = f"{len(loading):,} requests waited for an adapter's load; a mark below is when such a one was sent."
+    note = "No request waited for an adapter's load."
+    if len(loads):
+        note = f"{len(loading):,} requests waited for an adapter's load; a mark below is when such a one was sent."
     return Chart("token-gaps", title, note, draw)
 
 
@@ -284,7 +291,3 @@ def _phases(panels: Sequence[Any], run: Run, colours: Colours) -> None:
                 color=colours["muted"],
                 fontsize=8.5,
             )
-
-
-def _beside(axes: Any) -> None:
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02))
