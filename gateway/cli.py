@@ -25,7 +25,7 @@ from gateway.commands import (
     training,
     usage,
 )
-from loadtests.reading_commands import app as loadtest_app
+from loadtests.plan_commands import app as loadtest_app
 
 app = typer.Typer(help="One base model and a fitted adapter for every tenant.", no_args_is_help=True)
 app.add_typer(servers.app)

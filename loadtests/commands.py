@@ -88,7 +88,7 @@ def run(
         folder = out or Path("loadtest-results") / f"{wanted.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder.mkdir(parents=True, exist_ok=True)
         options = Options(folder, processes, _shard(shard), start_at)
-        given = None if target is None else UrlTarget(target, _operator_key(operator_key), metrics, slots=slots)
+        given = None if target is None else UrlTarget(target, operator_key_of(operator_key), metrics, slots=slots)
         found = asyncio.run(_run(wanted, given, stack, base_model, options, quiet=quiet))
         code = judge(found, folder, baseline)
     raise typer.Exit(code)
@@ -192,7 +192,8 @@ def _shard(text: str) -> tuple[int, int]:
     return place, count
 
 
-def _operator_key(given: str | None) -> str:
+def operator_key_of(given: str | None) -> str:
+    """The one that is given, or that of this machine's server."""
     file = _home() / "operator-key"
     if given is not None:
         return given
