@@ -94,7 +94,8 @@ def timeline(run: Run) -> Chart | Absent:
             _flags((upper, lower), run, colours)
         _phases(panels, run, colours)
         log_axis(lower.yaxis)
-        upper.set(ylabel="requests/s", ylim=(0, None))
+        last = max([run.schedule.end, *(one.at for one in run.events)]) / S
+        upper.set(ylabel="requests/s", ylim=(0, None), xlim=(-0.02 * last, 1.02 * last))
         lower.set(ylabel="ms", xlabel="seconds since the begin, by when requests were scheduled")
         beside(upper)
         beside(lower)
