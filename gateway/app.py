@@ -17,17 +17,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter_store.aliases import Aliases
-from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
 from adapter_store.bundle import Staging
 from adapter_store.errors import AdapterStoreError, StorageError
-from adapter_store.faults import Bounds as AdapterBounds
 from adapter_store.imports import Imports
-from adapter_store.inspector import Inspector
 from adapter_store.rollouts import Rollouts
 from adapter_store.scrub import Scrubber
-from adapter_store.signing import Signer
-from adapter_store.store import AdapterStore
 from adapter_store.uploads import Uploads
 from gateway.api import (
     adapters,
@@ -90,6 +85,7 @@ from gateway.replicas.roster import Roster
 from gateway.replicas.upstream import Upstream
 from gateway.rollouts import RolloutWatch
 from gateway.settings import Settings
+from gateway.store_opening import open_store
 from gateway.telemetry.asgi import Counted, template_of
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import open_tracing
@@ -163,23 +159,10 @@ def create_app(settings: Settings, *, operators: socket.socket | None = None) ->
 
 
 def _build(settings: Settings, home: Home) -> Parts:
-    folder, name = home.base_model(settings.base_model, settings.base_model_name)
-    base = BaseModel.read(folder, name=name, dtype=settings.dtype)
-    engine = open_engine(settings.database)
-    inspector = Inspector(base, AdapterBounds(settings.max_lora_rank, settings.max_adapter_bytes))
-    blobs = Blobs.open(settings.blobs)
+    opened = open_store(settings, home)
+    base, engine, blobs, store = opened.base, opened.engine, opened.blobs, opened.store
     answers = Answers(engine)
     job_rows = Jobs(engine)
-    signer = Signer(engine, home.signing_key(settings.signing_key))
-    store = AdapterStore(
-        engine,
-        blobs,
-        inspector,
-        signer=signer,
-        moves_when_proved=settings.proof == "require",
-        proof_delay_s=settings.proof_delay_s,
-        is_checkpoint=jobs.is_checkpoint,
-    )
     rollouts = Rollouts(engine, base.fingerprint)
     freshness = Freshness(settings.max_staleness_s)
     key_rows = Keys(engine)
@@ -219,10 +202,10 @@ def _build(settings: Settings, home: Home) -> Parts:
             bytes_per_s=settings.scrub_bytes_per_s,
             every_s=settings.scrub_every_s,
         ),
-        signer=signer,
+        signer=opened.signer,
         erasures=store.erasures,
         eraser=eraser,
-        inspector=inspector,
+        inspector=opened.inspector,
         staging=Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes),
         uploads=Uploads(engine, blobs, part_bytes=settings.upload_part_bytes, expiry_s=settings.upload_expiry_s),
         imports=Imports(blobs, settings.import_root),
@@ -231,7 +214,9 @@ def _build(settings: Settings, home: Home) -> Parts:
         job_figures=JobFigures(job_rows),
         file_uploads=FileUploads(engine, blobs, expiry_s=settings.upload_expiry_s),
         sweep_saved_runs=partial(saved_runs.sweep, engine, blobs),
-        file_check=FileCheck(folder, max_length=settings.max_model_len, timeout_s=settings.file_check_timeout_s),
+        file_check=FileCheck(
+            opened.base_folder, max_length=settings.max_model_len, timeout_s=settings.file_check_timeout_s
+        ),
         file_limits=FileLimits(settings.max_file_bytes, settings.file_expiry_s),
         answers=answers,
         stall_s=settings.upload_stall_s,

@@ -20,20 +20,15 @@ from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
 
-from adapter_store.base_model import BaseModel
-from adapter_store.blobs import Blobs
 from adapter_store.bundle import Staging
 from adapter_store.engine import AsyncEngine
 from adapter_store.errors import AdapterStoreError, StorageError
-from adapter_store.faults import Bounds
-from adapter_store.inspector import Inspector
 from adapter_store.process import die_with_parent
-from adapter_store.signing import Signer
-from adapter_store.store import AdapterStore
-from gateway.database import migrate, open_engine
+from gateway.database import migrate
 from gateway.home import ConfigurationError, Home
 from gateway.logs import set_up_logging
 from gateway.settings import Settings, explain
+from gateway.store_opening import open_store
 from training.results import Results
 from training.worker import Options, Worker
 
@@ -75,24 +70,19 @@ async def run_worker(settings: Settings) -> None:
     os.nice(settings.training_nice)
     set_up_logging(settings.log_level)
     home = Home(settings.home)
-    folder, name = home.base_model(settings.base_model, settings.base_model_name)
-    base = BaseModel.read(folder, name=name, dtype=settings.dtype)
-    engine = open_engine(settings.database)
-    inspector = Inspector(base, Bounds(settings.max_lora_rank, settings.max_adapter_bytes))
-    blobs = Blobs.open(settings.blobs)
+    opened = open_store(settings, home)
     staging = Staging(home.path / "training", weights_limit_bytes=settings.max_adapter_bytes)
-    signer = Signer(engine, home.signing_key(settings.signing_key))
-    store = AdapterStore(engine, blobs, inspector, signer=signer, moves_when_proved=settings.proof == "require")
-    results = Results(engine, blobs, store, staging, time.time)
-    worker = Worker(results, _loader(settings, folder, base.fingerprint), _options(settings, base.fingerprint))
+    results = Results(opened.engine, opened.blobs, opened.store, staging, time.time)
+    fingerprint = opened.base.fingerprint
+    worker = Worker(results, _loader(settings, opened.base_folder, fingerprint), _options(settings, fingerprint))
     stopping = _stopped_by_signals()
     try:
-        await _until_schema(engine, stopping)
+        await _until_schema(opened.engine, stopping)
         staging.sweep()
         await worker.run(stopping)
     finally:
-        await inspector.close()
-        await engine.dispose()
+        await opened.inspector.close()
+        await opened.engine.dispose()
 
 
 def _options(settings: Settings, fingerprint: str) -> Options:

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from adapter_store.bundle import WEIGHTS_FILE
 from adapter_store.ids import TenantId
+from adapter_store.proofs import proofs
+from adapter_store.transactions import reading
 from tests.integration.training.conftest import RECIPE, TENANT, Desk, chats
 from tests.integration.training.mortal import POINTS, Death
 from tests.storage import clean_environment
@@ -214,7 +217,10 @@ sys.addaudithook(hear)
 async def test_the_command_trains_without_any_other_socket_and_stops_in_time(
     desk: Desk, warm: WarmBase, tmp_path: Path
 ) -> None:
-    """`tailor worker` knows three settings; it is small until there is a job, and gives back what it has on SIGTERM."""
+    """`tailor worker` knows three settings, is small until there is a job, and gives back what it has on SIGTERM.
+
+    Its results are proved when uploads would be.
+    """
     heard, spy = tmp_path / "heard", tmp_path / "spy"
     spy.mkdir()
     (spy / "sitecustomize.py").write_text(SPY)
@@ -228,6 +234,7 @@ async def test_the_command_trains_without_any_other_socket_and_stops_in_time(
         "TAILOR_BASE_MODEL_NAME": desk.base.name,
         "TAILOR_TRAINING_DEVICE": "cpu",
         "TAILOR_TRAINING_NICE": "0",
+        "TAILOR_PROOF_DELAY_S": "60",
         "PYTHONPATH": f"{spy}{os.pathsep}{PROJECT}",
         "HEARD": str(heard),
     }
@@ -238,6 +245,7 @@ async def test_the_command_trains_without_any_other_socket_and_stops_in_time(
     try:
         done = await desk.ended(job, 120)
         assert await desk.weights(done) == alone(warm, desk.home, chats())
+        assert await _proof_due_at(desk, done) >= done.created_at + 60
         longer = await desk.job(recipe={"epochs": 1_000})
         await desk.reached(longer, lambda now: now.step > 0)
     finally:
@@ -251,3 +259,9 @@ async def test_the_command_trains_without_any_other_socket_and_stops_in_time(
     allowed = ("127.0.0.1", "localhost", "/")  # where PostgreSQL and S3 are, where they are
     lines = heard.read_text().splitlines()
     assert all(any(place in line for place in allowed) for line in lines) if desk.place.folder is None else lines == []
+
+
+async def _proof_due_at(desk: Desk, job: Job) -> int:
+    due = select(proofs.c.due_at).where(proofs.c.version_id == job.version_id)
+    async with reading(desk.engine) as connection:
+        return int((await connection.execute(due)).scalar_one())
