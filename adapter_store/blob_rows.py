@@ -5,8 +5,9 @@ A column that holds the SHA-256 of one of its tenant's blobs says so where it is
     Column("sha256", Text, nullable=False, info=names_blob("bytes"))
 
 with the column of the blob's size. Its table has an `id`, a `tenant_id`, and an index over tenant and digest. So
-versions, training files and checkpoints are treated alike. Whoever removes blobs must have imported every module that
-declares such a column.
+versions, training files and saved runs are treated alike. Whoever removes blobs must have imported every module that
+declares such a column. `fleeting`: the row goes on to other blobs while others read, and is worth keeping without one;
+null names none.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Final
 
 from sqlalchemy import BindParameter, Column, CompoundSelect, bindparam, select, union_all
 
-from adapter_store.blobs import SIZE_COLUMN, blob_key
+from adapter_store.blobs import FLEETING, SIZE_COLUMN, blob_key
 from adapter_store.catalog import metadata
 from adapter_store.engine import AsyncConnection
 from adapter_store.ids import TenantId
@@ -50,10 +51,22 @@ def naming_columns() -> tuple[Column[Any], ...]:
 
 def named_blobs(table: str, row: Mapping[str, Any]) -> Iterator[NamedBlob]:
     """The blobs that a row of the table names; columns that a table of an older schema lacks name none."""
+    for _, blob in _named(table, row):
+        yield blob
+
+
+def fleeting_blobs(table: str, row: Mapping[str, Any]) -> Iterator[tuple[str, NamedBlob]]:
+    """Those that may go at any time, each with the name of its column."""
+    for column, blob in _named(table, row):
+        if column.info[FLEETING]:
+            yield column.name, blob
+
+
+def _named(table: str, row: Mapping[str, Any]) -> Iterator[tuple[Column[Any], NamedBlob]]:
     for column in naming_columns():
         sha256 = row.get(column.name) if column.table.name == table else None
         if sha256 is not None:
-            yield NamedBlob.of(TenantId(row["tenant_id"]), sha256, row[column.info[SIZE_COLUMN]])
+            yield column, NamedBlob.of(TenantId(row["tenant_id"]), sha256, row[column.info[SIZE_COLUMN]])
 
 
 @lru_cache(maxsize=_MOST)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
-from adapter_store.bundle import NO_LINK
+from adapter_store.bundle import NO_LINK, storage_errors
 from adapter_store.errors import BlobCorrupt, StorageError, StorageFull, StorageUnavailable
 from adapter_store.ids import TenantId
 from adapter_store.s3_leftovers import Leftovers
@@ -35,6 +35,7 @@ PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 KEY = re.compile(rf"{PREFIX}/([A-Za-z0-9_-]{{1,64}})/([0-9a-f]{{64}})")
 SIZE_COLUMN = "blob_size"  # in the `info` of a column that names blobs: see `blob_rows`
+FLEETING = "fleeting"
 # ENOSPC, EFBIG and EDQUOT, as obstore's text has them: it gives no errno.
 FULL = re.compile(r"os error (?:28|27|122)\)")
 
@@ -46,9 +47,9 @@ def blob_key(tenant_id: TenantId, sha256: str) -> str:
     return f"{PREFIX}/{tenant_id}/{sha256}"
 
 
-def names_blob(size_column: str) -> dict[str, str]:
+def names_blob(size_column: str, *, fleeting: bool = False) -> dict[str, Any]:
     """For `Column(info=…)` of a column with the SHA-256 of a tenant's blob: `blob_rows`."""
-    return {SIZE_COLUMN: size_column}
+    return {SIZE_COLUMN: size_column, FLEETING: fleeting}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +184,19 @@ class Blobs:
                 if differs:
                     raise BlobCorrupt(f"blob {key} is not what its digest says") from error
                 raise
+
+    async def fetch(self, key: str, sha256: str, path: Path) -> None:
+        """Writes a blob to `path`. Raises BlobCorrupt (it is gone, or not what its digest says), StorageError."""
+        digest = hashlib.sha256()
+        with storage_errors():
+            await in_thread(path.unlink, missing_ok=True)  # what lies there may be another name of a blob: `adopt`
+            with path.open("xb") as target:
+                async with self.read(key) as pieces:
+                    async for piece in pieces:
+                        digest.update(piece)
+                        await in_thread(target.write, piece)
+        if digest.hexdigest() != sha256:
+            raise BlobCorrupt(f"blob {key} is not what its digest says")
 
     async def delete(self, key: str) -> None:
         """Removes the blob; it may be gone already."""

@@ -150,7 +150,7 @@ class Scrubber:
 
     async def _named_in(self, column: Column[Any]) -> AsyncIterator[tuple[TenantId, str]]:
         here = (column.table.c.tenant_id, column)
-        statement = select(*here).distinct().order_by(*here).limit(PAGE)
+        statement = select(*here).where(column.is_not(None)).distinct().order_by(*here).limit(PAGE)
         last = ("", "")
         while True:
             async with reading(self._engine) as connection:

@@ -50,25 +50,29 @@ class Done:
 async def back_up(engine: AsyncEngine, blobs: Blobs, target: Blobs) -> Done:
     """Copies what is missing, then the rows.
 
-    A blob that goes while this runs belongs to an adapter that was deleted: the rows are taken anew.
+    A blob that goes while this runs belongs to an adapter that was deleted: the rows are taken anew. What a job saves
+    goes with its next save, so that is copied with its row; without it the job begins anew.
     Raises BackupIncomplete (a blob is damaged: the rest is copied, no snapshot is made), SnapshotInvalid, StorageError.
     """
+    copied = copied_bytes = 0
+
+    async def copy(blob: NamedBlob) -> bool:
+        nonlocal copied, copied_bytes
+        if not await target.exists(blob.key, blob.size_bytes):
+            try:
+                await blobs.copy(blob.key, blob.sha256, target)
+            except BlobCorrupt:
+                return False
+            copied, copied_bytes = copied + 1, copied_bytes + blob.size_bytes
+        return True
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "snapshot"
         faulty: set[str] = set()
-        copied = copied_bytes = 0
         while True:
-            named = await write_snapshot(engine, path)
-            before, faulty = faulty, set()
-            for blob in sorted(named, key=lambda blob: blob.key):
-                if await target.exists(blob.key, blob.size_bytes):
-                    continue
-                try:
-                    await blobs.copy(blob.key, blob.sha256, target)
-                except BlobCorrupt:
-                    faulty.add(blob.key)
-                else:
-                    copied, copied_bytes = copied + 1, copied_bytes + blob.size_bytes
+            named = await write_snapshot(engine, path, copy)
+            before = faulty
+            faulty = {blob.key for blob in sorted(named, key=lambda blob: blob.key) if not await copy(blob)}
             if faulty <= before:
                 break
         if faulty:

@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import msgspec
 from sqlalchemy import LargeBinary, MetaData, Table, select, text
 from sqlalchemy.engine import Connection
 
-from adapter_store.blob_rows import NamedBlob, named_blobs
+from adapter_store.blob_rows import NamedBlob, fleeting_blobs, named_blobs
 from adapter_store.catalog import metadata
 from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.errors import AdapterStoreError
@@ -44,8 +44,14 @@ class SnapshotInvalid(AdapterStoreError):
     """The snapshot is torn, changed, or of a schema that this version does not know."""
 
 
-async def write_snapshot(engine: AsyncEngine, path: Path) -> set[NamedBlob]:
+Keep = Callable[[NamedBlob], Awaitable[bool]]
+"""Whether a blob that may go at any time could be copied."""
+
+
+async def write_snapshot(engine: AsyncEngine, path: Path, keep: Keep) -> set[NamedBlob]:
     """Writes all rows of one moment, while others write on; the blobs that they name.
+
+    A row that goes on from one fleeting blob to the next is written without what `keep` cannot have any more.
 
     Raises SnapshotInvalid (the database is of another schema than this code), StorageUnavailable.
     """
@@ -65,10 +71,14 @@ async def write_snapshot(engine: AsyncEngine, path: Path) -> set[NamedBlob]:
                 if table in UNDER_WAY:
                     continue
                 file.write(_line({"table": str(table.name), "columns": _columns(table)}))
-                async for row in _rows(connection, table):
-                    file.write(_line(row))
+                async for values in _rows(connection, table):
+                    row = dict(zip(_columns(table), values, strict=True))
+                    for column, blob in fleeting_blobs(str(table.name), row):
+                        if not await keep(blob):
+                            row[column] = None
+                    file.write(_line(list(row.values())))
                     count += 1
-                    named.update(named_blobs(str(table.name), dict(zip(_columns(table), row, strict=True))))
+                    named.update(named_blobs(str(table.name), row))
             file.write(_line({"rows": count}))
     return named
 

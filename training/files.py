@@ -9,7 +9,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -346,9 +346,15 @@ class Files:
         await connection.execute(delete(file_uploads).where(file_uploads.c.file_id == file.id))
         await connection.execute(delete(files).where(files.c.id == file.id))
         await self._on_erase(connection, file)
-        blob = ErasedBlob(file.id, file.purpose.value, file.sha256, file.size_bytes)
         return await note_erasure(
-            connection, file.tenant_id, Scope.FILE, file.id, [blob], requested_by=requested_by, forced=force, now=now
+            connection,
+            file.tenant_id,
+            Scope.FILE,
+            file.id,
+            [_erased(file)],
+            requested_by=requested_by,
+            forced=force,
+            now=now,
         )
 
     async def _undo(self, new: NewFile) -> None:
@@ -403,11 +409,11 @@ async def _checked(pieces: AsyncIterator[bytes], file: File) -> AsyncIterator[by
 
 
 async def copy_to(blobs: Blobs, file: File, path: Path) -> None:
-    """Writes the file to `path`, which must not be there. Raises FileDamaged, StorageUnavailable, OSError."""
-    with path.open("xb") as target:
-        async with read(blobs, file) as pieces:
-            async for piece in pieces:
-                await in_thread(target.write, piece)
+    """Writes the file to `path`. Raises FileDamaged, StorageFull, StorageUnavailable."""
+    try:
+        await blobs.fetch(file.blob.key, file.sha256, path)
+    except BlobCorrupt as error:
+        raise FileDamaged(file.id) from error
 
 
 async def keep_blob(engine: AsyncEngine, blobs: Blobs, tenant_id: TenantId, path: Path) -> NamedBlob:
@@ -430,6 +436,14 @@ async def create_result(
     if not await all_stored(blobs, [blob]):
         raise BlobCorrupt(f"blob {blob.key} is gone")
     return await _insert(connection, NewFile(tenant_id, Purpose.RESULTS, filename, blob.sha256, blob.size_bytes), now)
+
+
+async def remove(connection: AsyncConnection, tenant_id: TenantId, file_ids: Collection[str]) -> list[ErasedBlob]:
+    """Removes the rows of files that go with what has made them; what there was, for its erasure."""
+    here = (files.c.tenant_id == tenant_id) & files.c.id.in_(file_ids)
+    found = [_file_of(row) for row in (await connection.execute(select(files).where(here).order_by(files.c.id))).all()]
+    await connection.execute(delete(files).where(here))
+    return [_erased(file) for file in found]
 
 
 async def kept_by(
@@ -471,6 +485,10 @@ async def _insert(connection: AsyncConnection, new: NewFile, now: int) -> File:
         )
     )
     return file
+
+
+def _erased(file: File) -> ErasedBlob:
+    return ErasedBlob(file.id, file.purpose.value, file.sha256, file.size_bytes)
 
 
 def _file_of(row: Row[Any]) -> File:

@@ -30,6 +30,8 @@ from sqlalchemy import (
     update,
 )
 
+from adapter_store.blob_rows import NamedBlob
+from adapter_store.blobs import names_blob
 from adapter_store.catalog import metadata as tables
 from adapter_store.changes import take_turn
 from adapter_store.engine import AsyncConnection, AsyncEngine
@@ -111,14 +113,18 @@ jobs = Table(
     Column("step", Integer, nullable=False),  # the last one whose metrics are kept
     Column("total_steps", Integer),
     Column("trained_tokens", BigInteger, nullable=False),
-    Column("saved", Text),  # JSON, where a worker goes on
     Column("version_id", Text),  # no foreign key: the version may be erased, the job stays
     Column("fine_tuned_model", Text),
     Column("result_files", Text, nullable=False),  # JSON list of files' ids
     Column("error", Text),  # JSON
     Column("last_event", Integer, nullable=False),
+    Column("saved_step", Integer),  # where a worker goes on; null: at the beginning
+    Column("saved_name", Text),
+    Column("saved_sha256", Text, info=names_blob("saved_bytes", fleeting=True)),
+    Column("saved_bytes", BigInteger),
     Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
     Index("ix_jobs_status", "status"),
+    Index("ix_jobs_tenant_id_saved_sha256", "tenant_id", "saved_sha256"),
 )
 job_metadata = Table(
     "job_metadata",
@@ -170,29 +176,28 @@ class JobError:
 
 
 @dataclass(frozen=True, slots=True)
-class SavedFile:
-    """One file of a saved run in the blob store."""
+class Saved:
+    """A run at rest after `step`, one blob of the tenant's: what a worker needs to go on with it to the same bytes."""
 
+    step: int
     name: str
-    key: str
     sha256: str
     size_bytes: int
 
+    def blob(self, tenant_id: TenantId) -> NamedBlob:
+        return NamedBlob.of(tenant_id, self.sha256, self.size_bytes)
 
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A run at rest after `step`: what a worker needs to go on with it to the same bytes."""
+    def columns(self) -> dict[str, Any]:
+        """As the job's row has it."""
+        return {
+            "saved_step": self.step,
+            "saved_name": self.name,
+            "saved_sha256": self.sha256,
+            "saved_bytes": self.size_bytes,
+        }
 
-    step: int
-    files: tuple[SavedFile, ...]
 
-    def encoded(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def decoded(cls, text: str) -> "Saved":
-        members = json.loads(text)
-        return cls(members["step"], tuple(SavedFile(**file) for file in members["files"]))
+NOT_SAVED: Final = {"saved_step": None, "saved_name": None, "saved_sha256": None, "saved_bytes": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,8 +517,8 @@ async def find_in(connection: AsyncConnection, tenant_id: TenantId, job_id: str)
 
 
 def ended(now: int) -> dict[str, Any]:
-    """What a job's row has, however it ends; where it stood is dropped, and its blobs are swept."""
-    return {**UNLEASED, "finished_at": now, "saved": None}
+    """What a job's row has, however it ends; what was saved of it is dropped later (`saved_runs.drop`)."""
+    return {**UNLEASED, "finished_at": now}
 
 
 async def uses_of_file(connection: AsyncConnection, tenant_id: TenantId, file_id: str) -> Sequence[JobId]:
@@ -681,11 +686,17 @@ def job_of(row: Row[Any], metadata: dict[str, str] | None = None) -> Job:
         tailor=json.loads(row.tailor),
         recipe=json.loads(row.recipe),
         quota=Quota(**json.loads(row.quota)),
-        saved=None if row.saved is None else Saved.decoded(row.saved),
+        saved=_saved(row),
         result_files=json.loads(row.result_files),
         error=None if row.error is None else JobError(**json.loads(row.error)),
         metadata=metadata or {},
     )
+
+
+def _saved(row: Row[Any]) -> Saved | None:
+    if row.saved_sha256 is None:
+        return None
+    return Saved(row.saved_step, row.saved_name, row.saved_sha256, row.saved_bytes)
 
 
 def _event(row: Row[Any]) -> Event:

@@ -15,7 +15,7 @@ from typing import Final
 from adapter_store.errors import AdapterRejected, BlobCorrupt, QuotaExceeded, StorageError
 from training.errors import LeaseLost
 from training.evaluations import Evaluated
-from training.jobs import JobError, Level, Saved, Told
+from training.jobs import JobError, Level, Told
 from training.material import Refused
 from training.queue import Claimed, Metrics, Order
 from training.results import Results
@@ -39,7 +39,6 @@ class Lease:
     def __init__(self, claimed: Claimed, results: Results) -> None:
         self.claimed = claimed
         self.order = Order.GO_ON
-        self.saved: Saved | None = claimed.job.saved
         self.total_steps: int | None = None
         self.is_over = False
         self.is_saving = False
@@ -140,8 +139,7 @@ class Lease:
             self._told_step = metrics[-1].step
 
     async def _save(self, step: int, path: Path) -> None:
-        saved = await self._results.save(self.claimed, step, path)
-        self.saved = saved or self.saved
+        await self._results.save(self.claimed, step, path)
         self.is_saving = False
 
     async def _checkpoint(self, step: int, metrics: Mapping[str, float | None], adapter: Path) -> None:
@@ -169,7 +167,7 @@ class Lease:
         self._end()
 
     async def _give_back(self) -> None:
-        await self._results.give_back(self.claimed, self.saved)
+        await self._results.give_back(self.claimed)
         self._end()
 
     def _end(self, order: Order | None = None) -> None:

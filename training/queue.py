@@ -170,9 +170,8 @@ async def report(
     metrics: Sequence[Metrics] = (),
     told: Sequence[Told] = (),
     total_steps: int | None = None,
-    saved: Saved | None = None,
 ) -> None:
-    """Writes down how far the job is. `saved`: where any worker goes on from; its blobs must be there already.
+    """Writes down how far the job is.
 
     Steps that were reported before, by a worker that got further than it had saved, are not told twice.
     Raises LeaseLost, StorageError; nothing is written then.
@@ -189,14 +188,22 @@ async def report(
                 "losses": 0,
                 "estimated_finish": _estimate(claimed, new[-1].step, total, now),
             }
-        if saved is not None:
-            values["saved"] = saved.encoded()
         story = [*(one.told(total) for one in new), *told]
         await _tell_held(connection, claimed, now, story, **values)
         await _charge(connection, claimed, sum(one.tokens for one in new))
 
 
-async def release(engine: AsyncEngine, claimed: Claimed, *, now: int, saved: Saved | None = None) -> None:
+async def note_saved(connection: AsyncConnection, claimed: Claimed, saved: Saved) -> str | None:
+    """From here any worker goes on; the caller sees to its blob. The digest of what was noted before it.
+
+    Raises LeaseLost.
+    """
+    row = await _held(connection, claimed)
+    await connection.execute(update(jobs).where(claimed.is_held).values(saved.columns()))
+    return None if row.saved_sha256 is None else str(row.saved_sha256)
+
+
+async def release(engine: AsyncEngine, claimed: Claimed, *, now: int) -> None:
     """Gives a job back: a worker that stops, and the answer to `Order.PAUSE`.
 
     It is paused if that is still wished for, else it waits for another worker. Raises LeaseLost, StorageError.
@@ -205,7 +212,7 @@ async def release(engine: AsyncEngine, claimed: Claimed, *, now: int, saved: Sav
         row = await _held(connection, claimed)
         after = Status.PAUSED if row.wish == PAUSE else Status.QUEUED
         told = Told(PAUSED if row.wish == PAUSE else "Its worker stops: the job waits for another")
-        await _end_lease(connection, claimed, after, now, told, saved)
+        await move(connection, claimed.job, after, now, told, **UNLEASED)
 
 
 async def fail(engine: AsyncEngine, claimed: Claimed, error: JobError, *, now: int) -> None:
@@ -387,15 +394,6 @@ async def _tell_held(
 ) -> None:
     if not await tell(connection, claimed.job.id, now, told, where=claimed.is_held, **values):
         raise LeaseLost(claimed.job.id)
-
-
-async def _end_lease(
-    connection: AsyncConnection, claimed: Claimed, after: Status, now: int, told: Told, saved: Saved | None
-) -> None:
-    values = dict(UNLEASED)
-    if saved is not None:
-        values["saved"] = saved.encoded()
-    await move(connection, claimed.job, after, now, told, **values)
 
 
 async def _fail(connection: AsyncConnection, job: Job, error: JobError, now: int) -> None:

@@ -14,13 +14,13 @@ from adapter_store.blobs import Blobs
 from adapter_store.bundle import BUNDLE_FILES, StagedBundle, Staging, storage_errors
 from adapter_store.catalog import Provenance, Version, select_versions, version_of, versions
 from adapter_store.engine import AsyncConnection, AsyncEngine
-from adapter_store.errors import StorageError
+from adapter_store.errors import BlobCorrupt, StorageError
 from adapter_store.store import AdapterStore
 from adapter_store.threads import in_thread
 from adapter_store.transactions import reading
 from training import evaluations, files, queue, saved_runs
 from training.evaluations import Evaluated
-from training.jobs import OVER, JobError, Saved, Told, find_in
+from training.jobs import JobError, Saved, Told
 from training.queue import CheckpointWith, Claimed, EndWith, Metrics
 
 RESULT_FILE = "step_metrics.csv"
@@ -50,12 +50,9 @@ class Results:
     async def save(self, claimed: Claimed, step: int, path: Path) -> Saved | None:
         """Where any worker can go on from; None where a newer file has taken the place of the one at `path`."""
         try:
-            saved = await saved_runs.put(self.blobs, claimed.job, step, path)
+            return await saved_runs.keep(self.engine, self.blobs, claimed, step, path)
         except FileNotFoundError:
             return None
-        await queue.report(self.engine, claimed, now=self.now, saved=saved)
-        await saved_runs.drop(self.blobs, claimed.job, but=saved)
-        return saved
 
     async def checkpoint(self, claimed: Claimed, step: int, metrics: Mapping[str, float | None], adapter: Path) -> None:
         """A version that is served by its own name alone. Raises what `AdapterStore.publish` raises."""
@@ -84,26 +81,20 @@ class Results:
         """The end of the job without a result."""
         await queue.fail(self.engine, claimed, error, now=self.now)
 
-    async def give_back(self, claimed: Claimed, saved: Saved | None) -> None:
+    async def give_back(self, claimed: Claimed) -> None:
         """For another worker, or for its owner who has asked for a pause."""
-        await queue.release(self.engine, claimed, now=self.now, saved=saved)
+        await queue.release(self.engine, claimed, now=self.now)
 
     async def forget_if_over(self, claimed: Claimed) -> None:
         """Removes what a job had saved that is over; where that fails, `saved_runs.sweep` does it later."""
-        job = claimed.job
         with suppress(StorageError):
-            async with reading(self.engine) as connection:
-                status = (await find_in(connection, job.tenant_id, job.id)).status
-            if status in OVER:
-                await saved_runs.drop(self.blobs, job)
+            await saved_runs.drop(self.engine, self.blobs, claimed.job.tenant_id, claimed.job.id)
 
     async def fetch_file(self, claimed: Claimed, file_id: str, path: Path) -> None:
         """One of the job's files. Raises FileNotKnown, FileDamaged."""
         async with reading(self.engine) as connection:
             file = await files.find(connection, claimed.job.tenant_id, file_id)
-        with storage_errors():
-            await in_thread(path.unlink, missing_ok=True)
-            await files.copy_to(self.blobs, file, path)
+        await files.copy_to(self.blobs, file, path)
 
     async def fetch_adapter(self, claimed: Claimed, folder: Path) -> bool:
         """The version that the job goes on from; False where it is gone or damaged."""
@@ -122,8 +113,12 @@ class Results:
 
     async def _fetch_version(self, version: Version, folder: Path) -> bool:
         await in_thread(folder.mkdir, exist_ok=True)
-        fetched = [await saved_runs.fetch_blob(self.blobs, file, folder / file.name) for file in version.files]
-        return all(fetched)
+        try:
+            for file in version.files:
+                await self.blobs.fetch(file.key, file.sha256, folder / file.name)
+        except BlobCorrupt:
+            return False
+        return True
 
     async def _publish(
         self, claimed: Claimed, adapter: Path, alias: str | None, together: CheckpointWith | EndWith

@@ -1,115 +1,95 @@
-"""Runs at rest in the blob store, under `training/<tenant>/<job>/`, for any worker to go on with.
+"""Runs at rest, one blob of its tenant's for each job, for any worker to go on with.
 
-The blob comes first, then the job's row that names it (`queue.report`). So a crash leaves at most blobs that no job
-names, which `sweep` removes; what a job has saved goes when it ends.
+The blob comes first, then the job's row that names it; the one before goes then. So a crash leaves at most a blob that
+no row names, which `AdapterStore.collect_orphans` removes. What a job has saved goes when it is over: its worker drops
+it, or `sweep` does.
 """
 
-import hashlib
-import re
-import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Collection
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
-from typing import Final
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 
-from adapter_store.blobs import PLAIN, Blobs
-from adapter_store.bundle import storage_errors
-from adapter_store.catalog import BlobFile
-from adapter_store.content import hashed
+from adapter_store.blobs import Blobs
+from adapter_store.changes import take_turn
+from adapter_store.content import PUT_TRIES, all_stored, drop_unreferenced, hashed, put_missing
 from adapter_store.engine import AsyncEngine
-from adapter_store.errors import BlobCorrupt
+from adapter_store.errors import BlobCorrupt, StorageError
+from adapter_store.ids import TenantId
 from adapter_store.threads import in_thread
-from adapter_store.transactions import reading
-from training.jobs import Job, JobId, Saved, SavedFile, jobs
+from adapter_store.transactions import reading, writing
+from training.jobs import NOT_SAVED, OVER, JobId, Saved, jobs
+from training.queue import Claimed, note_saved
 
-PREFIX: Final = "training"
-KEY: Final = re.compile(rf"{PREFIX}/([A-Za-z0-9_-]{{1,64}})/([A-Za-z0-9_-]{{1,64}})/[A-Za-z0-9._-]{{1,128}}")
-ORPHANS_AFTER_S: Final = 3_600.0  # far above the time between a blob and the row that names it
+IS_LEFT = jobs.c.saved_sha256.is_not(None) & jobs.c.status.in_([status.value for status in OVER])
 
 
-async def put(blobs: Blobs, job: Job, step: int, path: Path) -> Saved:
-    """Stores a file that nobody writes to any more as where the job is after `step`.
+async def keep(engine: AsyncEngine, blobs: Blobs, claimed: Claimed, step: int, path: Path) -> Saved:
+    """Stores a file that nobody writes to any more as where the job goes on from after `step`.
 
-    Raises StorageFull, StorageUnavailable; FileNotFoundError where it has made place for a newer one.
+    Raises LeaseLost, BlobCorrupt, StorageFull, StorageUnavailable; FileNotFoundError where the file has made place for
+    a newer one.
     """
+    tenant_id = claimed.job.tenant_id
     sha256, size_bytes = await in_thread(hashed, path)
-    file = SavedFile(path.name, f"{_folder(job)}/{path.name}", sha256, size_bytes)
-    await blobs.adopt(file.key, path)
-    return Saved(step, (file,))
+    saved = Saved(step, path.name, sha256, size_bytes)
+    async with AsyncExitStack() as undo:
+        undo.push_async_callback(_drop_blobs, engine, blobs, tenant_id, [sha256])
+        before = await _put_and_note(engine, blobs, claimed, saved, path)
+        undo.pop_all()
+    if before is not None:
+        await _drop_blobs(engine, blobs, tenant_id, [before])
+    return saved
 
 
-async def fetch(blobs: Blobs, saved: Saved, folder: Path) -> bool:
+async def _put_and_note(engine: AsyncEngine, blobs: Blobs, claimed: Claimed, saved: Saved, path: Path) -> str | None:
+    """The digest of what was noted before."""
+    tenant_id = claimed.job.tenant_id
+    blob = saved.blob(tenant_id)
+    for _ in range(PUT_TRIES):
+        await put_missing(engine, blobs, tenant_id, [(blob, path)])
+        async with writing(engine) as connection:
+            await take_turn(connection)
+            if await all_stored(blobs, [blob]):
+                return await note_saved(connection, claimed, saved)
+    raise BlobCorrupt(f"blob {blob.key} vanishes as fast as it is stored")
+
+
+async def fetch(blobs: Blobs, tenant_id: TenantId, saved: Saved, folder: Path) -> bool:
     """Writes what was saved into `folder`; False, and nothing there, where it is gone or damaged.
 
     Raises StorageFull, StorageUnavailable.
     """
-    for file in saved.files:
-        path = folder / Path(file.name).name
-        if not await fetch_blob(blobs, file, path):
-            await in_thread(path.unlink, missing_ok=True)
-            return False
+    path = folder / Path(saved.name).name
+    try:
+        await blobs.fetch(saved.blob(tenant_id).key, saved.sha256, path)
+    except BlobCorrupt:
+        await in_thread(path.unlink, missing_ok=True)
+        return False
     return True
 
 
-async def fetch_blob(blobs: Blobs, file: SavedFile | BlobFile, path: Path) -> bool:
-    """Writes a blob to `path`; False where it is gone, or not what its digest says.
-
-    Raises StorageFull, StorageUnavailable.
-    """
-    digest = hashlib.sha256()
-    try:
-        with storage_errors(), path.open("wb") as target:
-            async with blobs.read(file.key) as pieces:
-                async for piece in pieces:
-                    digest.update(piece)
-                    await in_thread(target.write, piece)
-    except BlobCorrupt:
+async def drop(engine: AsyncEngine, blobs: Blobs, tenant_id: TenantId, job_id: JobId) -> bool:
+    """Removes what a job that is over had saved; False where there is nothing. Raises StorageError."""
+    here = (jobs.c.tenant_id == tenant_id) & (jobs.c.id == job_id) & IS_LEFT
+    async with writing(engine) as connection:
+        await take_turn(connection)
+        sha256 = (await connection.execute(select(jobs.c.saved_sha256).where(here))).scalar_one_or_none()
+        await connection.execute(update(jobs).where(here).values(NOT_SAVED))
+    if sha256 is None:
         return False
-    return digest.hexdigest() == file.sha256
+    await drop_unreferenced(engine, blobs, tenant_id, [sha256])
+    return True
 
 
-async def drop(blobs: Blobs, job: Job, *, but: Saved | None = None) -> None:
-    """Removes what the job has saved, but for what `but` names. Raises StorageUnavailable."""
-    kept = _keys(but)
-    for key in await blobs.names(_folder(job)):
-        if key not in kept:
-            await blobs.delete(key)
-
-
-async def sweep(
-    engine: AsyncEngine,
-    blobs: Blobs,
-    *,
-    older_than_s: float = ORPHANS_AFTER_S,
-    clock: Callable[[], float] = time.time,
-) -> int:
-    """Removes blobs of that age that no job names; how many. Raises StorageUnavailable."""
-    stale: dict[str, set[str]] = defaultdict(set)
-    async for key, put_at in blobs.list_keys(PREFIX):
-        if put_at < clock() - older_than_s and (parts := KEY.fullmatch(key)) is not None:
-            stale[parts[2]].add(key)
-    removed = 0
-    for job_id, keys in stale.items():
-        loose = keys - await _named(engine, JobId(job_id))
-        for key in loose:
-            await blobs.delete(key)
-        removed += len(loose)
-    return removed
-
-
-async def _named(engine: AsyncEngine, job_id: JobId) -> set[str]:
+async def sweep(engine: AsyncEngine, blobs: Blobs) -> int:
+    """Removes what jobs had saved that are over; how many there were. Raises StorageError."""
     async with reading(engine) as connection:
-        found = (await connection.execute(select(jobs.c.saved).where(jobs.c.id == job_id))).scalar_one_or_none()
-    return _keys(None if found is None else Saved.decoded(found))
+        found = (await connection.execute(select(jobs.c.tenant_id, jobs.c.id).where(IS_LEFT))).all()
+    return sum([await drop(engine, blobs, tenant_id, job_id) for tenant_id, job_id in found])
 
 
-def _keys(saved: Saved | None) -> set[str]:
-    return set() if saved is None else {file.key for file in saved.files}
-
-
-def _folder(job: Job) -> str:
-    if not PLAIN.fullmatch(job.tenant_id) or not PLAIN.fullmatch(job.id):
-        raise ValueError(f"{job.tenant_id[:80]!r}, {job.id[:80]!r}: not ids of a tenant and a job")
-    return f"{PREFIX}/{job.tenant_id}/{job.id}"
+async def _drop_blobs(engine: AsyncEngine, blobs: Blobs, tenant_id: TenantId, digests: Collection[str]) -> None:
+    with suppress(StorageError):  # collect_orphans does the rest
+        await drop_unreferenced(engine, blobs, tenant_id, digests)

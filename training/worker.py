@@ -195,7 +195,7 @@ class Worker:
         if job.warm_start is not None and not await self._results.fetch_adapter(claimed, warm_start):
             raise Refused(JobError("model_not_found", "the version to go on from is gone: name another", "model"))
         saved.mkdir()
-        if job.saved is not None and not await saved_runs.fetch(self._results.blobs, job.saved, saved):
+        if job.saved and not await saved_runs.fetch(self._results.blobs, job.tenant_id, job.saved, saved):
             log.warning("job %s: what was saved of it is gone or damaged: it begins anew", job.id)
         return Material(
             job.method,

@@ -27,7 +27,6 @@ from training.jobs import (
     Jobs,
     NewJob,
     Saved,
-    SavedFile,
     Status,
     Terms,
     event_number,
@@ -68,7 +67,7 @@ def new_job(tenant: TenantId = TENANT, **more: object) -> NewJob:
 
 
 def saved(step: int) -> Saved:
-    return Saved(step, (SavedFile("state", f"training/ten_a/{step}", "ab" * 32, 10),))
+    return Saved(step, f"step-{step}", f"{step:02x}" * 32, 10)
 
 
 def metrics(step: int) -> Metrics:
@@ -108,8 +107,13 @@ class Worker:
             now=self.clock.second,
             metrics=[metrics(step) for step in steps],
             total_steps=total,
-            saved=None if save is None else saved(save),
         )
+        if save is not None:
+            await self.save(claimed, save)
+
+    async def save(self, claimed: Claimed, step: int) -> None:
+        async with writing(self.engine) as connection:
+            await queue.note_saved(connection, claimed, saved(step))
 
     async def publish(self, claimed: Claimed, together: Together[Version], digest: str) -> Version:
         """What the store does in its transaction, without the files."""
@@ -189,7 +193,6 @@ async def test_a_job_from_queue_to_model(jobs: Jobs, worker: Worker) -> None:
     assert over.fine_tuned_model == fine_tuned_name(version)
     assert over.result_files == ["file-result"]
     assert over.finished_at == worker.clock.second
-    assert over.saved is None
     assert over.estimated_finish is None
     (point,) = await jobs.checkpoints(TENANT, made.id)
     assert point.model == f"{fine_tuned_name(checkpoint)}:ckpt-step-2"
@@ -259,6 +262,7 @@ async def test_a_worker_that_fell_silent_writes_nothing_more(jobs: Jobs, worker:
         worker.report(old, 4),
         worker.end(old),
         worker.checkpoint(old, 3),
+        worker.save(old, 3),
         queue.fail(worker.engine, old, JobError("x", "x"), now=worker.clock.second),
         queue.release(worker.engine, old, now=worker.clock.second),
     ):
@@ -305,7 +309,8 @@ async def test_pause_and_resume(jobs: Jobs, worker: Worker) -> None:
     (claimed,) = await worker.claim()
     assert (await jobs.pause(TENANT, made.id)).status is Status.RUNNING
     assert await worker.orders(claimed) == [Order.PAUSE]
-    await queue.release(worker.engine, claimed, now=worker.clock.second, saved=saved(5))
+    await worker.save(claimed, 5)
+    await queue.release(worker.engine, claimed, now=worker.clock.second)
     assert await worker.orders(claimed) == [Order.LOST]
     held = await jobs.find(TENANT, made.id)
     assert held.status is Status.PAUSED
@@ -324,7 +329,7 @@ async def test_a_pause_that_is_called_off(jobs: Jobs, worker: Worker) -> None:
     await jobs.pause(TENANT, made.id)
     await jobs.resume(TENANT, made.id)
     assert await worker.orders(claimed) == [Order.GO_ON]
-    await queue.release(worker.engine, claimed, now=worker.clock.second, saved=saved(1))
+    await queue.release(worker.engine, claimed, now=worker.clock.second)
     assert (await jobs.find(TENANT, made.id)).status is Status.QUEUED
 
 
@@ -483,17 +488,15 @@ class Chaos:
             case "report":
                 await worker.report(claimed, step)
             case "save":
-                await worker.report(claimed, save=step)
+                await worker.save(claimed, step)
             case "checkpoint":
                 await worker.checkpoint(claimed, step)
             case "end":
                 await worker.end(claimed)
             case "fail":
                 await queue.fail(engine, claimed, JobError("nan", "loss is NaN"), now=now)
-            case "release":
-                await queue.release(engine, claimed, now=now, saved=saved(step))
             case _:
-                await queue.release(engine, claimed, now=now, saved=saved(step))
+                await queue.release(engine, claimed, now=now)
 
     async def states(self) -> dict[JobId, Status]:
         return {job.id: job.status for job in await self.jobs.page(self.tenant, limit=100)}

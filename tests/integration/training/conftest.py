@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from adapter_store.base_model import BaseModel
+from adapter_store.blob_rows import naming_columns
 from adapter_store.blobs import Blobs
 from adapter_store.bundle import Staging
 from adapter_store.catalog import Version
@@ -21,12 +23,14 @@ from adapter_store.faults import Bounds
 from adapter_store.ids import TenantId
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
+from adapter_store.transactions import reading
 from gateway.database import migrate, open_engine
 from tests.small_base import SMALL
 from tests.storage import Place, Shelf
 from training import tiny_base
 from training.files import Files, NewFile, Purpose
 from training.jobs import OVER, Event, Job, Jobs, NewJob
+from training.jobs import jobs as jobs_table
 from training.results import Results
 from training.warm_base import WarmBase
 from training.worker import Options, Worker
@@ -152,6 +156,15 @@ class Desk:
         finally:
             stopping.set()
             await task
+
+
+async def saves(desk: Desk) -> list[str]:
+    """The blobs that neither a version nor a file names."""
+    others = [column for column in naming_columns() if column.table is not jobs_table]
+    async with reading(desk.engine) as connection:
+        named = {digest for column in others for digest in (await connection.execute(select(column))).scalars()}
+    found = desk.shelf.keys()
+    return [key for key in found if key.rpartition("/")[2] not in named]
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,13 @@ import pytest
 from adapter_store.bundle import WEIGHTS_FILE
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading
-from tests.integration.training.conftest import OTHER, RECIPE, TENANT, Desk, chats
+from tests.integration.training.conftest import OTHER, RECIPE, TENANT, Desk, chats, saves
 from tests.waiting import until
 from training import evaluations, queue
 from training.files import Purpose
 from training.jobs import JobError, Status
 from training.material import Material
-from training.saved_runs import PREFIX, sweep
+from training.saved_runs import sweep
 from training.warm_base import Run, StepReport, WarmBase
 
 STEPS = list(range(1, 10))
@@ -71,11 +71,6 @@ def alone(warm: WarmBase, folder: Path, content: bytes, **recipe: Any) -> str:
     return hashlib.sha256((warm.write_adapter(run, folder / "adapter") / WEIGHTS_FILE).read_bytes()).hexdigest()
 
 
-def saves(desk: Desk) -> list[str]:
-    found = desk.shelf.keys()
-    return [key for key in found if key.startswith(f"{PREFIX}/")]
-
-
 async def test_a_job_becomes_a_version_with_metrics_checkpoints_and_a_result_file(desk: Desk, warm: WarmBase) -> None:
     """What OpenAI tells of a job, told; its version stands behind its alias, each epoch's under a name of its own."""
     job = await desk.job(validation_file=await desk.file(chats(4, seed=1)))
@@ -113,7 +108,7 @@ async def test_a_job_becomes_a_version_with_metrics_checkpoints_and_a_result_fil
     assert lines[0].startswith("step,train_loss,train_accuracy,valid_loss")
     assert [int(line.split(",")[0]) for line in lines[1:]] == STEPS
     assert done.trained_tokens > 0
-    assert saves(desk) == []
+    assert await saves(desk) == []
 
 
 async def test_rows_that_validation_shares_with_training_are_told(desk: Desk, warm: WarmBase) -> None:
@@ -169,7 +164,7 @@ async def test_a_paused_job_goes_on_to_the_same_bytes(desk: Desk, warm: WarmBase
         paused = await desk.reached(job, lambda now: now.status is Status.PAUSED)
     assert paused.saved is not None
     assert paused.saved.step == paused.step == 5
-    assert len(saves(desk)) == 1
+    assert len(await saves(desk)) == 1
     await desk.jobs.resume(TENANT, job.id)
     async with desk.working(warm):
         done = await desk.ended(job)
@@ -189,7 +184,7 @@ async def test_a_cancelled_job_leaves_nothing(desk: Desk, warm: WarmBase) -> Non
     assert (await desk.find(job)).status is Status.CANCELLED
     assert (await desk.told(job))[-1] == "The job was cancelled"
     assert await desk.store.list(TENANT) == ()
-    assert saves(desk) == []
+    assert await saves(desk) == []
 
 
 async def test_a_run_that_meets_nan_fails_alone(desk: Desk, warm: WarmBase) -> None:
@@ -349,22 +344,27 @@ async def test_a_damaged_save_costs_time_and_nothing_else(desk: Desk, warm: Warm
     job, gate = await desk.job(), Gate(6)
     async with desk.working(Watched(warm, gate.before)), gate.held():
         pass
-    (key,) = saves(desk)
+    (key,) = await saves(desk)
     desk.shelf.flip(key, 1_000)
     async with desk.working(warm):
         assert await desk.weights(await desk.ended(job)) == expected
     assert "Training from step 0 of 9, on cpu, 1 thread" in (await desk.told(job))[-30:]
 
 
-async def test_saves_that_no_job_names_are_swept(desk: Desk, warm: WarmBase) -> None:
-    """What a dead worker left; a paused job's save stays."""
-    await desk.job()
+async def test_what_dead_workers_and_ended_jobs_leave_is_swept(desk: Desk, warm: WarmBase) -> None:
+    """A paused job's save stays as long as the job may go on."""
+    job = await desk.job()
     gate = Gate(4)
     async with desk.working(Watched(warm, gate.before)), gate.held():
         pass
-    (kept,) = saves(desk)
-    desk.shelf.write(f"{kept}x", b"left over")
-    desk.shelf.write(f"{PREFIX}/ten_a/ftjob-gone/step", b"of a job that is gone")
+    await desk.jobs.pause(TENANT, job.id)
+    (kept,) = await saves(desk)
+    desk.shelf.write(f"{kept[:-4]}abcd", b"of a worker that died before it noted it")
     assert await sweep(desk.engine, desk.blobs) == 0
-    assert await sweep(desk.engine, desk.blobs, older_than_s=-1) == 2
-    assert saves(desk) == [kept]
+    assert await desk.store.collect_orphans(older_than_s=-1) == 1
+    assert await saves(desk) == [kept]
+    await desk.jobs.cancel(TENANT, job.id)
+    assert await desk.store.collect_orphans(older_than_s=-1) == 0
+    assert await sweep(desk.engine, desk.blobs) == 1
+    assert await saves(desk) == []
+    assert (await desk.find(job)).saved is None

@@ -21,12 +21,12 @@ from adapter_store.bundle import WEIGHTS_FILE
 from adapter_store.ids import TenantId
 from adapter_store.proofs import proofs
 from adapter_store.transactions import reading
-from tests.integration.training.conftest import RECIPE, TENANT, Desk, chats
+from tests.integration.training.conftest import RECIPE, Desk, chats, saves
 from tests.integration.training.mortal import POINTS, Death
 from tests.storage import clean_environment
 from training.jobs import Job, Status
 from training.material import Material
-from training.saved_runs import PREFIX, sweep
+from training.saved_runs import sweep
 from training.warm_base import WarmBase
 
 PROJECT = Path(__file__).parents[3]
@@ -151,8 +151,9 @@ async def test_a_killed_worker_s_job_ends_with_the_same_bytes_published_once(
     deaths += [Death("publishing", 3 * epochs), Death("published", 3 * epochs)]
     assert await kill_until_done(desk, nursery, job, deaths) == len(deaths)
     await check_outcome(desk, job, expected)
-    await sweep(desk.engine, desk.blobs, older_than_s=-1)  # the last one died before it could tidy up
-    assert await desk.blobs.names(f"{PREFIX}/{TENANT}/{job.id}") == []
+    await sweep(desk.engine, desk.blobs)  # the last one died before it could tidy up
+    await desk.store.collect_orphans(older_than_s=-1)
+    assert await saves(desk) == []
 
 
 async def test_a_job_that_kills_its_workers_is_failed_and_the_others_are_not(
