@@ -4,7 +4,7 @@ import hashlib
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ PARTS_AT_ONCE: Final = 2  # one travels while the gateway waits for its disk to 
 TRIES: Final = 6
 LONGEST_WAIT_S: Final = 20.0
 Advance = Callable[[int], None]
+P = TypeVar("P")
 T = TypeVar("T")
 
 
@@ -96,12 +97,7 @@ class Push:
             self._patiently(lambda: self._put(f"{place}/{file.name}/{number}", part))
             advance(len(part))
 
-        senders = ThreadPoolExecutor(PARTS_AT_ONCE)
-        try:
-            for sent in as_completed([senders.submit(send, *one) for one in left]):
-                sent.result()
-        finally:
-            senders.shutdown(cancel_futures=True)
+        send_all(lambda one: send(*one), left)
         self._stage("checking", 0)
         return self._patiently(lambda: self._client.call("POST", f"{place}/complete", params=self._alias))
 
@@ -128,6 +124,18 @@ class Push:
 
     def _patiently(self, call: Callable[[], T]) -> T:
         return patiently(call, self._sleep)
+
+
+def send_all(send: Callable[[P], T], parts: Sequence[P]) -> list[T]:
+    """What `send` gives for each of the parts, some at once; the first failure ends it."""
+    senders = ThreadPoolExecutor(PARTS_AT_ONCE)
+    try:
+        sent = [senders.submit(send, part) for part in parts]
+        for one in as_completed(sent):
+            one.result()
+        return [one.result() for one in sent]
+    finally:
+        senders.shutdown(cancel_futures=True)
 
 
 def patiently(call: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:

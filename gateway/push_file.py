@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from gateway.api_client import ApiClient
-from gateway.push import Advance, Counted, patiently
+from gateway.push import Advance, Counted, patiently, send_all
 
 IN_PARTS_FROM_BYTES: Final = 64 << 20
 PART_BYTES: Final = 16 << 20
@@ -25,6 +25,7 @@ class PushFile:
         purpose: str = "fine-tune",
         expires_after_s: int | None = None,
         in_parts_from_bytes: int = IN_PARTS_FROM_BYTES,
+        part_bytes: int = PART_BYTES,
     ) -> None:
         self._client = client
         self._path = path
@@ -32,6 +33,7 @@ class PushFile:
         self._purpose = purpose
         self._expiry = None if expires_after_s is None else {"anchor": "created_at", "seconds": expires_after_s}
         self._in_parts_from_bytes = in_parts_from_bytes
+        self._part_bytes = part_bytes
         self._key = {"idempotency-key": str(uuid.uuid4())}
 
     def run(self) -> Any:
@@ -64,11 +66,16 @@ class PushFile:
         upload = patiently(lambda: self._client.call("POST", "/v1/uploads", told, headers=self._key))
         place = f"/v1/uploads/{upload['id']}"
         advance = self._stage("sending", size_bytes)
-        part_ids = []
-        with self._path.open("rb") as file:
-            while data := file.read(PART_BYTES):
-                part_ids.append(patiently(lambda: self._part(place, data)))
-                advance(len(data))
+
+        def send(offset: int) -> str:
+            with self._path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(self._part_bytes)
+            part_id = patiently(lambda: self._part(place, data))
+            advance(len(data))
+            return part_id
+
+        part_ids = send_all(send, range(0, size_bytes, self._part_bytes))
         self._stage("checking", 0)
         return patiently(lambda: self._client.call("POST", f"{place}/complete", {"part_ids": part_ids}))["file"]
 

@@ -384,13 +384,14 @@ async def test_files_are_kept_from_the_command(gateway: Gateway, acme: Tenant, t
 
 
 async def test_the_command_sends_large_files_in_parts(gateway: Gateway, acme: Tenant, tmp_path: Path) -> None:
-    """What comes out is what went in."""
+    """What comes out is what went in, in the order in which it went."""
     path = tmp_path / "train.jsonl"
     path.write_bytes(jsonl(500))
 
     def push() -> Any:
         with closing(ApiClient(gateway.url, acme.key)) as client:
-            return PushFile(client, path, stage=lambda *_: lambda _: None, in_parts_from_bytes=1).run()
+            stage: Any = lambda *_: lambda _: None  # noqa: E731
+            return PushFile(client, path, stage=stage, in_parts_from_bytes=1, part_bytes=7_000).run()
 
     made = await asyncio.to_thread(push)
     assert made["tailor"]["report"]["statistics"]["examples"] == 500
