@@ -1,7 +1,7 @@
-"""How well a model answers: exact match over any way of asking, with Hugging Face's greedy decoding as reference;
-and an adapter beside its base and the version before it, on the engine that trains."""
+"""What a model answers, with Hugging Face's greedy decoding as reference; and an adapter beside its base and its
+predecessor, on the engine that trains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from training.hyperparameters import Hyperparameters
 from training.metrics import Regression
 from training.progress import no_library_bars
 from training.scoring import Scored
-from training.tasks import Example, Message
+from training.tasks import Message
 
-Answer = Callable[[list[Message]], str]
 MOST_TOLD = 2_000
 """Examples whose loss is computed."""
 MOST_ANSWERED = 200
@@ -28,13 +27,6 @@ MOST_TOKENS = 256
 """Of an answer."""
 SPARE_TOKENS = 8
 """Beside the longest right answer: what goes on longer is wrong."""
-
-
-def exact_match(examples: Sequence[Example], answer: Answer) -> float:
-    """Share of `examples` that `answer` gets right word for word; white space around the answer is forgiven."""
-    if not examples:
-        raise ValueError("no examples to score")
-    return sum(answer(example.messages).strip() == example.answer for example in examples) / len(examples)
 
 
 @dataclass(frozen=True, slots=True)

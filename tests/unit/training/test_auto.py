@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training import auto, tiny_base
-from training.evaluation import Answerer, exact_match
+from training.evaluation import Answerer
 from training.hyperparameters import Hyperparameters
+from training.metrics import exact_match
 from training.recipe import train
 from training.rows import Method
 from training.tasks import jargon, write_jsonl
@@ -83,4 +84,5 @@ def test_auto_teaches_the_tiny_base_its_jargon(tmp_path: Path) -> None:
             epochs=chosen.n_epochs, batch_size=chosen.batch_size, learning_rate=chosen.learning_rate, max_length=512
         ),
     )
-    assert exact_match(task.heldout, Answerer(base, result.out)) >= 0.9
+    answers = [*map(Answerer(base, result.out), (example.messages for example in task.heldout))]
+    assert exact_match([example.answer for example in task.heldout], answers) >= 0.9

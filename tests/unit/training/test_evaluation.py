@@ -8,24 +8,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from tests.random_adapters import save_random_adapter
 from training import dataset, recipe, tasks
 from training.engine import Engine, Spec
-from training.evaluation import Answerer, as_run, evaluate_adapter, exact_match
+from training.evaluation import Answerer, as_run, evaluate_adapter
 from training.hyperparameters import Hyperparameters
 
 HP = Hyperparameters(rank=8, batch_size=8, max_length=64)
 QUESTION = [{"role": "user", "content": "What is zorbix?"}]
-
-
-def test_exact_match_is_the_share_of_right_answers() -> None:
-    """White space around an answer is forgiven, anything else is not."""
-    examples = [tasks.Example([{"role": "user", "content": text}], text) for text in ("a", "b", "c", "d")]
-    given = {"a": "a", "b": " b\n", "c": "c.", "d": "D"}
-    assert exact_match(examples, lambda messages: given[messages[0]["content"]]) == 0.5
-
-
-def test_exact_match_of_nothing_is_an_error() -> None:
-    """No examples must not read as 0 or 100 %."""
-    with pytest.raises(ValueError, match="no examples"):
-        exact_match([], lambda messages: "")
 
 
 def test_a_greedy_answer_takes_the_likeliest_token_each_time(base: Path) -> None:
@@ -48,8 +35,8 @@ def test_an_adapter_changes_the_answer(base: Path, tmp_path: Path) -> None:
     tasks.write_jsonl([example], tmp_path / "train.jsonl")
     hp = Hyperparameters(rank=8, epochs=30, learning_rate=2e-2, max_length=64)
     recipe.train(tmp_path / "train.jsonl", base=base, out=tmp_path / "adapter", hyperparameters=hp)
-    assert exact_match([example], Answerer(base, tmp_path / "adapter")) == 1.0
-    assert exact_match([example], Answerer(base, max_new_tokens=8)) == 0.0
+    assert Answerer(base, tmp_path / "adapter")(example.messages) == example.answer
+    assert Answerer(base, max_new_tokens=8)(example.messages) != example.answer
 
 
 def test_the_engine_answers_as_transformers_does(
