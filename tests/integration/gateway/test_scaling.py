@@ -1,13 +1,16 @@
 """Scaled versions as tenants make, name and lose them: through the API, on a fake replica."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner, Result
 
 from adapter_store.aliases import main_of
+from gateway.cli import app as command
 from tests.bad_adapters import write_good
 from tests.integration.gateway.conftest import Gateway, Tenant, error_of
 
@@ -129,3 +132,23 @@ async def test_each_is_erased_by_its_own_number(acme: Tenant, good: Path) -> Non
     assert (await acme.client.delete("/v1/adapters/bot/versions/3")).status_code == 200
     assert (await acme.ask("bot@1*0.2")).status_code == 404
     assert (await acme.client.delete("/v1/adapters/bot", params={"force": True})).status_code == 200
+
+
+async def test_the_command(gateway: Gateway, acme: Tenant, good: Path) -> None:
+    """`tailor adapter scale`: what it made is told, an alias goes along, and what is no version is told before."""
+    await acme.publish(good)
+
+    async def tailor(*words: str) -> Result:
+        arguments = ["adapter", "scale", *words, "--url", gateway.url, "--key", acme.key]
+        return await asyncio.to_thread(CliRunner().invoke, command, arguments)
+
+    made = await tailor("bot@1", "0.7")
+    assert (made.exit_code, made.stdout) == (0, "bot@1*0.7 is bot@2\n")
+    assert await answering(acme, "bot") == 1
+    moved = await tailor("bot@1", "0.3", "--alias", "default", "--json")
+    assert json.loads(moved.stdout)["scaled_from"] == {"version": 1, "factor": 0.3}
+    assert await answering(acme, "bot") == 3
+    for words, said in ((("bot", "0.7"), "is not a version"), (("bot@1", "3"), "factor"), (("bot@9", "0.7"), "bot@9")):
+        refused = await tailor(*words)
+        assert refused.exit_code == 1
+        assert said in refused.stderr

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
+from gateway.cli import app as command
 from gateway.local_training import cached_tiny_base
 from gateway.progress_bar import progress_bar
 from training import dataset, tasks, tiny_text
@@ -84,6 +86,31 @@ def asked_of(task: tasks.Task | tasks.PreferenceTask) -> list[tasks.Example]:
 def _train(engine: Engine, runs: list[Run]) -> None:
     while not all(run.done for run in runs):
         engine.step([run for run in runs if not run.done])
+
+
+def test_the_command_shows_the_curve_and_what_to_do_next(tiny_base: Path, tmp_path: Path) -> None:
+    """`tailor adapter blend`: a line for each factor, the picked one marked, and a picture."""
+    engine, tokenizer = Engine(tiny_base, threads=1), AutoTokenizer.from_pretrained(tiny_base)
+    task = tasks.jargon(0, terms=2)
+    tasks.write_jsonl(task.train, tmp_path / "train.jsonl")
+    tasks.write_jsonl(task.heldout, tmp_path / "task.jsonl")
+    _write(tmp_path / "general.jsonl", seed="general", heldout=True, count=4)
+    rows = dataset.load(tmp_path / "train.jsonl", tokenizer, max_length=512)
+    run = engine.begin(Spec("supervised", tasks.JARGON_HYPERPARAMETERS, rows))
+    _train(engine, [run])
+    (tmp_path / "adapter").mkdir()
+    run.write_adapter(tmp_path / "adapter")
+
+    where = ["adapter", "blend", str(tmp_path / "adapter"), "--base", str(tiny_base), "--threads", "1"]
+    sets = ["--task", str(tmp_path / "task.jsonl"), "--general", str(tmp_path / "general.jsonl")]
+    done = CliRunner().invoke(command, [*where, *sets, "--png", str(tmp_path / "curve.png")])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    points = {cells[0]: cells for cells in (line.strip("│ ").split() for line in lines) if "│" in cells}
+    assert {"0", "0.5", "1"} <= points.keys()
+    (picked,) = [factor for factor, cells in points.items() if cells[-1] == "<"]
+    assert lines[-1].endswith(f"next: tailor adapter scale NAME@N {picked}")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.full
