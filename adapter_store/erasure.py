@@ -4,8 +4,8 @@ Rows go first, in the transaction that makes the erasure; from its commit on not
 the blobs, then the replicas (device, host memory, disk) one by one, however long one is away; then the receipt is
 signed. Each step may be repeated and taken up by any gateway: a crash at any point loses nothing.
 
-Adapters are one kind of what is erased. Whoever keeps other things of tenants' as blobs (training files, checkpoints)
-removes their rows and calls `note_erasure` in the same transaction; they lie in no replica, so their blobs are all.
+Adapters are one kind of what is erased. Whoever keeps other things of tenants' as blobs (training files, what jobs have
+made) removes their rows and calls `note_erasure` in the same transaction; versions among them go by `remove_versions`.
 
 What a replica does is the gateway's to ask of it (`gateway/erasing.py`). What a receipt claims, and what it does not,
 is in docs/api.md, *Erasure*.
@@ -107,7 +107,7 @@ class Scope(StrEnum):
     ADAPTER = "adapter"
     VERSION = "version"
     FILE = "file"
-    JOB = "job"  # what a job has made besides: checkpoints
+    JOB = "job"  # its row and story, and what it has made besides its result: checkpoints, files
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,42 +204,41 @@ class Erasure:
 
     def statement(self) -> Statement:
         """What the receipt says; what is signed once everything is done."""
-        if self.other is not None:
-            return self._statement_of_files()
         return {
             "type": "tailor.erasure/1",
             "id": self.id,
             "tenant_id": self.tenant_id,
-            "adapter": self.adapter,
-            "adapter_id": self.adapter_id,
+            **self._subject(),
             "scope": self.scope.value,
             "forced": self.forced,
             "requested_by": self.requested_by,
             "requested_at": self.requested_at,
             "rows_gone_at": self.requested_at,
-            "versions": [version.told(self.blobs) for version in self.versions],
-            "aliases": list(self.aliases),
-            "blobs_gone_at": self.blobs_gone_at,
-            "replicas": [_told_replica(part) for part in self.replicas],
-            "prefix_cache_unreachable_at": self.replicas_gone_at,
+            **self._shares(),
             "completed_at": self.completed_at,
         }
 
-    def _statement_of_files(self) -> Statement:
-        return {
-            "type": "tailor.erasure/1",
-            "id": self.id,
-            "tenant_id": self.tenant_id,
-            "subject": self.adapter_id,
-            "scope": self.scope.value,
-            "forced": self.forced,
-            "requested_by": self.requested_by,
-            "requested_at": self.requested_at,
-            "rows_gone_at": self.requested_at,
-            "files": [file.told(self.blobs) for file in self.files],
-            "blobs_gone_at": self.blobs_gone_at,
-            "completed_at": self.completed_at,
+    def _subject(self) -> dict[str, Any]:
+        if self.other is None:
+            return {"adapter": self.adapter, "adapter_id": self.adapter_id}
+        return {"subject": self.adapter_id, **({"adapter": self.adapter} if self.other is Scope.JOB else {})}
+
+    def _shares(self) -> dict[str, Any]:
+        """What went where, by the scope: an adapter's versions are in replicas, files in none, a job has made both."""
+        versions = {"versions": [version.told(self.blobs) for version in self.versions]}
+        files = {"files": [file.told(self.blobs) for file in self.files]}
+        blobs = {"blobs_gone_at": self.blobs_gone_at}
+        replicas = {
+            "replicas": [_told_replica(part) for part in self.replicas],
+            "prefix_cache_unreachable_at": self.replicas_gone_at,
         }
+        match self.other:
+            case None:
+                return versions | {"aliases": list(self.aliases)} | blobs | replicas
+            case Scope.JOB:
+                return versions | files | blobs | replicas
+            case _:
+                return files | blobs
 
 
 def _told_replica(part: ReplicaPart) -> dict[str, Any]:
@@ -298,11 +297,7 @@ class Erasures:
                 moved = await _free(connection, gone[0], left, running=running, force=force, by=by, now=now)
             elif running and not force:
                 raise VersionInUse(name, None, [], running)
-            await grants.tell_holders(connection, [version.id for version in gone])
-            if len(gone) == len(found):
-                await catalog.delete_adapter(connection, AdapterId(row.id))
-            else:
-                await catalog.delete_version(connection, gone[0].id)
+            erased = await remove_versions(connection, found, gone)
             erasure_id = new_erasure_id(now)
             await connection.execute(
                 insert(erasures).values(
@@ -315,14 +310,12 @@ class Erasures:
                     requested_by=requested_by,
                     requested_at=now,
                     state=State.REQUESTED.value,
-                    versions=json.dumps(await _erased(connection, tenant_id, gone)),
+                    versions=json.dumps(erased),
                     aliases=json.dumps(moved),
                     blobs="{}",
                 )
             )
-            parts = [{"erasure_id": erasure_id, "replica": replica} for replica in sorted(set(replicas))]
-            if parts:
-                await connection.execute(insert(erasure_replicas), parts)
+            await _ask_of(connection, erasure_id, replicas)
             await record_change(connection, NOUN, tenant_id, erasure_id)
             return (await _read(connection, select(erasures).where(erasures.c.id == erasure_id)))[0]
 
@@ -332,15 +325,10 @@ class Erasures:
         """The digests that would leave the replicas with the version, or with the adapter. Raises AdapterNotFound."""
         async with reading(self._engine) as connection:
             found = await catalog.list_versions(connection, tenant_id, name)
-            gone = {version.digest: version.id for version in found if number in (None, version.number)}
+            gone = [version for version in found if number in (None, version.number)]
             if not gone:
                 raise AdapterNotFound(name if number is None else f"{name}@{number}")
-            going = [version.id for version in found if number in (None, version.number)]
-            statement = select(versions.c.digest).where(
-                versions.c.tenant_id == tenant_id, versions.c.digest.in_(list(gone)), versions.c.id.not_in(going)
-            )
-            kept = set((await connection.execute(statement)).scalars())
-            return sorted(gone.keys() - kept)
+            return await leaving(connection, tenant_id, gone)
 
     async def find(self, tenant_id: TenantId | None, erasure_id: str) -> Erasure:
         """One of the tenant's; `tenant_id` None: whosever. Raises ErasureNotFound."""
@@ -445,6 +433,16 @@ class Erasures:
             return erasure
 
 
+async def leaving(connection: AsyncConnection, tenant_id: TenantId, gone: Collection[Version]) -> list[str]:
+    """The digests that leave the replicas with these versions: no other version of the tenant's has them."""
+    digests = {version.digest for version in gone}
+    others = versions.c.id.not_in([version.id for version in gone])
+    statement = select(versions.c.digest).where(
+        versions.c.tenant_id == tenant_id, versions.c.digest.in_(digests), others
+    )
+    return sorted(digests - set((await connection.execute(statement)).scalars()))
+
+
 async def note_erasure(
     connection: AsyncConnection,
     tenant_id: TenantId,
@@ -455,30 +453,60 @@ async def note_erasure(
     requested_by: str | None,
     forced: bool,
     now: int,
+    adapter: str = "",
+    erased: Sequence[dict[str, Any]] = (),
+    replicas: Iterable[str] = (),
 ) -> Erasure:
     """Notes that these blobs are to go, in the transaction that removes the rows which named them.
 
-    The caller holds the writers' turn. `subject`: the id of what is erased, by which the receipt names it.
+    The caller holds the writers' turn. `subject`: the id of what is erased, by which the receipt names it. `erased`:
+    versions of `adapter` that went with it, as `remove_versions` tells them, and which `replicas` may hold.
     """
     erasure_id = new_erasure_id(now)
     row = {
         "id": erasure_id,
         "tenant_id": tenant_id,
         "adapter_id": subject,
-        "adapter": "",
+        "adapter": adapter,
         "forced": int(forced),
         "requested_by": requested_by,
         "requested_at": now,
         "state": State.REQUESTED.value,
-        "versions": "[]",
+        "versions": json.dumps(erased),
         "aliases": "[]",
         "blobs": "{}",
         "scope": scope.value,
         "files": json.dumps([asdict(blob) for blob in blobs]),
     }
     await connection.execute(insert(erasures).values(row))
+    await _ask_of(connection, erasure_id, replicas)
     await record_change(connection, NOUN, tenant_id, erasure_id)
     return (await _read(connection, select(erasures).where(erasures.c.id == erasure_id)))[0]
+
+
+async def remove_versions(
+    connection: AsyncConnection, found: Sequence[Version], gone: Sequence[Version]
+) -> list[dict[str, Any]]:
+    """Removes the rows of some of an adapter's versions, with the last of them the adapter; as an erasure keeps them.
+
+    `found` are all that the adapter has. The caller has taken the aliases off those that go, where others stay.
+    """
+    if not gone:
+        return []
+    await grants.tell_holders(connection, [version.id for version in gone])
+    if len(gone) == len(found):
+        await catalog.delete_adapter(connection, gone[0].adapter_id)
+    else:
+        for version in gone:
+            await catalog.delete_version(connection, version.id)
+    return await _erased(connection, gone[0].tenant_id, gone)
+
+
+async def _ask_of(connection: AsyncConnection, erasure_id: str, replicas: Iterable[str]) -> None:
+    """Those that are to confirm."""
+    parts = [{"erasure_id": erasure_id, "replica": replica} for replica in sorted(set(replicas))]
+    if parts:
+        await connection.execute(insert(erasure_replicas), parts)
 
 
 async def _free(

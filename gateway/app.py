@@ -96,6 +96,7 @@ from training.errors import TrainingError
 from training.file_check import FileCheck
 from training.file_uploads import FileUploads
 from training.files import Files
+from training.job_erasure import JobErasures
 from training.jobs import Jobs
 
 log = logging.getLogger("tailor.gateway")
@@ -211,6 +212,7 @@ def _build(settings: Settings, home: Home) -> Parts:
         imports=Imports(blobs, settings.import_root),
         files=Files(engine, blobs, in_use=jobs.uses_of_file, on_erase=files.forgetting(answers)),
         jobs=job_rows,
+        job_erasures=JobErasures(engine, on_erase=fine_tuning.forgetting(answers)),
         job_figures=JobFigures(job_rows),
         file_uploads=FileUploads(engine, blobs, expiry_s=settings.upload_expiry_s),
         sweep_saved_runs=partial(saved_runs.sweep, engine, blobs),

@@ -44,6 +44,7 @@ from gateway.usage import Ledger
 from training.file_check import FileCheck
 from training.file_uploads import FileUploads
 from training.files import Files
+from training.job_erasure import JobErasures
 from training.jobs import Jobs
 
 
@@ -81,6 +82,7 @@ class Parts:
     imports: Imports
     files: Files
     jobs: Jobs
+    job_erasures: JobErasures
     job_figures: JobFigures
     file_uploads: FileUploads
     sweep_saved_runs: Callable[[], Awaitable[int]]

@@ -25,6 +25,8 @@ ANSWER_S: Final = 5.0
 DRAIN_S: Final = 10.0
 """Patience with an engine whose requests on the adapter run to their end, before others have a turn."""
 ROUNDS: Final = 5
+REQUEST_WAIT_S: Final = 5.0
+"""How long the answer to who asks for an erasure waits for what goes at once."""
 AT_ONCE: Final = 8
 
 

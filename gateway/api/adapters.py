@@ -34,11 +34,11 @@ from gateway.api.publishing import (
     request_of,
 )
 from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, TenantKey
+from gateway.erasing import REQUEST_WAIT_S
 from gateway.errors import GatewayError, RequestInvalid
 from gateway.idempotency import Repeated
 
 router = LazyRouter(prefix="/v1/adapters", tags=["adapters"])
-ERASE_WAIT_S: Final = 5.0
 ERASING: Final[dict[int | str, dict[str, Any]]] = {
     202: {"model": ErasureObject, "description": "Erased here; a replica is still to follow."}
 }
@@ -325,7 +325,7 @@ async def erase_everywhere(parts: Parts, key: TenantKey, name: str, number: int 
     parts.models.forget_tenant(key.tenant_id)
     if number is None:
         await parts.pins.forget(key.tenant_id, name)
-    return await parts.eraser.wait(erasure, ERASE_WAIT_S)
+    return await parts.eraser.wait(erasure, REQUEST_WAIT_S)
 
 
 async def _proofs(parts: Parts, versions: Sequence[Version]) -> Mapping[VersionId, Proof]:

@@ -21,6 +21,7 @@ from gateway.api.lazy import LazyRouter
 from gateway.api.multipart import Form, Writes
 from gateway.api.publishing import as_response, once
 from gateway.dependencies import AppParts, Parts, TenantKey, TrainingKey, trainer
+from gateway.erasing import REQUEST_WAIT_S
 from gateway.errors import GatewayError, RequestInvalid
 from gateway.idempotency import Answers, Kept, Once, Repeated, fingerprint
 from training.errors import FileTooLarge, TrainingError
@@ -35,7 +36,6 @@ LEAST_EXPIRY_S: Final = 3_600
 MOST_EXPIRY_S: Final = 2_592_000
 MOST_NAME_CHARACTERS: Final = 255
 MOST_AT_ONCE: Final = 1_000
-ERASE_WAIT_S: Final = 5.0
 WANTED: Final = f"the fields purpose ('{Purpose.FINE_TUNE}') and file"
 Text = Annotated[str | None, Query(max_length=64, pattern="^[^\\x00]*$")]
 
@@ -317,7 +317,7 @@ async def delete(
 ) -> FileDeleted:
     """Erase a file; the receipt is at `location`. Without `force` it is a 409 `file_in_use` while a job needs it."""
     erasure = await parts.files.erase(asker.tenant_id, file_id, requested_by=asker.key.id, force=force)
-    await parts.eraser.wait(erasure, ERASE_WAIT_S)
+    await parts.eraser.wait(erasure, REQUEST_WAIT_S)
     response.headers["location"] = f"/v1/erasures/{erasure.id}"
     return FileDeleted(id=file_id, tailor=Erased(erasure=erasure.id))
 

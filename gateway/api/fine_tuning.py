@@ -4,6 +4,8 @@ Shapes are OpenAI's; what is Tailor's own stands under `tailor`, in what is aske
 """
 
 import asyncio
+import json
+import logging
 import re
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -18,23 +20,26 @@ from pydantic_core import CoreSchema, core_schema
 from adapter_store.aliases import check_alias, main_of
 from adapter_store.catalog import DEFAULT_ALIAS, Version
 from adapter_store.engine import AsyncConnection
-from adapter_store.errors import AdapterNotFound, NameInvalid, NameReserved, OtherBaseModel
+from adapter_store.errors import AdapterNotFound, NameInvalid, NameReserved, OtherBaseModel, StorageError
 from adapter_store.quota import kept_by
 from adapter_store.together import Together
 from gateway.api.lazy import LazyRouter
 from gateway.api.publishing import as_response, check_published_alias, once
 from gateway.dependencies import AppParts, Parts, TenantKey, TrainingKey
+from gateway.erasing import REQUEST_WAIT_S
 from gateway.errors import ModelUnknown, RequestInvalid, TooManyStreams
-from gateway.idempotency import Kept, Once, Repeated, fingerprint
+from gateway.idempotency import Answers, Kept, Once, Repeated, fingerprint
 from gateway.plans import Plan
 from training import auto
 from training import files as training_files
 from training.contract import AUTO, Choices, Limits, Options, check_model, settle
-from training.errors import FileNotKnown, FileUnfit, NotServable
+from training.errors import FileNotKnown, FileUnfit, JobNotFound, NotServable
 from training.files import File, Purpose
 from training.hyperparameters import Quantization
+from training.job_erasure import OnErase
 from training.jobs import OVER, Checkpoint, Event, Job, Method, NewJob, Status, Terms, event_number
 
+log = logging.getLogger("tailor.fine_tuning")
 router = LazyRouter(prefix="/v1/fine_tuning", tags=["fine-tuning"])
 MOST_SEED: Final = 2**31 - 1
 MOST_PAIRS: Final = 16
@@ -277,6 +282,19 @@ class CheckpointObject(BaseModel):
     metrics: dict[str, float]
 
 
+class Erased(BaseModel):
+    """Where the receipt is."""
+
+    erasure: str
+
+
+class JobDeleted(BaseModel):
+    id: str
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    deleted: Literal[True] = True
+    tailor: Erased
+
+
 class CheckpointList(BaseModel):
     object: Literal["list"] = "list"
     data: list[CheckpointObject]
@@ -308,7 +326,7 @@ class _Creation(Together[Job]):
             (await kept_by(connection, self._new.tenant_id, self._new.adapter or "")).check(quota, 0)
 
     async def after(self, connection: AsyncConnection, made: Job) -> None:
-        self.answer = Kept(self._request, 200, f"/v1/fine_tuning/jobs/{made.id}", job_object(made).model_dump_json())
+        self.answer = Kept(self._request, 200, _place(made), job_object(made).model_dump_json())
         await self._once.keep(connection, self.answer)
 
 
@@ -361,6 +379,39 @@ async def resume(job: str, asker: TrainingKey, parts: AppParts) -> JobObject:
     return job_object(await parts.jobs.resume(asker.tenant_id, job, terms_of(asker.key.plan)))
 
 
+@router.delete("/jobs/{job}")
+async def delete(
+    job: str,
+    asker: TrainingKey,
+    parts: AppParts,
+    response: Response,
+    force: Annotated[bool, Query(description="Erase it though requests run on its checkpoints.")] = False,
+) -> JobDeleted:
+    """Erase a job that is over: its story, checkpoints and result files; the receipt is at `location`.
+
+    What is the adapter's by now stays: its result, and a checkpoint that an alias stands for. 400 `invalid_job_state`
+    while it is not over.
+    """
+    tenant_id = asker.tenant_id
+    leaving = await parts.job_erasures.leaving(tenant_id, job)
+    running = 0
+    if not force:
+        parts.proofs.give_way(tenant_id, leaving)
+        running = await parts.pool.running(tenant_id, leaving)
+    erasure = await parts.job_erasures.erase(
+        tenant_id,
+        job,
+        requested_by=asker.key.id,
+        force=force,
+        running=running,
+        replicas=[member.replica.id for member in parts.pool.members()],
+    )
+    parts.models.forget_tenant(tenant_id)
+    await parts.eraser.wait(erasure, REQUEST_WAIT_S)
+    response.headers["location"] = f"/v1/erasures/{erasure.id}"
+    return JobDeleted(id=job, tailor=Erased(erasure=erasure.id))
+
+
 @router.get("/jobs/{job}/events", response_model=EventList)
 async def list_events(
     job: str,
@@ -391,6 +442,27 @@ async def list_checkpoints(
     data = [checkpoint_object(point) for point in page[:limit]]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return CheckpointList(data=data, first_id=first, last_id=last, has_more=len(page) > limit)
+
+
+def forgetting(answers: Answers) -> OnErase:
+    """Takes a tenant's texts out of the answers that are kept for repeated requests."""
+
+    async def forget(connection: AsyncConnection, job: Job) -> None:
+        await answers.rewrite(connection, job.tenant_id, _place(job), _without_texts)
+
+    return forget
+
+
+def _place(job: Job) -> str:
+    return f"/v1/fine_tuning/jobs/{job.id}"
+
+
+def _without_texts(body: str) -> str:
+    """A job's object without what its owner wrote."""
+    told: dict[str, Any] = json.loads(body)
+    told["metadata"] = {}
+    told["tailor"] |= {"adapter": "", "alias": "", "options": {}}
+    return json.dumps(told)
 
 
 # checking
@@ -659,8 +731,13 @@ async def _follow(parts: Parts, asker: TenantKey, job: str, after: int) -> Async
     try:
         spoken = loop.time()
         while not parts.draining.is_set():
-            is_over = (await parts.jobs.find(asker.tenant_id, job)).status in OVER  # before its last events are read
-            events: Sequence[Event] = await parts.jobs.events(asker.tenant_id, job, after=after, limit=1_000)
+            try:
+                is_over = (
+                    await parts.jobs.find(asker.tenant_id, job)
+                ).status in OVER  # before its last events are read
+                events: Sequence[Event] = await parts.jobs.events(asker.tenant_id, job, after=after, limit=1_000)
+            except JobNotFound:  # erased meanwhile
+                is_over, events = True, ()
             for event in events:
                 after = event.number
                 yield b"data: " + event_object(event).model_dump_json().encode() + b"\n\n"
@@ -678,3 +755,15 @@ async def _follow(parts: Parts, asker: TenantKey, job: str, after: int) -> Async
         parts.event_streams[asker.tenant_id] -= 1
         if not parts.event_streams[asker.tenant_id]:
             del parts.event_streams[asker.tenant_id]
+
+
+async def _news(parts: Parts, asker: TenantKey, job: str, after: int) -> tuple[bool, Sequence[Event]]:
+    """Whether the job is over or erased, and its next events, at most 1,000; none while the database is away."""
+    try:
+        is_over = (await parts.jobs.find(asker.tenant_id, job)).status in OVER  # before its last events are read
+        return is_over, await parts.jobs.events(asker.tenant_id, job, after=after, limit=1_000)
+    except JobNotFound:
+        return True, ()
+    except StorageError as error:
+        log.warning("the events of job %s wait: %s", job, error)
+        return False, ()

@@ -91,7 +91,7 @@ def erasure_verify(
 
 def _subject(stated: Mapping[str, Any]) -> str:
     """What was erased: an adapter or a version by name, anything else by its id."""
-    if "adapter" not in stated:
+    if "subject" in stated:
         return str(stated["subject"])
     numbers = (f"@{v['number']}" for v in stated["versions"] if stated["scope"] == "version")
     return str(stated["adapter"]) + "".join(numbers)

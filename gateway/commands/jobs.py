@@ -122,6 +122,20 @@ def job_resume(job: JobId, url: Url = None, key: Key = None, as_json: Json = Fal
     _order(job, "resume", url, key, as_json)
 
 
+@app.command("delete")
+def job_delete(
+    job: JobId,
+    force: Annotated[bool, typer.Option("--force", help="Though requests run on its checkpoints.")] = False,
+    url: Url = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Erase a job that is over: its story, checkpoints and result files; its result stays."""
+    with told():
+        gone = tenant_client(url, key).call("DELETE", _path(job), params={"force": force})
+    show(gone, as_json, f"{job} is erased; receipt: tailor erasure show {gone['tailor']['erasure']}")
+
+
 def _order(job: str, order: str, url: str | None, key: str | None, as_json: bool) -> None:
     with told():
         found = tenant_client(url, key).call("POST", _path(job, order), {})

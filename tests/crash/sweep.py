@@ -28,8 +28,9 @@ from adapter_store.aliases import Aliases
 from adapter_store.base_model import BaseModel
 from adapter_store.blobs import Blobs
 from adapter_store.bundle import BUNDLE_FILES, StagedFile, Staging
-from adapter_store.catalog import Fallback, Version
+from adapter_store.catalog import Fallback, Provenance, Version
 from adapter_store.engine import AsyncConnection, create_async_engine
+from adapter_store.erasure import Erasure
 from adapter_store.errors import StorageError
 from adapter_store.faults import Bounds, Inspection
 from adapter_store.ids import TenantId
@@ -42,8 +43,12 @@ from gateway.database import migrate, open_engine
 from gateway.tenants import Tenants
 from tests.bad_adapters import write_base, write_good
 from tests.crash.tracer import Durable, Loss, Trouble, trace
+from training import queue, saved_runs
 from training.file_uploads import FileUpload, FileUploads, NewUpload
-from training.files import NO_QUOTA, File, Files, NewFile, Purpose
+from training.files import NO_QUOTA, File, Files, NewFile, Purpose, create_result, keep_blob
+from training.job_erasure import JobErasures
+from training.jobs import Jobs, NewJob
+from training.queue import CheckpointWith, Claimed, EndWith
 
 TENANT = TenantId("ten_a")
 OPERATIONS: tuple[tuple[str, ...], ...] = (
@@ -59,6 +64,13 @@ OPERATIONS: tuple[tuple[str, ...], ...] = (
     ("tenant", "acme"),
     ("publish", "third", "3"),
     ("delete", "bot"),
+    ("create job", "third"),
+    ("claim job",),
+    ("save job", "1"),
+    ("save job", "2"),
+    ("checkpoint", "1"),
+    ("end job", "2"),
+    ("erase job",),
     ("publish", "bot", "1"),  # the name again, after its blobs went
     ("publish", "third", "1"),
     ("in parts", "old", "3"),
@@ -80,6 +92,7 @@ REFUSED = "-"
 SEEDS = ("1", "2", "3")
 PART_BYTES = 16 << 10
 FILE_BYTES = 3_000
+NOW = 1_000_000_000
 
 
 class InProcess(Inspector):
@@ -111,6 +124,10 @@ class _FileEnding(Together[File]):
         await self._uploads.close_in(connection, self._upload, "{}", made.id)
 
 
+def new_job(name: str, fingerprint: str) -> NewJob:
+    return NewJob(TENANT, "key_1", "base", fingerprint, "supervised", "file-1", 7, {"rank": 8}, adapter=name)
+
+
 def _new_file(name: str, sha256: str) -> NewFile:
     return NewFile(TENANT, Purpose.FINE_TUNE, name, sha256, FILE_BYTES)
 
@@ -120,6 +137,7 @@ class Home:
 
     def __init__(self, path: Path, base: BaseModel, adapters: Path) -> None:
         self.adapters = adapters
+        self.fingerprint = base.fingerprint
         self.blobs_folder = path / "blobs"
         self.staging = Staging(path / "staging")
         self.engine: AsyncEngine = open_engine(f"sqlite+aiosqlite:///{path / 'tailor.db'}")
@@ -130,6 +148,8 @@ class Home:
         self.uploads = Uploads(self.engine, self.blobs, part_bytes=PART_BYTES)
         self.files = Files(self.engine, self.blobs)
         self.file_uploads = FileUploads(self.engine, self.blobs)
+        self.jobs = Jobs(self.engine)
+        self.job_erasures = JobErasures(self.engine)
 
     async def do(self, operation: tuple[str, ...]) -> None:
         match operation:
@@ -160,9 +180,55 @@ class Home:
                 await self._file_in_parts(name, seed.encode() * FILE_BYTES)
             case ("erase file", name):
                 (file_id,) = [file.id for file in await self.files.page(TENANT) if file.filename == name]
-                erasure = await self.files.erase(TENANT, file_id)
-                await self.store.erasures.drop_blobs(erasure)
-                await self.store.erasures.complete(erasure.id)
+                await self._carry_on(await self.files.erase(TENANT, file_id))
+            case ("create job", name):
+                await self.jobs.create(new_job(name, self.fingerprint))
+            case ("claim job",):
+                await queue.claim(self.engine, "w1", base_fingerprint=self.fingerprint, now=NOW, most=1)
+            case ("save job", step):
+                async with self._staged(step.encode() * FILE_BYTES) as staged:
+                    await saved_runs.keep(self.engine, self.blobs, await self._claimed(), int(step), staged.path)
+            case ("checkpoint", seed):
+                await self._publish_for(await self._claimed(), seed, is_end=False)
+            case ("end job", seed):
+                await self._publish_for(await self._claimed(), seed, is_end=True)
+            case ("erase job",):
+                (job,) = await self.jobs.page(TENANT)
+                await self._carry_on(await self.job_erasures.erase(TENANT, job.id))
+
+    async def _carry_on(self, erasure: Erasure) -> None:
+        await self.store.erasures.drop_blobs(erasure)
+        await self.store.erasures.complete(erasure.id)
+
+    async def _claimed(self) -> Claimed:
+        (job,) = await self.jobs.page(TENANT)
+        return Claimed(job, NOW)
+
+    async def _publish_for(self, claimed: Claimed, seed: str, *, is_end: bool) -> None:
+        """A checkpoint, or the end of the job with a result file."""
+        async with self._staged(seed.encode() * FILE_BYTES) as staged:
+            blob = await keep_blob(self.engine, self.blobs, TENANT, staged.path)
+
+        async def also(connection: AsyncConnection, _: Version) -> list[str]:
+            return [(await create_result(connection, self.blobs, TENANT, "result.csv", blob, NOW)).id]
+
+        name_of = self.store.fine_tuned_name
+        together: Together[Version] = EndWith(claimed, now=lambda: NOW, name_of=name_of, also=also)
+        if not is_end:
+            together = CheckpointWith(claimed, 1, {}, now=lambda: NOW, name_of=name_of)
+        async with self.staging.stage() as bundle:
+            for file in BUNDLE_FILES:
+                async with bundle.open(file) as staged:
+                    await staged.write((self.adapters / seed / file).read_bytes())
+            await self.store.publish(
+                TENANT,
+                claimed.job.adapter,
+                bundle,
+                alias="default" if is_end else None,
+                provenance=Provenance.JOB,
+                together=together,
+                provisional=not is_end,
+            )
 
     @asynccontextmanager
     async def _staged(self, data: bytes) -> AsyncIterator[StagedFile]:
@@ -215,7 +281,16 @@ class Home:
             found[adapter.name] = [adapter.default.number, adapter.default.fallback.value, numbers, names, moves]
         tenants = [tenant.name for tenant in await self.tenants.page(None, 10)]
         files = sorted((file.filename, file.sha256) for file in await self.files.page(TENANT))
-        return json.loads(json.dumps([found, tenants, files]))  # lists throughout, as what it is compared with
+        jobs = [
+            [
+                job.status,
+                job.saved and job.saved.step,
+                len(job.result_files),
+                len(await self.jobs.checkpoints(TENANT, job.id)),
+            ]
+            for job in await self.jobs.page(TENANT)
+        ]
+        return json.loads(json.dumps([found, tenants, files, jobs]))  # lists throughout, as what it is compared with
 
     async def faults(self, acknowledged: int, expected: list[Any]) -> list[str]:
         """What is not as it should be after a restart."""
@@ -238,6 +313,12 @@ class Home:
             named.add(sent.blob.key)
             if await self.blobs.sha256(sent.blob.key) != sent.sha256:
                 faults.append(f"{sent.filename} is not what was sent")
+        for job in await self.jobs.page(TENANT):
+            if job.saved is not None:
+                key = job.saved.blob(TENANT).key
+                named.add(key)
+                if await self.blobs.sha256(key) != job.saved.sha256:
+                    faults.append(f"what was saved at step {job.saved.step} is not what was saved")
         await FileUploads(self.engine, self.blobs, clock=lambda: time.time() + 1e9).sweep()
         await self.store.collect_orphans(older_than_s=-1e9)
         await Uploads(self.engine, self.blobs, clock=lambda: time.time() + 1e9).sweep()

@@ -103,6 +103,7 @@ MATRIX: Final[dict[str, tuple[int, int, int, int, int, int]]] = {
     "POST /v1/fine_tuning/jobs":                 (200,  403,  400,  403,    403,     400),  # for the body's file
     "GET /v1/fine_tuning/jobs":                  (200,  403,  200,  403,    403,     200),
     "GET /v1/fine_tuning/jobs/{job}":            (200,  403,  404,  403,    403,     404),
+    "DELETE /v1/fine_tuning/jobs/{job}":         (200,  403,  404,  403,    403,     404),
     "GET /v1/fine_tuning/jobs/{job}/events":     (200,  403,  404,  403,    403,     404),
     "GET /v1/fine_tuning/jobs/{job}/checkpoints": (200, 403,  404,  403,    403,     404),
     "POST /v1/fine_tuning/jobs/{job}/cancel":    (200,  403,  404,  403,    403,     404),
@@ -348,6 +349,11 @@ class World:
         assert made.status_code == 200, made.text
         return str(made.json()["id"])
 
+    async def ended_job(self) -> str:
+        job = await self.job()
+        assert (await self.ask("POST", f"/v1/fine_tuning/jobs/{job}/cancel", "tenant")).status_code == 200
+        return job
+
     async def file(self) -> str:
         made = await self.ask("POST", "/v1/files", "tenant", files=self.training_file())
         assert made.status_code == 200, made.text
@@ -482,6 +488,7 @@ MODEL: Final = Subject("", World.adapter, "bot-0")
 
 PINNED: Final = {
     "GET /v1/adapters/{name}/versions/{number}/evaluation": Subject("{name}", World.adapter, "bot-0"),
+    "DELETE /v1/fine_tuning/jobs/{job}": Subject("{job}", World.ended_job, "ftjob-" + "0" * 24),
     "POST /v1/fine_tuning/jobs": Subject("", World.file, "file-" + "0" * 26),
     "DELETE /v1/models/{model:path}": Subject("{model:path}", World.version, "bot-0@1"),
     "POST /v1/adapters/{name}/versions/{number}/scaled": Subject("{name}", World.adapter, "bot-0"),

@@ -13,16 +13,24 @@ from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 from typer.testing import CliRunner
 
-from adapter_store.catalog import Version
+from adapter_store.catalog import Provenance, Version, metadata
+from adapter_store.engine import AsyncConnection
 from adapter_store.ids import TenantId
+from adapter_store.signing import Kind, verify_shown
+from adapter_store.transactions import reading
 from gateway.cli import app as command
+from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
 from tests.integration.gateway.conftest import BASE, Gateway, Tenant, error_of
+from tests.integration.gateway.test_erasures import keys_of, receipt_of
 from tests.integration.store.conftest import stage
-from training import queue
+from training import queue, saved_runs
+from training.errors import LeaseLost
+from training.files import create_result, keep_blob
 from training.queue import CheckpointWith, Claimed, EndWith, Metrics
 
 NOW = 1_000_000_000
+JOBS = "/v1/fine_tuning/jobs"
 CHAT = b"".join(
     json.dumps({"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"a{n}"}]}).encode()
     + b"\n"
@@ -92,17 +100,33 @@ class Trainer:
                 bundle,
                 alias=None,
                 provisional=True,
+                provenance=Provenance.JOB,
                 quota=claimed.job.quota,
                 together=together,
             )
 
-    async def end(self, claimed: Claimed, seed: int = 3) -> Version:
-        store = self.gateway.parts.store
-        together = EndWith(claimed, now=lambda: NOW, name_of=store.fine_tuned_name)
+    async def end(self, claimed: Claimed, seed: int = 3, files: int = 0) -> Version:
+        parts, tenant_id = self.gateway.parts, claimed.job.tenant_id
+        store = parts.store
+
+        async def also(connection: AsyncConnection, _: Version) -> list[str]:
+            return [
+                (await create_result(connection, parts.store._blobs, tenant_id, "r.csv", blob, NOW)).id for blob in kept
+            ]
+
+        path = self.folder / f"{claimed.job.id}.csv"
+        path.write_bytes(b"step,train_loss\n1,2.0\n")
+        kept = [await keep_blob(parts.engine, parts.store._blobs, tenant_id, path) for _ in range(files)]
+        together = EndWith(claimed, now=lambda: NOW, name_of=store.fine_tuned_name, also=also)
         async with self.gateway.parts.staging.stage() as bundle:
             await stage(bundle, write_good(self.folder / claimed.job.id, seed=seed))
             return await store.publish(
-                claimed.job.tenant_id, claimed.job.adapter, bundle, alias=claimed.job.alias, together=together
+                tenant_id,
+                claimed.job.adapter,
+                bundle,
+                alias=claimed.job.alias,
+                provenance=Provenance.JOB,
+                together=together,
             )
 
 
@@ -438,6 +462,106 @@ async def test_the_command(gateway: Gateway, acme: Tenant, file_id: str, trainer
     assert "ckpt-step-2" in await tailor("checkpoints", made["id"])
     assert "The job has successfully completed" in await tailor("events", made["id"])
     assert "cannot be cancelled" in await tailor("cancel", made["id"], code=1)
+    assert "is erased; receipt: tailor erasure show ers_" in await tailor("delete", made["id"])
+    assert "Could not find fine tune" in await tailor("show", made["id"], code=1)
+
+
+async def test_an_ended_job_is_erased_with_what_it_has_made(
+    gateway: Gateway, acme: Tenant, file_id: str, trainer: Trainer, replica: FakeReplica
+) -> None:
+    """Story, metadata, result file and checkpoints, out of the engine too; its result stays, and what has an alias."""
+    asked = {"model": BASE, "training_file": file_id, "suffix": "bot", "metadata": {"team": "crimson"}}
+    headers = {"idempotency-key": "once"}
+    made = (await acme.client.post(JOBS, json=asked, headers=headers)).json()
+    job = f"{JOBS}/{made['id']}"
+    claimed = await trainer.claim()
+    refused = await acme.client.delete(job)
+    assert (refused.status_code, error_of(refused)["code"]) == (400, "invalid_job_state")
+    points = [await trainer.checkpoint(claimed, step) for step in (1, 2)]
+    result = await trainer.end(claimed, files=1)
+    await acme.client.put("/v1/adapters/bot/aliases/early", json={"version": 1})
+    names = [
+        point["fine_tuned_model_checkpoint"] for point in (await acme.client.get(f"{job}/checkpoints")).json()["data"]
+    ]
+    for name in names:
+        assert (await acme.ask(name)).status_code == 200
+    assert {points[0].digest, points[1].digest} <= replica.disk
+    (result_file,) = (await acme.client.get(job)).json()["result_files"]
+    gone = await acme.client.delete(job)
+    erasure = gone.json()["tailor"]["erasure"]
+    assert gone.json() == {
+        "id": made["id"],
+        "object": "fine_tuning.job",
+        "deleted": True,
+        "tailor": {"erasure": erasure},
+    }
+    receipt = await receipt_of(acme.client, erasure)
+    stated = verify_shown(receipt["statement"], receipt["signature"], await keys_of(acme), Kind.ERASURE)
+    assert (stated["scope"], stated["subject"], stated["adapter"]) == ("job", made["id"], "bot")
+    assert [(version["number"], version["content"]) for version in stated["versions"]] == [(2, "erased")]
+    assert [(file["id"], file["kind"], file["blob"]) for file in stated["files"]] == [
+        (result_file, "fine-tune-results", "erased")
+    ]
+    assert [part["outcome"] for part in stated["replicas"]] == ["erased"]
+    assert points[1].digest not in replica.disk
+    for path in (job, f"{job}/events", f"{job}/checkpoints", f"/v1/files/{result_file}"):
+        assert (await acme.client.get(path)).status_code == 404
+    assert (await acme.client.delete(job)).status_code == 404
+    assert {name: (await acme.ask(name)).status_code for name in (*names, "bot", "bot:early")} == {
+        names[0]: 404, names[1]: 404, "bot": 200, "bot:early": 200,
+    }  # fmt: skip
+    left = (await acme.client.get("/v1/adapters/bot")).json()["versions"]
+    assert [version["digest"] for version in left] == [result.digest, points[0].digest]
+    again = (await acme.client.post(JOBS, json=asked, headers=headers)).json()
+    assert (again["id"], again["metadata"]) == (made["id"], {})
+    async with reading(gateway.parts.engine) as connection:
+        for table in metadata.sorted_tables:
+            rows = [str(row) for row in await connection.execute(table.select())]
+            assert not any("crimson" in row or points[1].digest in row for row in rows) or table.name == "erasures"
+
+
+async def test_a_job_that_came_to_nothing_leaves_nothing(
+    gateway: Gateway, acme: Tenant, openai: AsyncOpenAI, file_id: str, trainer: Trainer, tmp_path: Path
+) -> None:
+    """Cancelled after a checkpoint and a save, then erased: the adapter that it had begun is gone, and every blob."""
+    kept = gateway.shelf.keys()
+    job = await openai.fine_tuning.jobs.create(model=BASE, training_file=file_id, suffix="bot")
+    claimed = await trainer.claim()
+    await trainer.checkpoint(claimed, 1)
+    (tmp_path / "step-1").write_bytes(b"a run at rest")
+    await saved_runs.keep(gateway.parts.engine, gateway.parts.store._blobs, claimed, 1, tmp_path / "step-1")
+    live = asyncio.create_task(acme.client.get(f"{JOBS}/{job.id}/events?stream=true"))
+    await openai.fine_tuning.jobs.cancel(job.id)
+    gone = await acme.client.delete(f"{JOBS}/{job.id}")
+    receipt = await receipt_of(acme.client, gone.json()["tailor"]["erasure"])
+    assert [file["kind"] for file in receipt["statement"]["files"]] == ["saved-run"]
+    assert gateway.shelf.keys() == kept
+    assert (await acme.client.get("/v1/adapters/bot")).status_code == 404
+    assert (await live).text.endswith("data: [DONE]\n\n")
+    with pytest.raises(LeaseLost):
+        await trainer.train(claimed, 2)
+
+
+async def test_a_checkpoint_that_answers_keeps_its_job_without_force(
+    gateway: Gateway, acme: Tenant, openai: AsyncOpenAI, file_id: str, trainer: Trainer, replica: FakeReplica
+) -> None:
+    """409 while a stream runs on it; with force the stream ends whole."""
+    job = await openai.fine_tuning.jobs.create(model=BASE, training_file=file_id, suffix="bot")
+    claimed = await trainer.claim()
+    await trainer.checkpoint(claimed, 1)
+    await openai.fine_tuning.jobs.cancel(job.id)
+    (point,) = (await openai.fine_tuning.jobs.checkpoints.list(job.id)).data
+    replica.events, replica.faults.event_delay_s = 50, 0.05
+    body = {"model": point.fine_tuned_model_checkpoint, "stream": True, "messages": [{"role": "user", "content": "?"}]}
+    async with acme.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        lines = answer.aiter_lines()
+        await anext(lines)
+        refused = await acme.client.delete(f"{JOBS}/{job.id}")
+        assert (refused.status_code, error_of(refused)["code"]) == (409, "version_in_use")
+        assert (await openai.fine_tuning.jobs.retrieve(job.id)).status == "cancelled"
+        erasing = asyncio.create_task(acme.client.delete(f"{JOBS}/{job.id}?force=true"))
+        assert [line async for line in lines if line][-1] == "data: [DONE]"
+    assert (await receipt_of(acme.client, (await erasing).json()["tailor"]["erasure"]))["statement"]["forced"]
 
 
 def supervised(**hyperparameters: Any) -> dict[str, Any]:
