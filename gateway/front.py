@@ -59,16 +59,20 @@ class Front:
             except (GatewayError, AdapterStoreError) as error:
                 return await send_error(send, error)
             if not UPLOADS.fullmatch(path):
-                receive = _bounded(receive)
+                receive = _bounded(receive, self.parts.stall_s)
         return await self._app(scope, receive, send)
 
 
-def _bounded(receive: Receive) -> Receive:
-    size = 0
+def _bounded(receive: Receive, stall_s: float) -> Receive:
+    """Of a body that comes in time and is small; once it has ended, its client may be silent while it is answered."""
+    size, more = 0, True
 
     async def bounded() -> Message:
-        nonlocal size
-        message = await receive_in_time(receive)
+        nonlocal size, more
+        if not more:
+            return await receive()
+        message = await receive_in_time(receive, stall_s)
+        more = message.get("more_body", False)
         size += len(message.get("body", b""))
         if size > SMALL_BODY_BYTES:
             raise HTTPException(413)  # the one kind that FastAPI lets through from under its own reading

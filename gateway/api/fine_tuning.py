@@ -731,13 +731,7 @@ async def _follow(parts: Parts, asker: TenantKey, job: str, after: int) -> Async
     try:
         spoken = loop.time()
         while not parts.draining.is_set():
-            try:
-                is_over = (
-                    await parts.jobs.find(asker.tenant_id, job)
-                ).status in OVER  # before its last events are read
-                events: Sequence[Event] = await parts.jobs.events(asker.tenant_id, job, after=after, limit=1_000)
-            except JobNotFound:  # erased meanwhile
-                is_over, events = True, ()
+            is_over, events = await _news(parts, asker, job, after)
             for event in events:
                 after = event.number
                 yield b"data: " + event_object(event).model_dump_json().encode() + b"\n\n"

@@ -1,6 +1,7 @@
 """F9: what goes on while the database is locked or away, and what says 503."""
 
 import asyncio
+import json
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -79,6 +80,30 @@ async def test_a_database_that_is_away_is_not_replaced_by_an_empty_one(gateway: 
     elsewhere.rename(database)
     globex = await gateway.tenant("globex")
     assert (await globex.ask("base")).status_code == 200
+
+
+@pytest.mark.local
+async def test_a_stream_of_events_outlives_a_database_that_is_away(
+    gateway: Gateway, acme: Tenant, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waits, and goes on where it was."""
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    sent = {"file": ("data.jsonl", json.dumps(row).encode())}
+    file_id = (await acme.client.post("/v1/files", data={"purpose": "fine-tune"}, files=sent)).json()["id"]
+    made = await acme.client.post("/v1/fine_tuning/jobs", json={"model": "base", "training_file": file_id})
+    job = f"/v1/fine_tuning/jobs/{made.json()['id']}"
+    database, elsewhere = gateway.home.path / "tailor.db", gateway.home.path / "elsewhere.db"
+    async with acme.client.stream("GET", f"{job}/events?stream=true") as answer:
+        lines = answer.aiter_lines()
+        assert "Created fine-tuning job" in await anext(lines)
+        database.rename(elsewhere)
+        async with asyncio.timeout(30):
+            while "the events of job" not in caplog.text:
+                await asyncio.sleep(0.05)
+        elsewhere.rename(database)
+        assert (await acme.client.post(f"{job}/cancel")).status_code == 200
+        rest = [line async for line in lines if line]
+    assert ["The job was cancelled" in rest[-2], rest[-1]] == [True, "data: [DONE]"]
 
 
 @pytest.mark.local

@@ -21,7 +21,7 @@ from adapter_store.transactions import reading
 from gateway.cli import app as command
 from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
-from tests.integration.gateway.conftest import BASE, Gateway, Tenant, error_of
+from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, Tenant, error_of
 from tests.integration.gateway.test_erasures import keys_of, receipt_of
 from tests.integration.store.conftest import stage
 from training import queue, saved_runs
@@ -114,6 +114,7 @@ class Trainer:
                 (await create_result(connection, parts.store._blobs, tenant_id, "r.csv", blob, NOW)).id for blob in kept
             ]
 
+        self.folder.mkdir(exist_ok=True)
         path = self.folder / f"{claimed.job.id}.csv"
         path.write_bytes(b"step,train_loss\n1,2.0\n")
         kept = [await keep_blob(parts.engine, parts.store._blobs, tenant_id, path) for _ in range(files)]
@@ -278,6 +279,20 @@ async def test_events_live(openai: AsyncOpenAI, file_id: str, trainer: Trainer) 
         f"/fine_tuning/jobs/{job.id}/events?stream=true&after={seen[3].id}", cast_to=httpx.Response
     )
     assert again.text.count("data: {") == 2 and again.text.endswith("data: [DONE]\n\n")  # noqa: PT018
+
+
+async def test_events_outlast_what_a_body_may_stall(run_gateway: RunGateway, replica: FakeReplica) -> None:
+    """Who waits for a job says nothing meanwhile; it took 30 s for that to count as a body that never came."""
+    gateway = await run_gateway(replica, upload_stall_s=0.5)
+    acme = await gateway.tenant("acme")
+    client = client_of(gateway, acme.key)
+    job = await client.fine_tuning.jobs.create(model=BASE, training_file=await upload(client))
+    async with acme.client.stream("GET", f"{JOBS}/{job.id}/events?stream=true") as answer:
+        lines = answer.aiter_lines()
+        await anext(lines)
+        await asyncio.sleep(1)  # twice as long
+        await client.fine_tuning.jobs.cancel(job.id)
+        assert [line async for line in lines if line][-1] == "data: [DONE]"
 
 
 async def test_permissions(
