@@ -185,11 +185,10 @@ class Scrubber:
             outcome = await self._state(tenant_id, sha256)
             if outcome in FAULTS and self._copy is not None:
                 outcome = await self._repair(tenant_id, sha256, self._copy, outcome)
-            await self._note(tenant_id, sha256, outcome)
+            return await self._note(tenant_id, sha256, outcome)
         except StorageError as error:
             log.warning("blob %s could not be checked: %s", blob_key(tenant_id, sha256), error)
             return Outcome.UNREADABLE
-        return outcome
 
     async def _state(self, tenant_id: TenantId, sha256: str) -> Outcome:
         begun, before = time.monotonic(), self.read_bytes
@@ -214,18 +213,20 @@ class Scrubber:
             return fault
         return Outcome.REPAIRED if repaired is Outcome.OK else fault
 
-    async def _note(self, tenant_id: TenantId, sha256: str, outcome: Outcome) -> None:
+    async def _note(self, tenant_id: TenantId, sha256: str, outcome: Outcome) -> Outcome:
+        """What it comes to: nothing is wrong with a blob that went while it was looked at."""
         fault = outcome.value if outcome in FAULTS else None
         async with writing(self._engine) as connection:
             await take_turn(connection)
-            if await unreferenced(connection, tenant_id, [sha256]):  # deleted while it was read
+            if await unreferenced(connection, tenant_id, [sha256]):
                 await forget(connection, tenant_id, [sha256])
-                return
+                return Outcome.OK
             await connection.execute(update(blob_checks).where(_row(tenant_id, sha256)).values(fault=fault))
         if fault is not None:
             log.error("blob %s is %s: what it belongs to cannot be read", blob_key(tenant_id, sha256), fault)
         elif outcome is Outcome.REPAIRED:
             log.warning("blob %s was damaged and is repaired from the second copy", blob_key(tenant_id, sha256))
+        return outcome
 
 
 async def known_faults(connection: AsyncConnection, tenant_id: TenantId, digests: Collection[str]) -> set[str]:

@@ -1,17 +1,18 @@
 """What jobs have saved: a blob of their tenant's like any other, for the scrubber and for backups."""
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from adapter_store.blobs import Blobs
 from adapter_store.engine import AsyncEngine
-from adapter_store.scrub import Scrubber
+from adapter_store.scrub import Outcome, Scrubber
 from adapter_store.store import AdapterStore
 from gateway.backup import back_up, restore
 from tests.integration.store.test_backup import opened
 from tests.integration.store.test_jobs import BASE, TENANT, new_job
-from tests.storage import Shelf, local_place
+from tests.storage import Place, Shelf, local_place
 from training import queue, saved_runs
 from training.errors import LeaseLost
 from training.jobs import Jobs, Saved
@@ -83,6 +84,26 @@ async def test_a_save_that_rotted_is_found_and_named(
     (tmp_path / "fetched").mkdir()
     assert not await saved_runs.fetch(blobs, TENANT, saved, tmp_path / "fetched")
     assert list((tmp_path / "fetched").iterdir()) == []
+
+
+class Replacing(Blobs):
+    """Before one is read, `replace` is called."""
+
+    replace: Callable[[], Awaitable[object]]
+
+    async def sha256(self, key: str, on_read: Callable[[int], Awaitable[None]] | None = None) -> str:
+        await self.replace()
+        return await super().sha256(key, on_read)
+
+
+async def test_a_save_that_is_replaced_while_it_is_looked_at_is_no_fault(
+    engine: AsyncEngine, blobs: Blobs, place: Place, claimed: Claimed, tmp_path: Path
+) -> None:
+    """The scrubber has chosen it, and the next save is there before it reads."""
+    await keep(engine, blobs, claimed, 1, tmp_path)
+    read = Replacing.open(place.blobs_url)
+    read.replace = lambda: keep(engine, blobs, claimed, 2, tmp_path)
+    assert await Scrubber(engine, read, None, bytes_per_s=1 << 30).run() == {Outcome.OK: 1}
 
 
 async def test_a_save_is_backed_up_with_its_job(
