@@ -16,6 +16,7 @@ from loadtests.scenario import Action, ActionKind, StackSettings
 from loadtests.stacks import OVER_HTTP, addresses, environment, until_ready
 
 START_S: Final = 600.0
+"""Of each engine: they start one after the other."""
 
 
 @dataclass(slots=True)
@@ -109,7 +110,7 @@ async def cpu_stack(settings: StackSettings, folder: Path, *, base: Path) -> Asy
         stack.can |= {ActionKind.TRAIN}
     try:
         up.start()
-        await until_ready(stack.url, settings.replicas, [up], START_S)
+        await until_ready(stack.url, settings.replicas, [up], START_S * settings.replicas)
         stack.operator_key = (folder / "home" / "operator-key").read_text().strip()
         yield stack
     finally:
