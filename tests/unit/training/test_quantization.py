@@ -115,7 +115,7 @@ def test_a_run_gets_the_base_that_it_wants(engine: Engine, rows: list[Row]) -> N
 
 
 def test_a_worker_trains_both_kinds_side_by_side(base: Path, tmp_path: Path) -> None:
-    """Each as it is alone; and its base goes with the last run that wanted it."""
+    """Each as it is alone."""
     tasks.write_jsonl(tasks.jargon(0, terms=4).train, tmp_path / "train.jsonl")
     warm = WarmBase(base, fingerprint="sha256:0", device="cpu", threads=1)
 
