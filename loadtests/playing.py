@@ -140,7 +140,12 @@ async def _start(number: int, folder: Path) -> _Generator:
     log = folder / f"generator-{number}.log"
     with log.open("wb") as errors:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "loadtests.generator", stdin=PIPE, stdout=PIPE, stderr=errors, limit=LINE_BYTES
+            *(sys.executable, "-m", "loadtests.generator"),
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=errors,
+            limit=LINE_BYTES,
+            start_new_session=True,  # a Ctrl-C at the terminal is its parent's
         )
     return _Generator(number, process, log)
 

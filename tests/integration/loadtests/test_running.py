@@ -1,5 +1,8 @@
 """A run as a whole: what it finds, what it leaves at the server, and what it says where there is nothing to run."""
 
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +11,9 @@ from typing import Any, Final
 import httpx
 import numpy as np
 
-from loadtests import gates, metrics
+from loadtests import gates, metrics, results
 from loadtests.fake_stack import fake_stack
+from loadtests.recording import Outcome
 from loadtests.running import Options, run
 from loadtests.scenario import Scenario, read
 from loadtests.selection import select
@@ -112,6 +116,23 @@ def two_replicas_disturbed() -> Scenario:
 
 
 COMMAND: Final = {"kind": "command", "at_s": 0.1, "command": ["sh", "-c", 'test -n "$TAILOR_URL"']}
+
+
+def test_a_run_that_is_interrupted_is_never_green(tmp_path: Path) -> None:
+    """Ctrl-C at the terminal: what was sent is written down, the stack is taken down, and the exit code is 3."""
+    words = ["smoke", "--stack", "fake", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "gateway.cli", "loadtest", "run", *words]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert any(re.search(r": [1-9][0-9]* sent", line) for line in process.stdout)  # of a minute's requests
+        os.killpg(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=90)
+    assert process.returncode == gates.INCONCLUSIVE, said
+    found = results.load(tmp_path / "out")
+    assert found.unfinished
+    assert 0 < (found.samples.rows["outcome"] == Outcome.WHOLE).sum() < len(found.schedule.planned)
 
 
 def test_what_cannot_be_run_ends_with_2(tmp_path: Path) -> None:
