@@ -31,7 +31,7 @@ def tailor(capsys: pytest.CaptureFixture[str]) -> Tailor:
     return run
 
 
-def written(folder: Path, *, replicas: int) -> Path:
+def written(folder: Path, *, replicas: int, tenants: int = 4, max_num_seqs: int = 8) -> Path:
     """A scenario with an engine that is slow enough for a busy machine to keep up with."""
     told: dict[str, Any] = {
         "name": "knee",
@@ -40,7 +40,7 @@ def written(folder: Path, *, replicas: int) -> Path:
             "replicas": replicas,
             "slots": 4,
             "host_adapters": 16,
-            "max_num_seqs": 8,
+            "max_num_seqs": max_num_seqs,
             "step_ms": 25,
             "per_sequence_us": 1_000,
             "per_prompt_token_us": 100,
@@ -49,7 +49,7 @@ def written(folder: Path, *, replicas: int) -> Path:
         },
         "objective": {"ttft_ms": 1_000},
         "late_ms": 500,
-        "tenants": [{"name": "t", "count": 4, "adapters": 2}],
+        "tenants": [{"name": "t", "count": tenants, "adapters": 2}],
         "workloads": {
             "w": {
                 "prompt_tokens": {"law": "lognormal", "median": 40, "sigma": 0.5, "most": 200},
@@ -73,15 +73,18 @@ def written(folder: Path, *, replicas: int) -> Path:
 
 def test_a_sweep_finds_a_knee_and_a_plan_comes_of_it(tailor: Tailor, tmp_path: Path) -> None:
     """One run with a phase for each rate, its knee between them, and the replicas of a peak with what is assumed."""
-    words = ("--from", 5, "--within", 1, "--duration-s", 4, "--warm-up-s", 1, "--stack", "fake")
-    code, told = tailor("sweep", written(tmp_path, replicas=1), *words, "--out", tmp_path / "out")
+    words = ("--from", 3, "--within", 1, "--goal", 0.7, "--duration-s", 5, "--warm-up-s", 0, "--stack", "fake")
+    scenario = written(tmp_path, replicas=1, tenants=1, max_num_seqs=4)
+    code, told = tailor("sweep", scenario, *words, "--out", tmp_path / "out")
     assert (code, "knee: " in told) == (0, True), told
     run = results.load(tmp_path / "out")
     found = json.loads((tmp_path / "out" / "sweep.json").read_text())
-    assert [phase["name"] for phase in run.scenario["phases"] if phase["measured"]][:2] == ["rate-5", "rate-10"]
-    assert found["points"][0]["kept_share"] >= 0.9 > found["points"][-1]["kept_share"]
+    assert [phase["name"] for phase in run.scenario["phases"] if phase["measured"]][:2] == ["rate-3", "rate-6"]
+    assert found["points"][0]["kept_share"] >= 0.7 > found["points"][-1]["kept_share"]
     assert found["points"][0]["offered"] < found["knee"]["rate"] < found["points"][-1]["offered"]
-    code, told = tailor("plan", tmp_path / "out", "--peak", 4 * found["knee"]["rate"], "--json", tmp_path / "plan.json")
+    code, told = tailor(
+        "plan", tmp_path / "out", "--goal", 0.7, "--peak", 4 * found["knee"]["rate"], "--json", tmp_path / "plan.json"
+    )
     assert (code, "This assumes:" in told, "1 measured" in told) == (0, True, True), told
     made = json.loads((tmp_path / "plan.json").read_text())
     assert 3 <= made["options"][-1]["replicas"] <= 6
