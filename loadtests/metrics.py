@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
@@ -205,14 +206,36 @@ def _hit_ratio_predicted(chosen: Selected) -> Figure:
 
 def _hit_ratio_lru(chosen: Selected) -> Figure:
     """Simulated over all requests in order of sending, so that what an earlier phase left in the slots counts."""
-    run, slots = chosen.run, all_slots(chosen.run)
-    everything = Selected(run, np.argsort(run.samples.rows["sent"], kind="stable"))
+    slots = all_slots(chosen.run)
+    counted = chosen.at[(chosen.planned["model"] != ABSENT) & (chosen.rows["sent"] != ABSENT)]
+    if slots is None or not len(counted):
+        return Figure(math.nan, 0)
+    return Figure(float(_simulated(_Same(chosen.run), slots)[counted].mean()), len(counted))
+
+
+class _Same:
+    """A run as a key: equal to itself alone."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __hash__(self) -> int:
+        return id(self.run)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.run is other.run
+
+
+@lru_cache(maxsize=1)  # a summary asks it for every phase and group
+def _simulated(same: _Same, slots: int) -> Array:
+    """Which of a run's samples an LRU cache would have had in a slot."""
+    rows = same.run.samples.rows
+    everything = Selected(same.run, np.argsort(rows["sent"], kind="stable"))
     asked = _adapters(everything)
     sent = (asked != ABSENT) & (everything.rows["sent"] != ABSENT)
-    counted = np.isin(everything.at[sent], chosen.at)
-    if slots is None or not counted.any():
-        return Figure(math.nan, 0)
-    return Figure(float(statistics.lru_hits(asked[sent].tolist(), slots)[counted].mean()), int(counted.sum()))
+    hits = np.zeros(len(rows), bool)
+    hits[everything.at[sent]] = statistics.lru_hits(asked[sent].tolist(), slots)
+    return hits
 
 
 def _hit_ratio_to_predicted(chosen: Selected) -> Figure:

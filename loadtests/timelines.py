@@ -21,7 +21,7 @@ from loadtests.selection import MS, S, Selected
 _BINS: Final = 120
 _TENANTS: Final = 32  # rows of the heat map
 _COLUMNS: Final = 60
-_LEAST_MS: Final = 0.1
+_LEAST_MS: Final = 1.0
 """Pieces that came with one read have no time between them, and a logarithm no zero."""
 
 
@@ -43,9 +43,9 @@ class Bins:
 
 
 def bins_of(run: Run, most: int = _BINS) -> Bins:
-    """Of a round width, so that there are `most` at most and some requests in each."""
+    """Of a round width, so that there are `most` at most, and six requests in each in the mean."""
     end = max(run.schedule.end, int(run.samples.rows["done"].max(initial=0))) / S
-    least = max(end / most, 3 * end / max(1, len(run.samples.rows)))
+    least = max(end / most, 6 * end / max(1, len(run.samples.rows)))
     steps = (0.05, 0.1, 0.2, 0.25, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1_800, 3_600)
     width = next((step for step in steps if step >= least), least)
     return Bins(width, max(1, math.ceil(end / width)))

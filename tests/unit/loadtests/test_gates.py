@@ -314,6 +314,14 @@ def test_a_version_that_the_alias_had_left_is_wrong_only_after_it_had() -> None:
         assert found == wrong * after.sum()
 
 
+def test_an_lru_cache_is_simulated_for_each_run_anew() -> None:
+    """What one run had in its slots says nothing of another, and phases go on with what was there."""
+    few, many = (run_of(Shape(adapters=count, phases=("first", "second"))) for count in (1, 16))
+    for run, least, most in ((few, 0.98, 1.0), (many, 0.0, 0.3), (few, 0.98, 1.0)):
+        assert least <= metrics.figure(run, "hit_ratio.lru").value <= most
+    assert metrics.figure(few, "hit_ratio.lru", phase="second").value == 1
+
+
 def test_a_404_of_a_deleted_adapter_is_no_error() -> None:
     """Before the deletion it would be one."""
 
