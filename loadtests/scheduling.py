@@ -65,10 +65,15 @@ def phase_times(scenario: Scenario) -> tuple[tuple[int, int], ...]:
 
 
 def order_of(planned: Array, phases: tuple[tuple[int, int], ...]) -> npt.NDArray[np.intp]:
-    """The places of rows in order of time; those of a closed loop stand where their phase begins."""
+    """The places of rows in order of time, of equal times by seed, so that parts put together have the whole's order.
+
+    Those of a closed loop stand where their phase begins, as they are.
+    """
     begins = np.array([begin for begin, _ in phases], np.int64)
-    at = np.where(planned["at"] == ABSENT, begins[planned["phase"]], planned["at"])
-    return np.argsort(at, kind="stable")
+    closed = planned["at"] == ABSENT
+    at = np.where(closed, begins[planned["phase"]], planned["at"])
+    order: npt.NDArray[np.intp] = np.lexsort((planned["turn"], np.where(closed, 0, planned["seed"]), at))
+    return order
 
 
 def shard_of(planned: Array, shards: int) -> npt.NDArray[np.int64]:
