@@ -10,6 +10,7 @@ from typing import Final, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -70,7 +71,8 @@ class Display:
             table.add_row(name, *self._row(tally, self._before.groups.get(name, Tally()), self._since(progress)))
         if len(progress.groups) > 1:
             table.add_row("all", *self._row(_all(progress), _all(self._before), self._since(progress)), style="bold")
-        return Group(head, ProgressBar(total=1.0, completed=done, width=60), table)
+        bar = Padding(ProgressBar(total=1.0, completed=done, width=60), 0)  # which ends its line
+        return Group(head, bar, table)
 
     def line(self, progress: Progress) -> str:
         """As one line, for a log."""

@@ -34,6 +34,7 @@ def test_a_terminal_shows_each_group_and_where_the_run_is() -> None:
     last = _told(terminal=True).split("made-up")[-1]
     assert "phase flood" in last
     assert "0:08 left" in last
+    assert any(line.startswith("tenants ") and "tokens p99" in line for line in last.splitlines()), last
     row = next(line for line in last.splitlines() if line.startswith("quiet"))
     assert row.split()[1:7] == ["250", "105", "10.0", "100", "7", "0"]
     assert row.split()[7:] == ["50", "ms", "50", "ms", "–"]
