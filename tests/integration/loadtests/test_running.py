@@ -103,7 +103,7 @@ def two_replicas_disturbed() -> Scenario:
             "name": "disturbed",
             "question": "Is what the actions say done to the replicas?",
             "stack": {"replicas": 2, "settings": {"TAILOR_PROBE_DEADLINE_S": "1"}},
-            "tenants": [{"name": "all", "count": 2}],
+            "tenants": [{"name": "all", "count": 8}],  # so many that each replica has some
             "workloads": {"chat": {"output_tokens": {"law": "fixed", "value": 6}}},
             "phases": [
                 phase("slow", 2, {"kind": "slow-replica", "at_s": 0.2, "replica": 0, "duration_s": 1.5, "factor": 20}),
