@@ -1,6 +1,7 @@
 """`tailor up` with real engines on this machine's CPU."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -98,7 +99,7 @@ async def cpu_stack(settings: StackSettings, folder: Path, *, base: Path) -> Asy
         "TAILOR_LOCAL_REPLICAS": str(settings.replicas),
         "TAILOR_ADAPTER_SLOTS": str(settings.slots),
         "TAILOR_HOST_ADAPTERS": str(settings.host_adapters),
-        "TAILOR_MAX_MODEL_LEN": str(settings.max_model_len),
+        "TAILOR_MAX_MODEL_LEN": str(min(settings.max_model_len, _context(base))),
         "TAILOR_VLLM_ARGS": f"--max-num-seqs {settings.max_num_seqs}",
         "TAILOR_TRAINING_WORKERS": str(int(settings.worker)),
         "TAILOR_PROBE_DEADLINE_S": "20",  # a slow token of a busy CPU is no frozen engine
@@ -115,3 +116,9 @@ async def cpu_stack(settings: StackSettings, folder: Path, *, base: Path) -> Asy
         yield stack
     finally:
         await up.stop()
+
+
+def _context(base: Path) -> int:
+    """How many positions the base was made for: vLLM refuses to serve more."""
+    config = json.loads((base / "config.json").read_text())
+    return int(config.get("max_position_embeddings") or sys.maxsize)
