@@ -10,11 +10,15 @@ from tests.integration.loadtests.playing import MS, plan, played, scenario, sche
 from tests.integration.loadtests.test_playing import trivial
 
 
-@pytest.mark.parametrize(("every_ns", "code"), [(20 * MS, gates.PASSED), (0, gates.INCONCLUSIVE)])
-async def test_a_late_generator_gives_3(every_ns: int, code: int, tmp_path: Path) -> None:
-    """Fifty requests a second are sent in time; thousands at one instant are more than one process can send."""
-    told = scenario().model_copy(update={"late_ms": 150.0})
-    planned = schedule(plan(3_000 if every_ns == 0 else 40, every_ns=every_ns))
+@pytest.mark.parametrize(
+    ("count", "every_ns", "late_ms", "code"),
+    [(40, 20 * MS, 150.0, gates.PASSED), (3_000, 0, 20.0, gates.INCONCLUSIVE)],
+    ids=["in time", "late"],
+)
+async def test_a_late_generator_gives_3(count: int, every_ns: int, late_ms: float, code: int, tmp_path: Path) -> None:
+    """Fifty requests a second are sent in time; 3,000 at one instant are more than one process sends in 20 ms."""
+    told = scenario().model_copy(update={"late_ms": late_ms})
+    planned = schedule(plan(count, every_ns=every_ns))
     async with trivial() as port:
         samples, lateness = await played(port, planned, tmp_path, of=told)
     run = Run(
