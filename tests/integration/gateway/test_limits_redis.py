@@ -304,8 +304,17 @@ class DeafProxy:
         self.is_deaf = False
         self.swallowed = 0
         self._target = server.url.removeprefix("unix://")
+        self._serving: set[asyncio.Task[None]] = set()
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._serving.add(asyncio.create_task(self._serve(reader, writer)))
+
+    async def close(self) -> None:
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, to = await asyncio.open_unix_connection(self._target)
 
         async def forward() -> None:
@@ -314,24 +323,28 @@ class DeafProxy:
             to.close()
 
         forwarding = asyncio.create_task(forward())
-        while data := await there.read(1 << 16):
-            if self.is_deaf:
-                self.swallowed += len(data)
-                break
-            writer.write(data)
-        writer.close()
-        to.close()
-        forwarding.cancel()
+        try:
+            while data := await there.read(1 << 16):
+                if self.is_deaf:
+                    self.swallowed += len(data)
+                    break
+                writer.write(data)
+        finally:
+            forwarding.cancel()
+            for one in (writer, to):
+                one.close()
+            await asyncio.gather(forwarding, writer.wait_closed(), to.wait_closed(), return_exceptions=True)
 
 
 @asynccontextmanager
 async def deaf_proxy(server: RedisServer, path: Path) -> AsyncIterator[DeafProxy]:
     proxy = DeafProxy(server, path)
-    listener = await asyncio.start_unix_server(proxy.serve, str(path))
+    listener = await asyncio.start_unix_server(proxy.accept, str(path))
     try:
         yield proxy
     finally:
         listener.close()
+        await proxy.close()
 
 
 async def test_a_frozen_redis_stops_nobody(server: RedisServer) -> None:

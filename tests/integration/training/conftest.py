@@ -191,7 +191,7 @@ async def inspector(base: BaseModel) -> AsyncIterator[Inspector]:
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest, local: Place) -> Place:
-    if request.config.getoption("storage") == local.kind.value:
+    if request.config.getoption("storage") == local.kind.value or request.node.get_closest_marker("local"):
         return local
     found: Place = request.getfixturevalue("remote")
     return found

@@ -119,6 +119,7 @@ class MortalResults(Results):
 
 async def work(order: dict[str, Any], base: BaseModel, warm: WarmBase) -> None:
     """Trains until SIGTERM; by a clock that is `ahead_s`, so that the leases of those who died are over."""
+    os.environ.update(order["environment"])
     death, pace = Death(**order["death"]), Pace()
     engine, inspector = open_engine(order["database_url"]), Inspector(base, Bounds())
     blobs = Blobs.open(order["blobs_url"])

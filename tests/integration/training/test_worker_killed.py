@@ -59,6 +59,7 @@ class Nursery:
             "database_url": desk.place.database_url,
             "blobs_url": desk.place.blobs_url,
             "home": str(desk.home),
+            "environment": clean_environment(),  # a bucket's credentials came after this process
         }
         return self._ask(order)
 
