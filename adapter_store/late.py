@@ -51,4 +51,8 @@ class _Unrun(ModuleType):
         with self._running:  # another thread finds the init done, its own code finds it begun
             if not self._begun and self.__spec__ and self.__spec__.loader:
                 self._begun = True
-                self.__spec__.loader.exec_module(self)
+                try:
+                    self.__spec__.loader.exec_module(self)
+                except BaseException:
+                    self._begun = False  # who asks next is told the same, not that a name is missing
+                    raise
