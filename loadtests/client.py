@@ -133,7 +133,11 @@ class Exchange:
         elif self.error:
             self.end(Outcome.ERROR_EVENT, at, self.error)
         else:
-            self.end(Outcome.WHOLE if self.whole else Outcome.TRUNCATED, at)
+            self.end(Outcome.WHOLE if self.whole and self._brought() else Outcome.TRUNCATED, at)
+
+    def _brought(self) -> bool:
+        """Whether anything was generated: `usage` tells of tokens that are no text, such as the one that ends it."""
+        return self.first != ABSENT or bool(self.usage.get("completion_tokens"))
 
     def _read_whole(self, told: dict[str, Any], at: int) -> None:
         self._read_told(told)
@@ -141,11 +145,15 @@ class Exchange:
         if self.status != 200 or not choices or self.streams:
             return
         self.whole = True
+        message = choices[0].get("message") or {}
+        text = choices[0].get("text") or message.get("content") or ""
+        if not (text or message.get("tool_calls") or self.usage.get("completion_tokens")):
+            return
         self.first = self.last = at
         self.chunk_at.append((at - self.sent) // 1_000)
         self.tally.tokens += 1
         if self.keeps_answer:
-            self.answer.append(choices[0].get("text") or (choices[0].get("message") or {}).get("content") or "")
+            self.answer.append(text)
 
     # how it ends
 

@@ -79,7 +79,7 @@ def _lived(lives: Sequence[VersionLife], told: npt.NDArray[Any], rows: npt.NDArr
 def _answered_as_known(run: Run, rows: npt.NDArray[Any], digests: npt.NDArray[Any]) -> Mask:
     known = {_digest(one.digest): one.answer for one in run.versions if one.answer is not None}
     right = np.ones(len(rows), bool)
-    for place in np.flatnonzero((rows["answer"] > 0) & (rows["outcome"] == Outcome.WHOLE)):
+    for place in np.flatnonzero((rows["answer"] != ABSENT) & (rows["outcome"] == Outcome.WHOLE)):
         row = rows[place]
         answer = run.samples.texts[row["answer"]]
         right[place] = known.get(digests[row["version"]], answer) == answer

@@ -38,12 +38,12 @@ PLANNED: Final = np.dtype(
 class Outcome(IntEnum):
     """How a request ended."""
 
-    WHOLE = 0  # 200, and a stream ended with [DONE]
+    WHOLE = 0  # 200, with something generated, and a stream ended with [DONE]
     ABORTED = 1  # our own client left, as planned
     REFUSED = 2  # 429, or 503 with retry-after
     STATUS = 3  # any other status than 200
     ERROR_EVENT = 4  # `event: error` or an error object in the stream
-    TRUNCATED = 5  # the stream ended without [DONE], or the body early
+    TRUNCATED = 5  # the stream ended without [DONE] or brought nothing, or the body ended early
     BROKEN = 6  # the connection failed
     TIMEOUT = 7
     UNSENT = 8  # the run ended before its turn

@@ -52,7 +52,7 @@ class Records:
             load_us,
             self._text(kept.get(b"x-tailor-version", b"").decode("latin-1")),
             self._text(kept.get(b"x-tailor-replica", b"").decode("latin-1")),
-            self._text("".join(exchange.answer)) if exchange.answer else ABSENT,
+            self._text("".join(exchange.answer)) if exchange.keeps_answer and exchange.status == 200 else ABSENT,
             self._text(exchange.error),
         )
         self._chunk_at.extend(exchange.chunk_at)

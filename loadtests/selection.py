@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtests import isolation
-from loadtests.recording import FAILED, Event, Outcome, Run
+from loadtests.recording import ABSENT, FAILED, Event, Outcome, Run
 
 Array = npt.NDArray[Any]
 MS: Final = 1e6
@@ -62,7 +62,8 @@ class Selected:
     def kept(self) -> Array:
         """Which kept the scenario's objective."""
         objective = self.run.scenario.get("objective") or {"ttft_ms": 1_000.0}
-        rows, kept = self.rows, self.whole.copy()
+        rows = self.rows
+        kept = self.whole & (rows["first"] != ABSENT)
         for name, values in (
             ("ttft_ms", (rows["first"] - rows["scheduled"]) / MS),
             ("response_ms", (rows["done"] - rows["scheduled"]) / MS),

@@ -109,7 +109,7 @@ def _samples(shape: Shape, planned: Array) -> tuple[Array, Array]:
     rows["version"] = np.where(planned["model"] == ABSENT, 1, number + 2)
     most = (planned["tenant"].max() + 1) * max(1, shape.adapters)
     rows["replica"] = most + 2
-    rows["answer"] = np.where(planned["canary"] & (planned["model"] != ABSENT), most + 4 + number, 0)
+    rows["answer"] = np.where(planned["canary"] & (planned["model"] != ABSENT), most + 4 + number, ABSENT)
     each = (shape.ttft_ms + shape.itl_ms * np.arange(shape.chunks)) * 1e3
     return rows, np.tile(each, len(rows)).astype("u4")
 

@@ -101,7 +101,7 @@ def _other_answer(_planned: Array, rows: Array) -> None:
 def _one_adapter(planned: Array, rows: Array) -> None:
     planned["tenant"] = planned["model"] = 0
     rows["version"] = 2
-    rows["answer"] = np.where(rows["answer"] > 0, rows["answer"].min(initial=9, where=rows["answer"] > 0), 0)
+    rows["answer"] = np.where(rows["answer"] > 0, rows["answer"].min(initial=9, where=rows["answer"] > 0), ABSENT)
 
 
 KILL: Final = Event(3 * S, "kill-replica", "replica-0")

@@ -1,0 +1,71 @@
+"""What becomes of an answer as it is read, without a connection."""
+
+import json
+
+import pytest
+
+from loadtests.client import Exchange
+from loadtests.records import Records
+from loadtests.recording import ABSENT, Array, Outcome
+from loadtests.selection import select
+from tests.unit.loadtests.runs import run_of
+
+DONE = b"data: [DONE]\n\n"
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":1}}\n\n'
+ROLE = b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
+TEXT = b'data: {"choices":[{"delta":{"content":"red"}}]}\n\n'
+
+
+def _read(body: bytes, *, streams: bool = True) -> Exchange:
+    exchange = Exchange(0, b"", lambda _: None, scheduled=0, streams=streams, keeps_answer=True)
+    exchange.sent = 0
+    exchange.kept[b"content-type"] = b"text/event-stream" if streams else b"application/json"
+    exchange.head_came(200, 1_000)
+    exchange.body_came(body, 2_000)
+    exchange.body_ended(3_000)
+    return exchange
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome", "first"),
+    [
+        (DONE, Outcome.TRUNCATED, ABSENT),
+        (ROLE + DONE, Outcome.TRUNCATED, ABSENT),
+        (TEXT + DONE, Outcome.WHOLE, 2_000),
+        (ROLE + USAGE + DONE, Outcome.WHOLE, ABSENT),
+        (TEXT, Outcome.TRUNCATED, 2_000),
+    ],
+    ids=["only the end", "no text", "text", "a token without text", "no end"],
+)
+def test_a_stream_that_brought_nothing_is_not_whole(body: bytes, outcome: Outcome, first: int) -> None:
+    """However rightly it ended."""
+    exchange = _read(body)
+    assert (exchange.outcome, exchange.first) == (outcome, first)
+
+
+@pytest.mark.parametrize(
+    ("message", "tokens", "outcome"),
+    [("", 0, Outcome.TRUNCATED), ("", 1, Outcome.WHOLE), ("red", 0, Outcome.WHOLE)],
+)
+def test_a_json_answer_that_brought_nothing_is_not_whole(message: str, tokens: int, outcome: Outcome) -> None:
+    """As a stream is not."""
+    told = {"choices": [{"message": {"content": message}}], "usage": {"completion_tokens": tokens}}
+    assert _read(json.dumps(told).encode(), streams=False).outcome is outcome
+
+
+def test_an_empty_answer_of_a_canary_is_kept() -> None:
+    """Else nobody compared it."""
+    records = Records()
+    records.add(_read(ROLE + USAGE + DONE), 0, 0)
+    rows = records.since_last()[0]
+    assert rows["answer"].tolist() == [0]
+
+
+def test_an_answer_without_text_keeps_no_objective() -> None:
+    """It has no time to its first token, and not one before it was sent."""
+
+    def change(_planned: Array, rows: Array) -> None:
+        rows["first"][::2] = ABSENT
+
+    chosen = select(run_of(change=change))
+    assert chosen.kept.sum() == len(chosen.at) / 2
