@@ -5,8 +5,8 @@ import json
 import pytest
 
 from loadtests.client import Exchange
-from loadtests.records import Records
 from loadtests.recording import ABSENT, Array, Outcome
+from loadtests.records import Records
 from loadtests.selection import select
 from tests.unit.loadtests.runs import run_of
 
