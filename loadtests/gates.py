@@ -109,7 +109,9 @@ def _verdict(run: Run, gate: Gate, baseline: Run | None, late: str) -> Verdict:
     if gate.ratio_to_baseline and baseline is None:
         judgement, reason = Judgement.INCONCLUSIVE, "No baseline was given."
     elif math.isnan(value):
-        judgement, reason = Judgement.INCONCLUSIVE, "Nothing in the run tells it."
+        judgement, reason = Judgement.INCONCLUSIVE, metrics.untold(run, gate.metric)
+    elif gate.at_least is not None and theirs is not None and theirs.value == 0:
+        judgement, reason = Judgement.INCONCLUSIVE, "What it is compared with is 0, which any value reaches."
     elif samples < needed:
         judgement, reason = Judgement.INCONCLUSIVE, f"{samples} samples are too few: it needs {needed}."
     elif late and gate.metric not in FACTS:

@@ -2,11 +2,13 @@
 
 Two witnesses: the version that the answer's headers tell must be one that the model's alias had while the request
 ran, and a canary's text must be the one known for that version. A server that mixes adapters up fails one of them,
-and one that tells the version asked for while it computes with another's fails the second.
+and one that tells the version asked for while it computes with another's fails the second. An answer that names no
+version is wrong, and where the second witness could see nothing, the run does not say that nothing was wrong.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -17,16 +19,53 @@ from loadtests.recording import ABSENT, Outcome, Run, VersionLife
 Mask = npt.NDArray[np.bool_]
 Places = npt.NDArray[np.intp]
 FOREVER: Final = 1 << 62
-ANSWERED: Final = (Outcome.WHOLE, Outcome.ABORTED)
+
+
+@dataclass(frozen=True, slots=True)
+class Canaries:
+    """How well the second witness sees: answers that are not known, or all alike, tell no adapter from another."""
+
+    answered: int  # of adapters
+    compared: int
+    adapters: int  # versions that may have answered
+    known: int  # of these, whose answer is known
+    distinct: int
+
+
+def canaries(run: Run) -> Canaries:
+    """Those of the whole run, warm-ups too."""
+    rows = run.samples.rows
+    told = (rows["answer"] != ABSENT) & (run.schedule.planned["model"][rows["index"]] != ABSENT)
+    known = _known(run)
+    digests = Counter(_digest(run.samples.texts[place]) for place in rows["version"][told])
+    compared = sum(count for digest, count in digests.items() if digest in known)
+    adapters = len({one.digest for one in run.versions})
+    return Canaries(int(told.sum()), compared, adapters, len(known), len(set(known.values())))
+
+
+def blind(run: Run) -> str:
+    """Why a server that mixes adapters up, or ignores them, would not have been noticed; empty where it would.
+
+    A scenario that asks no canaries has chosen to believe the headers.
+    """
+    planned = run.schedule.planned
+    if not (planned["canary"] & (planned["model"] != ABSENT)).any():
+        return ""
+    told = canaries(run)
+    if told.adapters > 1 and told.distinct < 2:
+        return f"The answers known of {told.known} of {told.adapters} adapters are not two different ones."
+    if told.answered and not told.compared:
+        return f"None of {told.answered} canaries was answered by a version whose answer is known."
+    return ""
 
 
 def checked(run: Run, at: Places) -> Mask:
-    """Of which of these samples (places of rows) something was known to check them by."""
+    """Of which of these samples (places of rows) something was known to check them by, however they ended."""
     rows = run.samples.rows[at]
     known = np.zeros(len(at), bool)
     for lives, places in _by_model(run, at):
         known[places] = lives is None or bool(lives)
-    return known & np.isin(rows["outcome"], ANSWERED) & (rows["version"] > 0)
+    return known & (rows["status"] == 200)
 
 
 def wrong(run: Run, at: Places) -> Mask:
@@ -77,13 +116,18 @@ def _lived(lives: Sequence[VersionLife], told: npt.NDArray[Any], rows: npt.NDArr
 
 
 def _answered_as_known(run: Run, rows: npt.NDArray[Any], digests: npt.NDArray[Any]) -> Mask:
-    known = {_digest(one.digest): one.answer for one in run.versions if one.answer is not None}
-    right = np.ones(len(rows), bool)
-    for place in np.flatnonzero((rows["answer"] != ABSENT) & (rows["outcome"] == Outcome.WHOLE)):
+    """What did not come whole must be how the known answer begins."""
+    known, right = _known(run), np.ones(len(rows), bool)
+    for place in np.flatnonzero(rows["answer"] != ABSENT):
         row = rows[place]
-        answer = run.samples.texts[row["answer"]]
-        right[place] = known.get(digests[row["version"]], answer) == answer
+        answer, wanted = run.samples.texts[row["answer"]], known.get(digests[row["version"]])
+        if wanted is not None:
+            right[place] = answer == wanted if row["outcome"] == Outcome.WHOLE else wanted.startswith(answer)
     return right
+
+
+def _known(run: Run) -> dict[str, str]:
+    return {_digest(one.digest): one.answer for one in run.versions if one.answer is not None}
 
 
 def _missing(lives: Sequence[VersionLife], sent: int, done: int) -> bool:

@@ -61,6 +61,11 @@ def share_of(statistic: str) -> float:
     return 1.0 if statistic == "max" else int(statistic[1:]) / 10 ** (len(statistic) - 1)
 
 
+def untold(run: Run, metric: str) -> str:
+    """Why a figure is nan, as a sentence."""
+    return (isolation.blind(run) if metric == "wrong_adapter" else "") or "Nothing in the run tells it."
+
+
 def fault(metric: str) -> str | None:
     """What is wrong with a metric's name; None: it is known."""
     if metric in SCALARS or split(metric)[0] in TIMES:
@@ -175,7 +180,9 @@ def _cached_share(chosen: Selected) -> Figure:
 
 def _wrong_adapter(chosen: Selected) -> Figure:
     checked = int(isolation.checked(chosen.run, chosen.at).sum())
-    return Figure(float(isolation.wrong(chosen.run, chosen.at).sum()) if checked else math.nan, checked)
+    wrong = int(isolation.wrong(chosen.run, chosen.at).sum())
+    told = wrong > 0 or (checked > 0 and not isolation.blind(chosen.run))
+    return Figure(float(wrong) if told else math.nan, checked)
 
 
 def _adapters(chosen: Selected) -> Array:

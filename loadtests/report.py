@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from loadtests import gates, results
+from loadtests import gates, isolation, results
 from loadtests.gates import Judgement, Verdict
 from loadtests.recording import Run
 from loadtests.selection import S, Selected, select
@@ -152,7 +152,17 @@ def _figures(run: Run) -> str:
     ]
     note = "Times in ms. Response time runs from when a request was scheduled, service time from when it was sent."
     table = _table(("", *(label for label, *_ in told)), body, "figures")
-    return _section("Figures", f"{table}<p class=quiet>{note}</p>")
+    return _section("Figures", f"{table}<p class=quiet>{note} {escape(_canaries(run))}</p>")
+
+
+def _canaries(run: Run) -> str:
+    told = isolation.canaries(run)
+    if not told.answered:
+        return "No canary was answered: wrong adapters are told by the versions in headers alone."
+    return (
+        f"Of {told.answered:,} canaries answered, {told.compared:,} were compared with the answer known for their "
+        f"version; of {told.adapters:,} versions, {told.known:,} answers are known, {told.distinct:,} of them distinct."
+    )
 
 
 def _rows(run: Run) -> Iterator[tuple[str, Selected]]:

@@ -121,6 +121,7 @@ def summary(run: Run, verdicts: Sequence[Verdict]) -> dict[str, Any]:
             for one in run.scenario["phases"]
         },
         "errors": errors(run),
+        "canaries": asdict(isolation.canaries(run)),
         "target": run.target,
         "machine": run.machine,
         "lateness": [asdict(one) for one in run.lateness],

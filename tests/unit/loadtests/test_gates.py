@@ -367,3 +367,24 @@ def test_a_gate_that_means_nothing_is_refused(gate: Mapping[str, Any]) -> None:
     """When the scenario is read, not after the run."""
     with pytest.raises(ValidationError):
         Gate.model_validate(gate)
+
+
+def test_a_ratio_to_nothing_is_inconclusive() -> None:
+    """Any goodput is four fifths of none; errors where there were none before are still more."""
+
+    def calm_fails(planned: Array, rows: Array) -> None:
+        rows["outcome"][planned["phase"] == 0] = Outcome.STATUS
+
+    def all_fail(_planned: Array, rows: Array) -> None:
+        rows["outcome"] = Outcome.STATUS
+
+    def busy_fails(planned: Array, rows: Array) -> None:
+        rows["outcome"][planned["phase"] == 1] = Outcome.STATUS
+
+    shape = Shape(phases=("calm", "busy"))
+    kept = {"metric": "goodput", "phase": "busy", "ratio_to_phase": "calm", "at_least": 0.8}
+    for change in (calm_fails, all_fail):
+        assert _only(run_of(shape, gates=[kept], change=change)).judgement is Judgement.INCONCLUSIVE
+    more = {"metric": "error_share", "phase": "busy", "ratio_to_phase": "calm", "at_most": 1}
+    assert _only(run_of(shape, gates=[more])).judgement is Judgement.PASS
+    assert _only(run_of(shape, gates=[more], change=busy_fails)).judgement is Judgement.FAIL
