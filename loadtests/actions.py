@@ -156,8 +156,9 @@ class Actions:
     async def _delete(self, tenant: Tenant, adapter: Adapter) -> str:
         if adapter.current is None:
             return f"{adapter.tenant}/{adapter.name} (gone already)"
+        leaving = self.now()
         await self._api.call(tenant.key, "DELETE", f"/v1/adapters/{adapter.name}?force=true")
-        self._prepared.lives.end(adapter, adapter.current.digest, self.now() + self._heard())
+        self._prepared.lives.end(adapter, adapter.current.digest, self.now() + self._heard(), leaving=leaving)
         adapter.current = None
         adapter.versions.clear()
         return f"{adapter.tenant}/{adapter.name}"

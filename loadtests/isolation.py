@@ -65,7 +65,7 @@ def checked(run: Run, at: Places) -> Mask:
     known = np.zeros(len(at), bool)
     for lives, places in _by_model(run, at):
         known[places] = lives is None or bool(lives)
-    return known & (rows["status"] == 200)
+    return np.asarray(known & (rows["status"] == 200))
 
 
 def wrong(run: Run, at: Places) -> Mask:
@@ -135,7 +135,7 @@ def _missing(lives: Sequence[VersionLife], sent: int, done: int) -> bool:
     for one in lives:
         if one.since > reached:
             break
-        reached = max(reached, _until(one))
+        reached = max(reached, _until(one) if one.leaving == ABSENT else one.leaving)
     return reached < done
 
 

@@ -19,6 +19,8 @@ from loadtests.recording import ABSENT, FAILED, TIERS, Outcome, Run
 from loadtests.selection import MS, Array, S, Selected, each_tpot, events_of, select
 
 DISTURBANCES: Final = ("kill-replica", "stop-replica", "slow-replica", "rolling-restart", "command")
+_PERCENTILE: Final = r"p(?:0[1-9]|[1-9]\d|[5-9]\d{1,2}[1-9])"
+"""`p50`, `p999`; but not `p100`, which would be the tenth."""
 ONSET_S: Final = 10.0
 """A dip that begins later than this after an event is not its doing."""
 
@@ -78,7 +80,7 @@ def fault(metric: str) -> str | None:
 
 def split(metric: str) -> tuple[str, str]:
     """`ttft_ms` and `p99` of `ttft_ms.p99`; of anything else nothing."""
-    found = re.fullmatch(r"(\w+)\.(p\d{2,4}|max|mean)", metric)
+    found = re.fullmatch(rf"(\w+)\.({_PERCENTILE}|max|mean)", metric)
     return (found[1], found[2]) if found else ("", "")
 
 
@@ -90,7 +92,7 @@ def _until(begin: str, end: str) -> Callable[[Selected], Array]:
         rows = chosen.rows
         came = (rows[end] != ABSENT) & (chosen.whole if end == "done" else ~np.isin(rows["outcome"], FAILED))
         lost = (rows["outcome"] == Outcome.TIMEOUT) & (rows["done"] != ABSENT)
-        ends = np.where(lost, rows["done"], rows[end])
+        ends = np.where(rows[end] == ABSENT, rows["done"], rows[end])  # what came before the time was out, came
         return np.asarray(((ends - rows[begin]) / MS)[came | lost])
 
     return values

@@ -141,6 +141,7 @@ class VersionLife:
     since: int
     until: int  # ABSENT: to the end
     answer: str | None  # to the canary prompt; None: not known
+    leaving: int = ABSENT  # when its deletion began, which may have been done any time before `until`
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any, Final
 from loadtests import gates, isolation, results
 from loadtests.gates import Judgement, Verdict
 from loadtests.recording import Run
-from loadtests.selection import S, Selected, select
+from loadtests.selection import S, Selected, offered, select
 
 _EVENTS: Final = 60
 _ERRORS: Final = 20
@@ -116,7 +116,7 @@ def _head(run: Run, verdicts: Sequence[Verdict]) -> str:
             _counted(target.get("replicas"), "replica"),
             _counted(target.get("slots"), "slot") + (" each" if target.get("slots") else ""),
             begun,
-            f"{run.schedule.end / S:g} s, {len(run.samples.rows):,} requests",
+            f"{run.schedule.end / S:g} s, {int(offered(run).sum()):,} requests",
         )
         if one
     )

@@ -27,7 +27,7 @@ import yaml
 from loadtests import gates, isolation, metrics
 from loadtests.gates import Judgement, Verdict
 from loadtests.recording import ABSENT, TIERS, Array, Event, Lateness, Outcome, Run, Samples, Schedule, VersionLife
-from loadtests.selection import MS, Selected, select
+from loadtests.selection import MS, Selected, offered, select
 
 TOLD: Final = (
     "offered_rate",
@@ -136,7 +136,8 @@ def figures(chosen: Selected, names: Iterable[str] = TOLD) -> dict[str, float | 
 
 def errors(run: Run) -> dict[str, int]:
     """How often each thing went wrong, the most frequent first; refusals too, for they say why."""
-    rows = run.samples.rows[~np.isin(run.samples.rows["outcome"], (Outcome.WHOLE, Outcome.ABORTED))]
+    wrong = ~np.isin(run.samples.rows["outcome"], (Outcome.WHOLE, Outcome.ABORTED))
+    rows = run.samples.rows[wrong & offered(run)]
     told = Counter(zip(rows["outcome"].tolist(), rows["status"].tolist(), rows["error"].tolist(), strict=True))
     return {
         " ".join(

@@ -77,9 +77,12 @@ def order_of(planned: Array, phases: tuple[tuple[int, int], ...]) -> npt.NDArray
 
 
 def shard_of(planned: Array, shards: int) -> npt.NDArray[np.int64]:
-    """Which shard each row of a whole schedule is in: rows in turn, but all of a caller in the same."""
-    turn = np.arange(len(planned))
-    return np.where(planned["caller"] == ABSENT, turn, planned["caller"]) % shards
+    """Which shard each row of a schedule is in: rows in turn, but all of a caller or a conversation in the same."""
+    number = np.arange(len(planned))
+    for together in ("conversation", "caller"):
+        rank = np.unique(planned[together], return_inverse=True)[1]  # of a shard's rows not all numbers are there
+        number = np.where(planned[together] == ABSENT, number, rank)
+    return number % shards
 
 
 class _Groups:

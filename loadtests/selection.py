@@ -63,7 +63,7 @@ class Selected:
         """Which kept the scenario's objective."""
         objective = self.run.scenario.get("objective") or {"ttft_ms": 1_000.0}
         rows = self.rows
-        kept = self.whole & (rows["first"] != ABSENT)
+        kept = np.asarray(self.whole & (rows["first"] != ABSENT))
         for name, values in (
             ("ttft_ms", (rows["first"] - rows["scheduled"]) / MS),
             ("response_ms", (rows["done"] - rows["scheduled"]) / MS),
@@ -80,14 +80,16 @@ class Selected:
 
     @property
     def lasted_s(self) -> float:
-        """How long their phases lasted, each until its last answer where that came later.
+        """How long their phases lasted, each until its last whole answer where that came later.
 
-        So what an overloaded server works off after a phase does not count as if it had been done within it.
+        So what an overloaded server works off after a phase does not count as if it had been done within it. A request
+        that waits for its time limit is no work, and does not make a phase longer.
         """
         total = 0
         for phase in self.phases:
             begin, end = self.run.schedule.phases[phase]
-            total += max(end, int(self.rows["done"][self.planned["phase"] == phase].max(initial=0))) - begin
+            answered = self.whole & (self.planned["phase"] == phase)
+            total += max(end, int(self.rows["done"][answered].max(initial=0))) - begin
         return total / S
 
 
@@ -102,7 +104,16 @@ def select(run: Run, *, phase: str | None = None, tenants: str | None = None) ->
     found = np.isin(planned["phase"], wanted)
     if tenants is not None:
         found &= np.isin(planned["tenant"], [n for n, group in enumerate(run.schedule.groups) if group == tenants])
-    return Selected(run, np.flatnonzero(found))
+    return Selected(run, np.flatnonzero(found & offered(run)))
+
+
+def offered(run: Run) -> Array:
+    """Which samples are of requests that had a time or were sent.
+
+    The rest is what a closed loop's callers had ready and no time for: nobody meant to ask all of it.
+    """
+    timed = run.schedule.planned["at"][run.samples.rows["index"]] != ABSENT
+    return np.asarray(timed | (run.samples.rows["outcome"] != Outcome.UNSENT))
 
 
 def each_tpot(chosen: Selected) -> Array:

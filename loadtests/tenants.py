@@ -53,12 +53,15 @@ class Lives:
         """From then on its name may stand for the version."""
         self._lives.append(VersionLife(adapter.tenant, adapter.name, version.digest, since, ABSENT, None))
 
-    def end(self, adapter: Adapter, digest: str, until: int) -> None:
-        """The name stands for the version no longer; all its lives that are open end."""
+    def end(self, adapter: Adapter, digest: str, until: int, *, leaving: int = ABSENT) -> None:
+        """The name stands for the version no longer; all its lives that are open end.
+
+        `leaving`: when its deletion began, if it was deleted.
+        """
         for place, life in enumerate(self._lives):
             mine = (life.tenant, life.model, life.digest) == (adapter.tenant, adapter.name, digest)
             if mine and life.until == ABSENT:
-                self._lives[place] = replace(life, until=until)
+                self._lives[place] = replace(life, until=until, leaving=leaving)
 
     def all(self) -> tuple[VersionLife, ...]:
         """With the answers that are known by now."""

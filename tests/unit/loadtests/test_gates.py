@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from loadtests import gates, metrics
+from loadtests import gates, metrics, points, report, results
 from loadtests.gates import Judgement
 from loadtests.recording import ABSENT, TIERS, Array, Event, Lateness, Outcome, Run, VersionLife
 from loadtests.scenario import Gate
@@ -274,6 +274,10 @@ def test_what_a_closed_loop_had_no_time_for_is_no_doubt() -> None:
     run = run_of(change=closed)
     assert gates.doubts_of(run) == []
     assert metrics.figure(run, "offered_rate").value == pytest.approx(10)
+    assert metrics.figure(run, "offered_rate").samples == 100
+    assert points.points_of(run)[0].offered == pytest.approx(10)
+    assert results.errors(run) == {}
+    assert "100 requests" in report.page(run, gates.judge(run), "")
 
 
 def test_too_few_samples_are_inconclusive() -> None:
@@ -335,6 +339,25 @@ def test_a_404_of_a_deleted_adapter_is_no_error() -> None:
     assert metrics.figure(replace(run, versions=deleted), "error_share").value == 0
 
 
+def test_a_404_while_the_deletion_ran_is_no_error() -> None:
+    """Nor is an answer of the version: the server may have done it at any time until it said so."""
+
+    def change(planned: Array, rows: Array) -> None:
+        at = (planned["model"] == 0) & (rows["sent"] > 6 * S)
+        rows["outcome"][at], rows["status"][at], rows["version"][at] = Outcome.STATUS, 404, 0
+
+    def left(leaving: int) -> Run:
+        lives = (
+            replace(one, until=8 * S, leaving=leaving) if one.model == "adapter-0" else one for one in run.versions
+        )
+        return replace(run, versions=tuple(lives))
+
+    run = run_of(change=change)
+    assert metrics.figure(left(ABSENT), "error_share").value > 0
+    assert metrics.figure(left(3 * S), "error_share").value == 0
+    assert metrics.figure(left(3 * S), "wrong_adapter").value == 0
+
+
 def test_a_base_request_answered_by_an_adapter_is_wrong() -> None:
     """And one answered by the base model is not."""
     right = run_of(Shape(adapters=0))
@@ -353,11 +376,39 @@ def test_a_request_that_timed_out_counts_with_the_time_it_waited() -> None:
     assert metrics.figure(run_of(change=change), "ttft_ms.p90").value == 9_000
 
 
+def test_a_stream_that_timed_out_later_had_its_first_token_when_it_came() -> None:
+    """Only its end is as late as its time limit."""
+
+    def change(_planned: Array, rows: Array) -> None:
+        rows["outcome"][::2], rows["done"][::2] = Outcome.TIMEOUT, rows["sent"][::2] + 9 * S
+
+    run = run_of(change=change)
+    told = metrics.figure(run, "ttft_ms.max")
+    assert (told.value, told.samples) == (50, len(run.samples.rows))
+    assert metrics.figure(run, "response_ms.max").value == 9_000
+
+
+def test_a_request_that_waits_for_its_time_limit_makes_no_phase_longer() -> None:
+    """Rates are of the time in which answers came."""
+
+    def stuck(_planned: Array, rows: Array) -> None:
+        rows["outcome"][0], rows["done"][0] = Outcome.TIMEOUT, 70 * S
+
+    def worked_off(_planned: Array, rows: Array) -> None:
+        rows["done"][0] = 20 * S
+
+    assert metrics.figure(run_of(change=stuck), "rate").value == pytest.approx(19.9, rel=0.02)
+    assert metrics.figure(run_of(change=worked_off), "rate").value == pytest.approx(10)
+
+
 @pytest.mark.parametrize(
     "gate",
     [
         {"metric": "ttft_ms", "at_most": 1},
         {"metric": "ttft_ms.p9", "at_most": 1},
+        {"metric": "ttft_ms.p00", "at_most": 1},
+        {"metric": "ttft_ms.p100", "at_most": 1},
+        {"metric": "ttft_ms.p990", "at_most": 1},
         {"metric": "speed.p99", "at_most": 1},
         {"metric": "rate"},
         {"metric": "rate", "at_least": 1, "ratio_to_phase": "calm", "ratio_to_baseline": True},

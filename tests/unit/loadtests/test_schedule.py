@@ -30,7 +30,7 @@ from loadtests.scenario import (
     Uniform,
     Zipf,
 )
-from loadtests.scheduling import schedule_of
+from loadtests.scheduling import schedule_of, shard_of
 
 SURE = 0.001
 """A right law is refused in one of a thousand seeds; the seeds are fixed, so a test that passed stays so."""
@@ -187,14 +187,25 @@ def test_equal_seeds_equal_bytes() -> None:
 @pytest.mark.parametrize("made", [scenario(), closed(5)], ids=["open", "closed"])
 @pytest.mark.parametrize("shards", [2, 3])
 def test_shards_are_one_runs_schedule(made: Scenario, shards: int) -> None:
-    """Each row is in exactly one shard, and together they are the schedule of one host; a caller's stay together."""
+    """Each row is in exactly one shard, and together they are the schedule of one host.
+
+    Those of a caller and those of a conversation stay together.
+    """
     whole = schedule_of(made).planned
     parts = [schedule_of(made, shard=(number, shards)).planned for number in range(shards)]
     assert all(len(part) for part in parts)
     together = np.concatenate(parts)
     assert sorted(row.tobytes() for row in together) == sorted(row.tobytes() for row in whole)
-    callers = [set(part["caller"][part["caller"] != ABSENT].tolist()) for part in parts]
-    assert sum(map(len, callers)) == len(set.union(*callers))
+    for name in ("caller", "conversation"):
+        numbers = [set(part[name][part[name] != ABSENT].tolist()) for part in parts]
+        assert sum(map(len, numbers)) == len(set.union(*numbers))
+
+
+def test_a_shards_conversations_are_divided_among_its_processes_again() -> None:
+    """Though all their numbers are even."""
+    half = schedule_of(scenario(), shard=(0, 2)).planned
+    talk = half["conversation"] != ABSENT
+    assert np.mean(shard_of(half, 2)[talk]) == pytest.approx(0.5, abs=0.1)
 
 
 def test_one_load_does_not_move_another() -> None:
