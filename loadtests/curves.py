@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from loadtests import metrics, statistics
 from loadtests.axes import beside, log_axis
 from loadtests.charts import SERIES, Absent, Chart, Colours
-from loadtests.points import knee_of, points_of
+from loadtests.points import Knee, goal_of, knee_of, points_of
 from loadtests.recording import TIERS, Run
 from loadtests.selection import MS, Selected, select
 
@@ -21,10 +21,10 @@ _NAMED: Final = 30  # tenants whose names fit below their bars
 def throughput(run: Run) -> Chart | Absent:
     """Throughput against time to first token, with the knee."""
     title = "Throughput against time to first token"
-    points = points_of(run)
+    points = sorted(points_of(run), key=lambda one: one.offered)
     if len({round(one.offered, 1) for one in points}) < 2:
         return Absent(title, "the run offered one load only")
-    knee = knee_of(points)
+    knee = knee_of(points, goal_of(run))
 
     def draw(figure: Figure, colours: Colours) -> None:
         axes = figure.subplots()
@@ -32,9 +32,9 @@ def throughput(run: Run) -> Chart | Absent:
             label = {"ttft_p50_ms": "TTFT p50", "ttft_p99_ms": "TTFT p99"}[name]
             x, y = [one.rate for one in points], [getattr(one, name) for one in points]
             axes.plot(x, y, marker=marker, markersize=4.5, color=colours[colour], label=label)
-        for one in points:
-            if one.offered == knee:
-                _mark(axes, one.rate, f"knee: {one.offered:.3g} requests/s offered", colours)
+        if knee.reached and not math.isnan(knee.rate):
+            answered = np.interp(knee.rate, [one.offered for one in points], [one.rate for one in points])
+            _mark(axes, float(answered), f"knee: {knee.rate:.3g} requests/s offered", colours)
         _objective(axes, run, "ttft_ms", colours)
         log_axis(axes.yaxis)
         axes.set(xlabel="whole answers per second", ylabel="ms, from scheduled", xlim=(0, None))
@@ -49,7 +49,7 @@ def goodput(run: Run) -> Chart | Absent:
     points = sorted(points_of(run), key=lambda one: one.offered)
     if len({round(one.offered, 1) for one in points}) < 2:
         return Absent(title, "the run offered one load only")
-    knee = knee_of(points)
+    knee = knee_of(points, goal_of(run))
 
     def draw(figure: Figure, colours: Colours) -> None:
         axes = figure.subplots()
@@ -61,8 +61,8 @@ def goodput(run: Run) -> Chart | Absent:
         axes.plot(
             x, [one.goodput for one in points], marker="o", markersize=4.5, color=colours["blue"], label="goodput"
         )
-        if not math.isnan(knee):
-            _mark(axes, knee, f"knee: {knee:.3g}", colours)
+        if knee.reached and not math.isnan(knee.rate):
+            _mark(axes, knee.rate, f"knee: {knee.rate:.3g}", colours)
         axes.set(xlabel="requests offered per second", ylabel="requests per second", xlim=(0, None), ylim=(0, None))
         beside(axes)
 
@@ -180,10 +180,12 @@ def objective_words(run: Run) -> str:
     return ", ".join(told) or "none"
 
 
-def _knee_note(knee: float) -> str:
-    if math.isnan(knee):
-        return "At no load did nine of ten requests keep the objective."
-    return f"The knee, {knee:.3g} requests/s offered, is the highest load up to which nine of ten keep the objective."
+def _knee_note(knee: Knee) -> str:
+    if math.isnan(knee.rate):
+        return f"At no load did {knee.level:.0%} of the requests keep the objective."
+    if not knee.reached:
+        return f"The knee is beyond {knee.rate:.3g} requests/s: at every load {knee.level:.0%} keep the objective."
+    return f"The knee, {knee.rate:.3g} requests/s offered, is the load up to which {knee.level:.0%} keep the objective."
 
 
 def _wait(chosen: Selected, tenant: int) -> float:

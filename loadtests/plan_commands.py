@@ -58,10 +58,11 @@ def sweep(
 ) -> None:
     """Rate after rate up to the knee, where too few requests keep the objective; one run with a phase for each rate.
 
-    Exit code 3: a generator was late, or the knee is not between the rates.
+    Exit code 1: answers of a wrong adapter, or errors. 3: a generator was late, or the knee is not between the rates.
     """
     from loadtests import scenario as scenarios
     from loadtests import sweeping
+    from loadtests.points import knee_of, points_of
     from loadtests.running import Options, run
     from loadtests.stacks import UrlTarget
 
@@ -73,7 +74,8 @@ def sweep(
                 each = folder / made.phases[-1].name
                 await asyncio.to_thread(each.mkdir, parents=True, exist_ok=True)
                 one = await run(made, found, Options(each, processes))
-                typer.echo(_line(next(sweeping.points_of(one))), err=True)
+                for point in points_of(one):
+                    typer.echo(_line(point), err=True)
                 return one
 
             return await _sweep(measure, wanted)
@@ -102,17 +104,18 @@ def sweep(
         except sweeping.SweepInconclusive as error:
             typer.echo(f"tailor: {error}", err=True)
             raise typer.Exit(INCONCLUSIVE) from error
-        points = list(sweeping.points_of(whole))
-        knee = sweeping.knee_of(points, goal)
+        points = points_of(whole)
+        knee = knee_of(points, goal)
         (folder / "sweep.json").write_text(json.dumps(sweeping.told(points, knee), indent=1))
-        judge(whole, folder, None)
+        code = judge(whole, folder, None)
     typer.echo("\n".join(_line(point) for point in points))
     if math.isnan(knee.rate) or not knee.reached:
         below = f"below {points[0].offered:.4g} requests/s: --from is too high"
         above = f"above {points[-1].offered:.4g} requests/s: --to is too low"
         typer.echo(f"the knee is {below if knee.reached else above}")
-        raise typer.Exit(INCONCLUSIVE)
+        raise typer.Exit(code or INCONCLUSIVE)
     typer.echo(f"knee: {knee.rate:.4g} requests/s")
+    raise typer.Exit(code)
 
 
 def _line(point: Any) -> str:

@@ -14,11 +14,11 @@ import numpy as np
 
 from loadtests import statistics
 from loadtests.fitting import CannotFit, Fit, Room, fit, load_of, overhead_s
+from loadtests.points import Knee, knee_of, points_of
 from loadtests.popularity import ranks, shares
 from loadtests.recording import Run
 from loadtests.scenario import Objective, Popularity
 from loadtests.simulating import Engine, Load, simulate
-from loadtests.sweeping import Knee, knee_of, points_of
 
 MOST_REPLICAS: Final = 64
 _SEEDS: Final = (1, 2)
@@ -72,7 +72,7 @@ class Model:
         lightest = _lightest(run)
         overhead = overhead_s(run, self.fit.engine, self.replicas, phase=lightest)
         self.engine: Engine = replace(self.fit.engine, overhead_s=overhead)
-        self.measured: Knee = knee_of(list(points_of(run)), goal)
+        self.measured: Knee = knee_of(points_of(run), goal)
         if math.isnan(self.measured.rate):
             raise CannotFit(f"At none of the run's rates did {goal:.0%} of the requests keep the objective.")
         spans = [span for span, one in zip(run.schedule.phases, run.scenario["phases"], strict=True) if one["measured"]]

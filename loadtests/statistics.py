@@ -114,13 +114,3 @@ def recovery_bins(kept: Floats, asked: Floats, event: int, *, onset: int, level:
         if start < len(after) and not (after[start : start + calm] < wanted).any():
             return float(bins[start])
     return math.inf
-
-
-def knee(offered: Sequence[float], kept_share: Sequence[float], *, level: float = 0.9) -> float:
-    """The highest offered rate up to which at least `level` of the requests keep their objective; nan of none."""
-    best = math.nan
-    for rate, share in sorted(zip(offered, kept_share, strict=True)):
-        if not share >= level:
-            break
-        best = rate
-    return best

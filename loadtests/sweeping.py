@@ -1,13 +1,14 @@
 """Looks for the knee: the same load at one rate after another, up to where answers no longer keep the objective."""
 
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
 
-from loadtests import gates, metrics
+from loadtests import gates
+from loadtests.points import GOAL, Knee, Point, points_of
 from loadtests.recording import ABSENT, Array, Run, Samples
 from loadtests.records import merged
 from loadtests.scenario import (
@@ -26,7 +27,6 @@ from loadtests.scenario import (
     Steps,
     Trace,
 )
-from loadtests.selection import select
 from loadtests.traces import read
 
 _TIMES: Final = ("scheduled", "sent", "headers", "first", "last", "done")
@@ -37,33 +37,13 @@ class SweepInconclusive(Exception):
     """A point that proves nothing; the text says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    """What became of the load at one rate."""
-
-    offered: float  # requests per second
-    kept_share: float
-    rate: float  # answered
-    ttft_p50_ms: float
-    ttft_p99_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class Knee:
-    """The rate up to which `level` of the requests keep the objective; not reached: it is higher than `rate`."""
-
-    rate: float
-    reached: bool
-    level: float
-
-
 async def sweep(
     measure: Measure,
     scenario: Scenario,
     *,
     first: float,
     most: float,
-    level: float = 0.9,
+    level: float = GOAL,
     within: float = 0.1,
     phase: str | None = None,
     duration_s: float | None = None,
@@ -72,19 +52,22 @@ async def sweep(
     """Runs at rates doubled from `first` to the knee or `most`, then between the last two until it is known `within`.
 
     Raises:
-        SweepInconclusive: a generator was late, and again. ScenarioInvalid: its load has no rate.
+        SweepInconclusive: a generator was late, and again, or nothing was sent. ScenarioInvalid: its load has no rate.
     """
     runs: list[Run] = []
 
     async def keeps(rate: float) -> bool:
-        made = at_rate(scenario, rate, phase=phase, duration_s=duration_s, warm_up_s=warm_up_s, level=level)
+        made = at_rate(scenario, rate, phase=phase, duration_s=duration_s, warm_up_s=warm_up_s)
         run = await measure(made)
         if gates.doubts_of(run):
             run = await measure(made)
         if doubts := gates.doubts_of(run):
             raise SweepInconclusive(f"At {rate:g} requests a second, twice: {' '.join(doubts)}")
-        runs.append(run)
-        return next(points_of(run)).kept_share >= level
+        points = points_of(run)
+        if not points:
+            raise SweepInconclusive(f"At {rate:g} requests a second nothing was sent.")
+        runs.append(replace(run, readings={**run.readings, "goal": level}))
+        return points[0].kept_share >= level
 
     kept, rate = 0.0, first
     while await keeps(rate):
@@ -102,29 +85,6 @@ async def sweep(
     return runs
 
 
-def points_of(run: Run) -> Iterator[Point]:
-    """Each measured phase as a point, the lowest rate first."""
-    points = []
-    for phase in run.scenario["phases"]:
-        chosen = select(run, phase=phase["name"])
-        if phase.get("measured", True) and len(chosen.at):
-            names = ("offered_rate", "goodput_share", "rate", "ttft_ms.p50", "ttft_ms.p99")
-            points.append(Point(*(metrics.of(chosen, name).value for name in names)))
-    yield from sorted(points, key=lambda point: point.offered)
-
-
-def knee_of(points: Sequence[Point], level: float = 0.9) -> Knee:
-    """Where the share kept goes through `level`, in a straight line between the two points beside it."""
-    for before, after in zip((None, *points), points, strict=False):
-        if after.kept_share >= level:
-            continue
-        if before is None:
-            return Knee(math.nan, True, level)
-        part = (before.kept_share - level) / (before.kept_share - after.kept_share)
-        return Knee(before.offered + part * (after.offered - before.offered), True, level)
-    return Knee(points[-1].offered if points else math.nan, False, level)
-
-
 def at_rate(
     scenario: Scenario,
     rate: float,
@@ -132,9 +92,10 @@ def at_rate(
     phase: str | None = None,
     duration_s: float | None = None,
     warm_up_s: float = 0.0,
-    level: float = 0.9,
 ) -> Scenario:
     """The scenario with one phase's loads, in their shares, at `rate` requests per second together, and no actions.
+
+    Its gates are on wrong adapters and errors: that the highest rates break the objective is what they are for.
 
     Raises:
         ScenarioInvalid: no such phase, or a closed loop, which has no rate.
@@ -152,8 +113,17 @@ def at_rate(
     name = f"rate-{rate:.4g}".replace(".", "-")
     measured = Phase(name=name, duration_s=duration_s or found.duration_s, load=loads)
     warm = [Phase(name=f"warm-up-{name}", duration_s=warm_up_s, load=loads, measured=False)] if warm_up_s else []
-    gate = Gate(metric="goodput_share", at_least=level, samples=1)
-    return scenario.model_copy(update={"phases": (*warm, measured), "gates": (gate,)})
+    return scenario.model_copy(update={"phases": (*warm, measured), "gates": _gates(scenario)})
+
+
+def _gates(scenario: Scenario) -> tuple[Gate, ...]:
+    """Those of any rate."""
+    said = [gate for gate in scenario.gates if gate.metric == "error_share" and gate.at_most is not None]
+    errors = [gate for gate in said if not (gate.phase or gate.ratio_to_phase or gate.ratio_to_baseline)]
+    errors = errors or [Gate(metric="error_share", at_most=0, samples=1)]
+    if not any(group.adapters for group in scenario.tenants):
+        return tuple(errors)
+    return (Gate(metric="wrong_adapter", at_most=0, samples=1), *errors)
 
 
 def mean_rate(law: Arrivals, duration_s: float) -> float:
@@ -189,7 +159,7 @@ def _scaled(law: Arrivals, rate: float, was: float) -> Arrivals:
 
 def joined(runs: Sequence[Run]) -> Run:
     """Runs of one scenario's tenants one after the other as one run with all their phases, lowest rate first."""
-    ordered = sorted(runs, key=lambda run: next(points_of(run)).offered)
+    ordered = sorted(runs, key=lambda run: points_of(run)[0].offered)
     first = ordered[0]
     planned: list[Array] = []
     samples, phases, events, versions = [], [], [], []

@@ -12,8 +12,8 @@ from gateway import cli
 from loadtests import results
 from loadtests.fitting import Room
 from loadtests.planning import Model
+from loadtests.points import knee_of, points_of
 from loadtests.scenario import Objective
-from loadtests.sweeping import knee_of, points_of
 
 Tailor = Callable[..., tuple[int, str]]
 
@@ -102,5 +102,5 @@ def test_the_knee_of_two_replicas_is_foretold_by_one(tailor: Tailor, tmp_path: P
         code, told = tailor("sweep", written(tmp_path, replicas=replicas), *words)
         assert code == 0, told
     model = Model(results.load(tmp_path / "1"), Room(4, 16, 8), Objective(ttft_ms=1_000))
-    measured = knee_of(list(points_of(results.load(tmp_path / "2"))))
+    measured = knee_of(points_of(results.load(tmp_path / "2")))
     assert model.knee(2) == pytest.approx(measured.rate, rel=0.15)

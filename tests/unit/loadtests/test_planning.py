@@ -8,11 +8,12 @@ import pytest
 
 from loadtests.fitting import CannotFit, Room, fit, load_of
 from loadtests.planning import Model, Traffic, assumptions, extrapolated, plan
+from loadtests.points import knee_of, points_of
 from loadtests.popularity import shares
 from loadtests.recording import ABSENT, TIERS, Run
 from loadtests.scenario import Objective, Zipf
 from loadtests.simulating import Engine, Load, simulate
-from loadtests.sweeping import joined, knee_of, points_of
+from loadtests.sweeping import joined
 from tests.unit.loadtests.runs import S, Shape, run_of
 
 ENGINE = Engine(
@@ -152,7 +153,7 @@ def test_the_model_says_of_what_was_measured_what_was_measured(model: Model) -> 
 
 def test_the_knee_of_two_replicas_is_foretold(model: Model) -> None:
     """Within 15 % of the one measured, from a run of one."""
-    measured = knee_of(list(points_of(swept(ENGINE, (20, 24, 28, 32), replicas=2))), 0.9)
+    measured = knee_of(points_of(swept(ENGINE, (20, 24, 28, 32), replicas=2)), 0.9)
     assert measured.reached
     assert model.knee(2) == pytest.approx(measured.rate, rel=0.15)
     assert model.knee(2) > 1.8 * model.knee(1)

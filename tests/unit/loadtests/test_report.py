@@ -152,12 +152,17 @@ def test_a_run_that_came_to_nothing_has_a_report(tmp_path: Path) -> None:
 
 
 def test_the_knee_is_where_the_objective_is_last_kept() -> None:
-    """The third load breaks it."""
+    """The third load breaks it; a report is drawn for the goal of its sweep."""
     found = points.points_of(_sweep())
     assert [round(one.offered) for one in found] == [20, 40, 40]
     assert [one.kept_share for one in found] == [1, 1, 0]
-    assert points.knee_of(found[:2]) == pytest.approx(40)
-    assert math.isnan(points.knee_of(found[2:]))
+    kept = points.knee_of(found[:2])
+    assert kept.rate == pytest.approx(40)
+    assert not kept.reached
+    assert math.isnan(points.knee_of(found[2:]).rate)
+    drawn = curves.goodput(replace(_sweep(), readings={"goal": 0.75}))
+    assert isinstance(drawn, Chart)
+    assert "75% keep" in drawn.note
 
 
 def test_a_chart_draws_the_same_twice() -> None:

@@ -55,12 +55,6 @@ def test_recovery_is_counted_until_the_share_is_back_for_good() -> None:
     assert statistics.recovery_bins(kept, asked, 5, onset=10) == math.inf
 
 
-def test_the_knee_is_before_the_first_rate_that_is_too_high() -> None:
-    """A later rate that happens to do well does not count."""
-    assert statistics.knee([10, 30, 20, 40], [1.0, 0.5, 0.95, 0.99]) == 20
-    assert math.isnan(statistics.knee([10], [0.2]))
-
-
 def test_an_interval_of_resamples_covers_the_truth() -> None:
     """Of a mean, in about 95 of 100 experiments; at least 85 here."""
     random = np.random.default_rng(5)

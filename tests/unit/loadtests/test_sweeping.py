@@ -1,16 +1,19 @@
 """The search for the knee: which rates are tried, and what is made of them."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from loadtests import gates
+from loadtests.points import goal_of, knee_of, points_of
 from loadtests.recording import ABSENT, Event, Lateness, Outcome, Run
 from loadtests.scenario import Gamma, Poisson, Scenario, ScenarioInvalid, Trace
 from loadtests.scheduling import schedule_of
-from loadtests.sweeping import Point, SweepInconclusive, at_rate, joined, knee_of, mean_rate, points_of, sweep
+from loadtests.sweeping import SweepInconclusive, at_rate, joined, mean_rate, sweep
 from tests.unit.loadtests.runs import S, Shape, run_of
 
 
@@ -63,7 +66,7 @@ async def test_rates_double_then_close_in_on_the_knee() -> None:
     server = Server(37.0)
     runs = await sweep(server.measure, scenario(POISSON), first=5, most=1_000, within=0.05)
     assert server.tried[:5] == [5, 10, 20, 40, pytest.approx(math.sqrt(800))]
-    found = knee_of(list(points_of(joined(runs))))
+    found = knee_of(points_of(joined(runs)))
     assert found.reached
     assert found.rate == pytest.approx(37, rel=0.05)
 
@@ -73,7 +76,7 @@ async def test_a_knee_beyond_the_highest_rate_is_not_reached() -> None:
     server = Server(1e9)
     runs = await sweep(server.measure, scenario(POISSON), first=5, most=12)
     assert server.tried == [5, 10, 12]
-    found = knee_of(list(points_of(joined(runs))))
+    found = knee_of(points_of(joined(runs)))
     assert not found.reached
     assert found.rate == pytest.approx(12, rel=0.1)
 
@@ -88,10 +91,33 @@ async def test_a_late_generator_is_given_a_second_chance_only() -> None:
 
 
 def test_the_knee_lies_between_two_rates() -> None:
-    """On the line between the last that keeps the level and the first that does not."""
-    points = [Point(10, 1.0, 10, 1, 1), Point(20, 0.95, 20, 1, 1), Point(30, 0.85, 28, 1, 1), Point(40, 0.99, 39, 1, 1)]
+    """On the line between the last that keeps the level and the first that does not; a later one does not count."""
+    (one,) = points_of(run_of(Shape(phases=("main",))))
+    points = [replace(one, offered=rate, kept_share=kept) for rate, kept in ((20, 0.95), (10, 1), (30, 0.85), (40, 1))]
     assert knee_of(points, 0.9).rate == pytest.approx(25)
     assert math.isnan(knee_of(points[2:3], 0.9).rate)
+
+
+async def test_a_sweep_that_found_its_knee_fails_for_wrong_answers_and_errors_only() -> None:
+    """That its highest rates break the objective is what they are for; one at which nothing is sent tells nothing."""
+    server = Server(7.0)
+    whole = joined(await sweep(server.measure, scenario(POISSON), first=5, most=20, level=0.8))
+    assert goal_of(whole) == 0.8
+    made = at_rate(scenario(POISSON), 5)
+    assert [(gate.metric, gate.phase, gate.at_most) for gate in made.gates] == [
+        ("wrong_adapter", None, 0),
+        ("error_share", None, 0),
+    ]
+    judged = replace(whole, scenario={**whole.scenario, "gates": [gate.model_dump() for gate in made.gates]})
+    assert gates.exit_code(gates.judge(judged), judged) == gates.PASSED
+
+    async def silent(made: Scenario) -> Run:
+        run = await server.measure(made)
+        nothing = replace(run.samples, rows=run.samples.rows[:0], chunk_ends=run.samples.chunk_ends[:0])
+        return replace(run, samples=nothing, schedule=replace(run.schedule, planned=run.schedule.planned[:0]))
+
+    with pytest.raises(SweepInconclusive, match="othing was"):
+        await sweep(silent, scenario(POISSON), first=5, most=5)
 
 
 def test_a_phase_at_another_rate_keeps_its_shares(tmp_path: Path) -> None:
@@ -125,7 +151,7 @@ def test_runs_are_joined_with_all_their_times() -> None:
     )
     whole = joined([fast, slow])
     assert [one["name"] for one in whole.scenario["phases"]] == ["rate-4", "rate-12"]
-    assert [point for run in (slow, fast) for point in points_of(run)] == list(points_of(whole))
+    assert [point for run in (slow, fast) for point in points_of(run)] == points_of(whole)
     assert whole.schedule.phases[0] == slow.schedule.phases[0]
     begin = whole.schedule.phases[1][0]
     assert begin >= slow.samples.rows["done"].max()
