@@ -16,11 +16,10 @@ _BUCKETS: Final = 1_200  # to 2·10^10
 class Histogram:
     """Counts of whole numbers from 1 on, such as microseconds; what is below counts as 1."""
 
-    __slots__ = ("counts", "most", "total")
+    __slots__ = ("counts", "most")
 
     def __init__(self) -> None:
         self.counts: Array = np.zeros(_BUCKETS, np.int64)
-        self.total = 0
         self.most = 0
 
     def add(self, values: Array | Sequence[int]) -> None:
@@ -30,25 +29,17 @@ class Histogram:
             return
         places = np.minimum(np.log(taken) / _GROWTH, _BUCKETS - 1).astype(np.int64)
         self.counts += np.bincount(places, minlength=_BUCKETS)
-        self.total += int(taken.sum())
         self.most = max(self.most, int(taken.max()))
 
     def merge(self, other: "Histogram") -> None:
         """Count what the other has counted."""
         self.counts += other.counts
-        self.total += other.total
         self.most = max(self.most, other.most)
 
     @property
     def count(self) -> int:
         """How many were counted."""
         return int(self.counts.sum())
-
-    @property
-    def mean(self) -> float:
-        """Exact; nan where nothing was counted."""
-        count = self.count
-        return self.total / count if count else math.nan
 
     def quantile(self, share: float) -> float:
         """The value that `share` of all do not exceed, to within 1 %; nan where nothing was counted."""
@@ -59,15 +50,15 @@ class Histogram:
         return min(math.exp((place + 0.5) * _GROWTH), float(self.most))
 
     def told(self) -> list[int]:
-        """As numbers for JSON: total, most, then each bucket in use with its count."""
+        """As numbers for JSON: the most, then each bucket in use with its count."""
         used = np.flatnonzero(self.counts)
-        return [self.total, self.most, *np.column_stack((used, self.counts[used])).ravel().tolist()]
+        return [self.most, *np.column_stack((used, self.counts[used])).ravel().tolist()]
 
     @classmethod
     def of(cls, told: Iterable[int]) -> "Histogram":
         """What `told` wrote."""
-        total, most, *pairs = told
+        most, *pairs = told
         made = cls()
-        made.total, made.most = total, most
+        made.most = most
         made.counts[pairs[::2]] = pairs[1::2]
         return made

@@ -125,7 +125,7 @@ class Event:
     """Something that was done to the server, or that it was seen to do."""
 
     at: int
-    kind: str  # an ActionKind's value, or `replica-state`, `load`, …
+    kind: str  # an ActionKind's value, or `replica-state`, `job`
     target: str
     took: int = 0
     error: str = ""

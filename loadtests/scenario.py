@@ -91,11 +91,6 @@ class Trace(Part):
         folder: Path = (info.context or {}).get("folder", Path())
         return folder / value
 
-    @field_validator("file")
-    @classmethod
-    def _is_beside_its_scenario(cls, file: Path, info: ValidationInfo) -> Path:
-        return info.context["folder"] / file if info.context else file
-
 
 class Closed(Part):
     """A closed loop: so many callers, each of which waits for its answer before it asks again.
@@ -367,7 +362,9 @@ class Scenario(Part):
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
         groups, phases = {group.name for group in self.tenants}, {phase.name for phase in self.phases}
+        names = [group.name for group in self.tenants], [phase.name for phase in self.phases]
         faults = [
+            *(f"{name}: the name of two" for each in names for name in sorted(set(each)) if each.count(name) > 1),
             *(
                 f"{load.tenants}: no such tenants"
                 for phase in self.phases

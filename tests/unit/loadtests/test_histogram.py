@@ -17,7 +17,6 @@ def test_a_quantile_is_within_a_hundredth_of_the_exact_one() -> None:
         exact = np.quantile(values, share, method="inverted_cdf")
         assert histogram.quantile(share) == pytest.approx(exact, rel=0.0101)
     assert histogram.quantile(1) == pytest.approx(values.max(), rel=0.0101)
-    assert histogram.mean == values.mean()
 
 
 def test_parts_that_were_told_and_merged_are_the_whole() -> None:
@@ -38,6 +37,5 @@ def test_nothing_counted_has_no_quantile() -> None:
     empty = Histogram()
     empty.add([])
     assert np.isnan(empty.quantile(0.5))
-    assert np.isnan(empty.mean)
     empty.add([0, -3])
     assert empty.quantile(0.5) == 1

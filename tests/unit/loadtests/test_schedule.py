@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from scipy import stats
 
 from loadtests import traces
@@ -206,6 +207,14 @@ def test_a_shards_conversations_are_divided_among_its_processes_again() -> None:
     half = schedule_of(scenario(), shard=(0, 2)).planned
     talk = half["conversation"] != ABSENT
     assert np.mean(shard_of(half, 2)[talk]) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_name_is_that_of_one() -> None:
+    """Of one phase, of one group of tenants: figures are asked for by it."""
+    told = scenario().model_dump()
+    for part, name in (("phases", "one"), ("tenants", "big")):
+        with pytest.raises(ValidationError, match=f"{name}: the name of two"):
+            Scenario.model_validate(told | {part: [*told[part], told[part][1]]})
 
 
 def test_one_load_does_not_move_another() -> None:
