@@ -25,7 +25,7 @@ class Tool(StrEnum):
 
 @app.command()
 def selftest(
-    full: Annotated[bool, typer.Option("--full", help="Three minutes instead of half a one.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="A minute and a half instead of half a one.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write everything to this file, as JSON.")] = None,
 ) -> None:
     """What this machine's load generator can send, and how wrong its times are. Exit code 1: a figure missed."""
