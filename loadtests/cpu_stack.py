@@ -14,7 +14,7 @@ from typing import Final
 from loadtests.children import Child, StackFailed
 from loadtests.overhead.processes import PROC, with_descendants
 from loadtests.scenario import Action, ActionKind, StackSettings
-from loadtests.stacks import OVER_HTTP, addresses, environment, until_ready
+from loadtests.stacks import OVER_HTTP, addresses, environment, own_home, until_ready
 
 START_S: Final = 600.0
 """Of each engine: they start one after the other."""
@@ -89,33 +89,34 @@ async def _run(command: Sequence[str], env: Mapping[str, str]) -> None:
 
 @asynccontextmanager
 async def cpu_stack(settings: StackSettings, folder: Path, *, base: Path) -> AsyncIterator[CpuStack]:
-    """`tailor up` with so many real engines, ready all, until the block ends.
+    """`tailor up` with so many real engines, ready all, until the block ends; its logs are in `folder`.
 
     Raises:
         StackFailed: it does not start.
     """
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-    env = environment(folder, base, settings) | {
-        "TAILOR_LOCAL_REPLICAS": str(settings.replicas),
-        "TAILOR_ADAPTER_SLOTS": str(settings.slots),
-        "TAILOR_HOST_ADAPTERS": str(settings.host_adapters),
-        "TAILOR_MAX_MODEL_LEN": str(min(settings.max_model_len, _context(base))),
-        "TAILOR_VLLM_ARGS": f"--max-num-seqs {settings.max_num_seqs}",
-        "TAILOR_TRAINING_WORKERS": str(int(settings.worker)),
-        "TAILOR_PROBE_DEADLINE_S": "20",  # a slow token of a busy CPU is no frozen engine
-        **settings.settings,
-    }
-    up = Child([sys.executable, "-m", "gateway.cli", "up"], env, folder / "up.log")
-    stack = CpuStack(*addresses(env), "", up, settings.replicas, settings.slots)
-    if settings.worker:
-        stack.can |= {ActionKind.TRAIN}
-    try:
-        up.start()
-        await until_ready(stack.url, settings.replicas, [up], START_S * settings.replicas)
-        stack.operator_key = (folder / "home" / "operator-key").read_text().strip()
-        yield stack
-    finally:
-        await up.stop()
+    with own_home(folder) as home:
+        env = environment(home, base, settings) | {
+            "TAILOR_LOCAL_REPLICAS": str(settings.replicas),
+            "TAILOR_ADAPTER_SLOTS": str(settings.slots),
+            "TAILOR_HOST_ADAPTERS": str(settings.host_adapters),
+            "TAILOR_MAX_MODEL_LEN": str(min(settings.max_model_len, _context(base))),
+            "TAILOR_VLLM_ARGS": f"--max-num-seqs {settings.max_num_seqs}",
+            "TAILOR_TRAINING_WORKERS": str(int(settings.worker)),
+            "TAILOR_PROBE_DEADLINE_S": "20",  # a slow token of a busy CPU is no frozen engine
+            **settings.settings,
+        }
+        up = Child([sys.executable, "-m", "gateway.cli", "up"], env, folder / "up.log")
+        stack = CpuStack(*addresses(env), "", up, settings.replicas, settings.slots)
+        if settings.worker:
+            stack.can |= {ActionKind.TRAIN}
+        try:
+            up.start()
+            await until_ready(stack.url, settings.replicas, [up], START_S * settings.replicas)
+            stack.operator_key = (home / "operator-key").read_text().strip()
+            yield stack
+        finally:
+            await up.stop()
 
 
 def _context(base: Path) -> int:

@@ -17,7 +17,7 @@ from loadtests.fake.replica import TOKEN
 from loadtests.overhead.model_files import write_base
 from loadtests.overhead.stack import fingerprint_of, free_port
 from loadtests.scenario import Action, ActionKind, StackSettings
-from loadtests.stacks import LOOK_S, OVER_HTTP, addresses, environment, until_ready
+from loadtests.stacks import LOOK_S, OVER_HTTP, addresses, environment, own_home, until_ready
 
 START_S: Final = 60.0
 DRAIN_S: Final = 30.0
@@ -94,6 +94,8 @@ async def fake_stack(
 ) -> AsyncIterator[FakeStack]:
     """A fake stack that answers, until the block ends; `more`: further arguments of `loadtests.fake`.
 
+    Its logs are in `folder`, and its base where none is given.
+
     Raises:
         StackFailed: a process of it does not start.
     """
@@ -111,32 +113,33 @@ async def fake_stack(
         for number, port in enumerate(ports)
     ]
     urls = [f"http://127.0.0.1:{port}" for port in ports]
-    env = environment(folder, base, settings) | {
-        "TAILOR_REPLICAS": ",".join(urls),
-        "TAILOR_REPLICA_TOKEN": TOKEN,
-        "TAILOR_PROBE_INTERVAL_S": "0.2",
-        **settings.settings,
-    }
-    gateway = Child([sys.executable, "-m", "gateway.server", "--with-parent"], env, folder / "gateway.log")
-    worker = (
-        Child([sys.executable, "-m", "gateway.training_worker", "--with-parent"], env, folder / "worker.log")
-        if settings.worker
-        else None
-    )
-    stack = FakeStack(*addresses(env), "", gateway, replicas, urls, worker, settings.slots)
-    if worker is not None:
-        stack.can |= {ActionKind.TRAIN}
-    try:
-        for child in (*replicas, gateway):
-            child.start()
-        await until_ready(stack.url, settings.replicas, stack.children(), START_S)
+    with own_home(folder) as home:
+        env = environment(home, base, settings) | {
+            "TAILOR_REPLICAS": ",".join(urls),
+            "TAILOR_REPLICA_TOKEN": TOKEN,
+            "TAILOR_PROBE_INTERVAL_S": "0.2",
+            **settings.settings,
+        }
+        gateway = Child([sys.executable, "-m", "gateway.server", "--with-parent"], env, folder / "gateway.log")
+        worker = (
+            Child([sys.executable, "-m", "gateway.training_worker", "--with-parent"], env, folder / "worker.log")
+            if settings.worker
+            else None
+        )
+        stack = FakeStack(*addresses(env), "", gateway, replicas, urls, worker, settings.slots)
         if worker is not None:
-            worker.start()
-        stack.operator_key = (folder / "home" / "operator-key").read_text().strip()
-        yield stack
-    finally:
-        for child in stack.children():
-            await child.stop()
+            stack.can |= {ActionKind.TRAIN}
+        try:
+            for child in (*replicas, gateway):
+                child.start()
+            await until_ready(stack.url, settings.replicas, stack.children(), START_S)
+            if worker is not None:
+                worker.start()
+            stack.operator_key = (home / "operator-key").read_text().strip()
+            yield stack
+        finally:
+            for child in stack.children():
+                await child.stop()
 
 
 def _fake_command(settings: StackSettings, port: int, fingerprint: str, base_name: str) -> list[str]:

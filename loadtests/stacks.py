@@ -9,10 +9,13 @@
 
 import asyncio
 import os
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final, Protocol
 
 import httpx
@@ -67,11 +70,26 @@ class UrlTarget:
         raise StackFailed(f"{action.kind} cannot be done to {self.url}")
 
 
-def environment(folder: Path, base: Path, settings: StackSettings) -> dict[str, str]:
+@contextmanager
+def own_home(logs: Path) -> Iterator[Path]:
+    """A folder for a stack's keys, database and blobs, which goes with it; the logs in it are kept in `logs`.
+
+    Results are handed on, by CI for one: no key may be among them.
+    """
+    with TemporaryDirectory(prefix="tailor-loadtest-", ignore_cleanup_errors=True) as folder:
+        home = Path(folder)
+        try:
+            yield home
+        finally:
+            if (home / "logs").is_dir():
+                shutil.copytree(home / "logs", logs, dirs_exist_ok=True)
+
+
+def environment(home: Path, base: Path, settings: StackSettings) -> dict[str, str]:
     """Of a stack with a home of its own; a developer's own settings are left out."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("TAILOR_", "OTEL_"))}
     return ours | {
-        "TAILOR_HOME": str(folder / "home"),
+        "TAILOR_HOME": str(home),
         "TAILOR_BASE_MODEL": str(base),
         "TAILOR_BASE_MODEL_NAME": base.name,
         "TAILOR_PORT": str(free_port()),
