@@ -55,6 +55,10 @@ def check(scenario: Scenario, target: Target) -> None:
         raise ScenarioInvalid("; ".join(faults))
 
 
+class NotDone(Exception):
+    """An action that there was nothing to be done to, or no time for; the text says which."""
+
+
 class Actions:
     """A run's actions; `events` grows while they happen."""
 
@@ -105,7 +109,7 @@ class Actions:
         target, error = str(one.action.kind), ""
         try:
             target = await self._perform(one)
-        except (ServerRefused, ServerUnreachable, StackFailed, OSError) as failed:
+        except (NotDone, ServerRefused, ServerUnreachable, StackFailed, OSError) as failed:
             error = str(failed)
         self.events.append(Event(begin, str(one.action.kind), target, self.now() - begin, error))
 
@@ -145,6 +149,8 @@ class Actions:
     async def _flip(self, tenant: Tenant, adapter: Adapter) -> str:
         """To the version before; from the first one to the next."""
         known = adapter.versions
+        if not known:
+            raise NotDone(f"{adapter.tenant}/{adapter.name} has no version to go to")
         at = known.index(adapter.current) if adapter.current in known else len(known)
         version = known[at - 1 if at > 0 else min(1, len(known) - 1)]
         since = self.now()

@@ -24,6 +24,8 @@ ROUTES: Final = {"chat": "/v1/chat/completions", "completions": "/v1/completions
 EXAMPLES: Final = 64
 _RETRIED: Final = (429, 502, 503)
 _WAIT_S: Final = 0.25
+CLEAN_UP_S: Final = 60.0
+CLEAN_UP_EACH_S: Final = 0.25  # of each adapter beside that
 Told = TypeVar("Told")
 
 
@@ -77,8 +79,17 @@ class Prepared:
 
 
 @asynccontextmanager
-async def prepared(scenario: Scenario, schedule: Schedule, api: Api, operator_key: str) -> AsyncIterator[Prepared]:
+async def prepared(
+    scenario: Scenario,
+    schedule: Schedule,
+    api: Api,
+    operator_key: str,
+    *,
+    on_step: Callable[[str], None] = lambda text: None,
+) -> AsyncIterator[Prepared]:
     """All that the scenario needs, until the block ends; then adapters are erased and the tenants suspended.
+
+    `on_step` is told where the server takes too long for that.
 
     Raises:
         ScenarioInvalid: its canaries go two ways. ServerRefused, ServerUnreachable: the server will not have it.
@@ -100,7 +111,12 @@ async def prepared(scenario: Scenario, schedule: Schedule, api: Api, operator_ke
         await _put_on_plans(made, run)
         yield made
     finally:
-        await _clean_up(api, operator_key, tenants, run)
+        within_s = CLEAN_UP_S + CLEAN_UP_EACH_S * sum(len(tenant.adapters) for tenant in tenants)
+        try:
+            async with asyncio.timeout(within_s):
+                await _clean_up(api, operator_key, tenants, run)
+        except TimeoutError:
+            on_step(f"the clean-up took more than {within_s:.0f} s: tenants loadtest-{run}-* may be left at the server")
 
 
 def _canaries(scenario: Scenario) -> dict[str, Any]:

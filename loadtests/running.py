@@ -5,13 +5,14 @@ import importlib.metadata
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from loadtests import results
 from loadtests.actions import Actions, check
 from loadtests.api import Api, ServerRefused, ServerUnreachable
 from loadtests.overhead.processes import machine
@@ -25,6 +26,8 @@ from loadtests.stacks import Target
 
 _METRIC: Final = re.compile(r"^(tailor_[a-z_]+?)(?:\{[^}]*\})? ([0-9.eE+-]+)$", re.MULTILINE)
 INTERRUPTED: Final = "it was interrupted"
+LOOK_S: Final = 0.25
+_WAITING: Final = ("validating_files", "queued")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,8 @@ class Options:
     shard: tuple[int, int] = (0, 1)
     start_at: float | None = None  # seconds of the wall clock
     connections: int | None = None
+    begun_within_s: float = 60.0
+    """After the run, fine-tuning jobs: a worker may be at another one, and loads what it needs with its first."""
 
 
 async def run(
@@ -47,7 +52,7 @@ async def run(
     on_step: Callable[[str], None] = lambda text: None,
     stop: asyncio.Event | None = None,
 ) -> Run:
-    """The whole run; `on_step` is told what is done now, `stop` ends the sending early.
+    """The whole run, saved in the options' folder; `on_step` is told what is done now, `stop` ends the sending early.
 
     Raises:
         ScenarioInvalid: the target cannot do what it asks for. ServerRefused, ServerUnreachable, CannotPlay: nothing
@@ -58,7 +63,7 @@ async def run(
     stop = stop or asyncio.Event()
     async with Api(target.url) as api:
         on_step(f"making {len(schedule.tenants)} tenants and {len(schedule.models)} adapters")
-        async with prepared(scenario, schedule, api, target.operator_key) as made:
+        async with prepared(scenario, schedule, api, target.operator_key, on_step=on_step) as made:
             on_step(f"sending {len(schedule.planned)} requests in {schedule.end / 1e9:.0f} s")
             before = await _reading(target, api)
             started_at = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -66,20 +71,22 @@ async def run(
             after = await _reading(target, api)
             on_step("asking for the answers of the versions that were published")
             await _learn_the_rest(made)
-            return Run(
+            found = Run(
                 scenario=scenario.model_dump(mode="json"),
                 target=await _about(target, made, before),
                 machine=machine(),
                 started_at=started_at,
                 schedule=schedule,
                 samples=samples,
-                events=(*actions.events, *await _ends_of_jobs(actions, made, schedule.end - 1)),
+                events=(*actions.events, *await _ends_of_jobs(actions, made, schedule.end - 1, options.begun_within_s)),
                 versions=made.lives.all(),
                 lateness=tuple(lateness),
                 unfinished=INTERRUPTED if stop.is_set() else _idle(lateness),
                 readings={"before": before, "after": after, "canaries": made.readings()},
                 shard=options.shard,
             )
+            await asyncio.to_thread(results.save, found, options.folder)  # a broken server may not let us clean up
+            return found
 
 
 async def _play(
@@ -157,14 +164,28 @@ async def _learn_the_rest(made: Prepared) -> None:
         )
 
 
-async def _ends_of_jobs(actions: Actions, made: Prepared, at: int) -> list[Event]:
-    """How the fine-tuning jobs stand after the run, told as of its end."""
-    events = []
+async def _ends_of_jobs(actions: Actions, made: Prepared, at: int, within_s: float) -> list[Event]:
+    """How the fine-tuning jobs stand after the run, told as of its end; one that nobody has begun is an error."""
+    stop, events = time.monotonic() + within_s, []
     for tenant, job in actions.jobs:
-        told = await made.api.call(tenant.key, "GET", f"/v1/fine_tuning/jobs/{job}")
-        error = str((told.get("error") or {}).get("message") or "") if told["status"] == "failed" else ""
-        events.append(Event(at, "job", f"{tenant.name}/{job} {told['status']}", error=error))
+        try:
+            told = await made.api.call(tenant.key, "GET", f"/v1/fine_tuning/jobs/{job}")
+            while told["status"] in _WAITING and time.monotonic() < stop:
+                await asyncio.sleep(LOOK_S)
+                told = await made.api.call(tenant.key, "GET", f"/v1/fine_tuning/jobs/{job}")
+        except (ServerRefused, ServerUnreachable) as error:
+            events.append(Event(at, "job", f"{tenant.name}/{job}", error=str(error)))
+        else:
+            events.append(Event(at, "job", f"{tenant.name}/{job} {told['status']}", error=_fault(told)))
     return events
+
+
+def _fault(job: Mapping[str, Any]) -> str:
+    if job["status"] in _WAITING:
+        return "nobody has begun it: does a training worker run?"
+    if job["status"] == "failed":
+        return str((job.get("error") or {}).get("message") or "it failed")
+    return ""
 
 
 async def _about(target: Target, made: Prepared, reading: dict[str, Any]) -> dict[str, Any]:

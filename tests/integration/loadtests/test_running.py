@@ -15,7 +15,7 @@ from loadtests import gates, metrics, results
 from loadtests.fake_stack import fake_stack
 from loadtests.recording import Outcome
 from loadtests.running import Options, run
-from loadtests.scenario import Scenario, read
+from loadtests.scenario import ActionKind, Scenario, read
 from loadtests.selection import select
 from loadtests.stacks import UrlTarget
 
@@ -116,6 +116,48 @@ def two_replicas_disturbed() -> Scenario:
 
 
 COMMAND: Final = {"kind": "command", "at_s": 0.1, "command": ["sh", "-c", 'test -n "$TAILOR_URL"']}
+
+
+async def test_a_run_is_kept_though_the_server_breaks(tmp_path: Path) -> None:
+    """A name that goes back after its adapter was deleted, and a job for which there is no worker, are errors of their
+    actions; what was measured is on the disk before the clean-up."""
+    scenario, folder = one_adapter_that_goes(), tmp_path / "out"
+    folder.mkdir()
+    async with fake_stack(scenario.stack, tmp_path / "stack") as stack:
+        stack.can |= {ActionKind.TRAIN}
+        made = await run(scenario, stack, Options(folder, begun_within_s=1))
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert not [path for path in files if stack.operator_key.encode() in path.read_bytes()]
+    found = results.load(folder)
+    assert found.events == made.events
+    told = {event.kind: event.error for event in found.events}
+    assert "no version to go to" in told["flip"]
+    assert "does a training worker run?" in told["job"]
+    assert metrics.of(select(found), "actions.failed").value == 2
+
+
+def one_adapter_that_goes() -> Scenario:
+    return Scenario.model_validate(
+        {
+            "name": "goes",
+            "question": "Is what cannot be done an error of its action?",
+            "tenants": [{"name": "one"}],
+            "workloads": {"chat": {"output_tokens": {"law": "fixed", "value": 4}, "canary_share": 0}},
+            "phases": [
+                {
+                    "name": "going",
+                    "duration_s": 2,
+                    "load": [{"tenants": "one", "workload": "chat", "arrivals": {"law": "constant", "rate": 5}}],
+                    "actions": [
+                        {"kind": "train", "at_s": 0.1},
+                        {"kind": "delete", "at_s": 0.2},
+                        {"kind": "flip", "at_s": 1},
+                    ],
+                }
+            ],
+            "gates": [{"metric": "actions.failed", "at_most": 0}],
+        }
+    )
 
 
 def test_a_run_that_is_interrupted_is_never_green(tmp_path: Path) -> None:
