@@ -16,7 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from loadtests.recording import Run
-    from loadtests.running import Options
+    from loadtests.running import Options, Stop
     from loadtests.scenario import Scenario
     from loadtests.stacks import Target
 
@@ -119,13 +119,30 @@ async def _run(
     from loadtests.live import Display
     from loadtests.running import run as run_scenario
 
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
+    stop = _stopped_by_signals()
     async with stack_or_target(scenario, given, stack, base_model, options.folder) as target:
         if quiet:
             return await run_scenario(scenario, target, options, stop=stop)
         with Display(scenario) as display:
             return await run_scenario(scenario, target, options, on_progress=display, on_step=_say, stop=stop)
+
+
+def _stopped_by_signals() -> "Stop":
+    """Ctrl-C, or the SIGTERM of a CI whose time is up: while requests are sent it ends that, otherwise all."""
+    from loadtests.running import Stop
+
+    task, stop, loop = asyncio.current_task(), Stop(), asyncio.get_running_loop()
+    assert task is not None
+
+    def interrupt(task: asyncio.Task[object] = task) -> None:
+        if stop.sending and not stop.is_set():
+            stop.set()
+        else:
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt)
+    return stop
 
 
 @asynccontextmanager
@@ -220,6 +237,8 @@ def told() -> Iterator[None]:
         yield
     except mendable as error:
         cannot(str(error))
+    except asyncio.CancelledError:
+        cannot("it was interrupted; `tailor loadtest report` judges what its folder has, if it has a run")
 
 
 def cannot(text: str) -> NoReturn:

@@ -106,7 +106,7 @@ async def cpu_stack(settings: StackSettings, folder: Path, *, base: Path) -> Asy
             "TAILOR_PROBE_DEADLINE_S": "20",  # a slow token of a busy CPU is no frozen engine
             **settings.settings,
         }
-        up = Child([sys.executable, "-m", "gateway.cli", "up"], env, folder / "up.log")
+        up = Child([sys.executable, "-m", "gateway.cli", "up", "--with-parent"], env, folder / "up.log")
         stack = CpuStack(*addresses(env), "", up, settings.replicas, settings.slots)
         if settings.worker:
             stack.can |= {ActionKind.TRAIN}

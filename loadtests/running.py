@@ -43,6 +43,12 @@ class Options:
     """After the run, fine-tuning jobs: a worker may be at another one, and loads what it needs with its first."""
 
 
+class Stop(asyncio.Event):
+    """Set, it ends the sending early; what is not sending is ended by its task's cancellation."""
+
+    sending = False
+
+
 async def run(
     scenario: Scenario,
     target: Target,
@@ -50,7 +56,7 @@ async def run(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[str], None] = lambda text: None,
-    stop: asyncio.Event | None = None,
+    stop: Stop | None = None,
 ) -> Run:
     """The whole run, saved in the options' folder; `on_step` is told what is done now, `stop` ends the sending early.
 
@@ -60,7 +66,7 @@ async def run(
     """
     check(scenario, target)
     schedule = schedule_of(scenario, shard=options.shard)
-    stop = stop or asyncio.Event()
+    stop = stop or Stop()
     async with Api(target.url) as api:
         on_step(f"making {len(schedule.tenants)} tenants and {len(schedule.models)} adapters")
         async with prepared(scenario, schedule, api, target.operator_key, on_step=on_step) as made:
@@ -96,7 +102,7 @@ async def _play(
     made: Prepared,
     options: Options,
     on_progress: Callable[[Progress], None] | None,
-    stop: asyncio.Event,
+    stop: Stop,
 ) -> tuple[Samples, list[Lateness], Actions]:
     """The schedule, with the actions beside it."""
     keys = Keys([tenant.key for tenant in made.tenants])
@@ -105,6 +111,7 @@ async def _play(
     beside: list[asyncio.Task[None]] = []
 
     def begin(at_ns: int) -> None:
+        stop.sending = True
         beside.append(asyncio.create_task(actions.run(at_ns, over)))
         beside.append(asyncio.create_task(actions.watch(over)))
 
@@ -122,6 +129,7 @@ async def _play(
             stop=stop,
         )
     finally:
+        stop.sending = False
         over.set()
         done = await asyncio.gather(*beside, return_exceptions=True)
     for error in done:

@@ -19,10 +19,14 @@ def up(
     port: Annotated[int | None, typer.Option(help="Port of the gateway.")] = None,
     replicas: Annotated[int | None, typer.Option(help="Engines to start; on GPUs each has its own.")] = None,
     workers: Annotated[int | None, typer.Option(help="Gateway processes; more than 1 need TAILOR_REDIS_URL.")] = None,
+    with_parent: Annotated[bool, typer.Option("--with-parent", hidden=True)] = False,
 ) -> None:
     """Run the whole stack on this machine until Ctrl-C: engines and gateway, supervised."""
+    from adapter_store.process import die_with_parent
     from gateway.stack import run_up
 
+    if with_parent:
+        die_with_parent()
     with told():
         settings = settings_of(base_model=base_model, port=port, local_replicas=replicas, workers=workers)
         asyncio.run(run_up(settings, lambda text: print(text, flush=True)))
