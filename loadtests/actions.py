@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from loadtests.api import ServerRefused, ServerUnreachable
@@ -71,7 +73,7 @@ class Actions:
         self.events: list[Event] = []
 
     async def run(self, begin_ns: int, over: asyncio.Event) -> None:
-        """All of them; what is due when the run is `over` is left out."""
+        """All of them; one that is due when the run is `over` is an error."""
         self._begin = begin_ns
         ended = asyncio.create_task(over.wait())
         tasks: list[asyncio.Task[None]] = []
@@ -80,10 +82,11 @@ class Actions:
             if wait_s > 0:
                 await asyncio.wait({ended}, timeout=wait_s)
             if over.is_set():
-                break
-            tasks.append(asyncio.create_task(self._do(one)))
-        ended.cancel()
+                self.events.append(Event(one.at_ns, str(one.action.kind), "", error="the run was over before it"))
+            else:
+                tasks.append(asyncio.create_task(self._do(one, ended)))
         await asyncio.gather(*tasks)
+        ended.cancel()
         self.events.sort(key=lambda event: event.at)
 
     def now(self) -> int:
@@ -104,23 +107,23 @@ class Actions:
                 self._replicas[name] = state
             await asyncio.sleep(LOOK_S)
 
-    async def _do(self, one: Occurrence) -> None:
+    async def _do(self, one: Occurrence, ended: asyncio.Task[Any]) -> None:
         begin = self.now()
         target, error = str(one.action.kind), ""
         try:
-            target = await self._perform(one)
+            target = await self._perform(one, ended)
         except (NotDone, ServerRefused, ServerUnreachable, StackFailed, OSError) as failed:
             error = str(failed)
         self.events.append(Event(begin, str(one.action.kind), target, self.now() - begin, error))
 
-    async def _perform(self, one: Occurrence) -> str:
+    async def _perform(self, one: Occurrence, ended: asyncio.Task[Any]) -> str:
         """Do it; what it was done to."""
         action = one.action
         if action.kind in ON_REPLICAS:
             await self._target.disturb(action)
             return "all replicas" if action.kind is ActionKind.ROLLING_RESTART else f"replica {action.replica}"
         if action.kind is ActionKind.COMMAND:
-            return await self._command(action.command)
+            return await self._command(action.command, ended)
         tenants = tenants_of(action, self._prepared.tenants)
         tenant = tenants[one.number % len(tenants)]
         if action.kind is ActionKind.ROTATE_KEY:
@@ -199,14 +202,25 @@ class Actions:
         self.jobs.append((tenant, str(job["id"])))
         return f"{tenant.name}/{job['id']}"
 
-    async def _command(self, command: Sequence[str]) -> str:
+    async def _command(self, command: Sequence[str], ended: asyncio.Task[Any]) -> str:
+        """It is killed, and those that it started, where it is still running when the run has `ended`."""
         process = await asyncio.create_subprocess_exec(
             *command,
             env={**os.environ, "TAILOR_URL": self._target.url},
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
         )
-        _, said = await process.communicate()
+        words = asyncio.create_task(process.communicate())
+        try:
+            await asyncio.wait({words, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not words.done():
+                raise NotDone(f"{' '.join(command)}: it was still running when the run was over")
+        finally:
+            if not words.done():
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        _, said = await words
         if process.returncode:
             raise StackFailed(f"exit {process.returncode}: {said.decode(errors='replace')[-300:]}")
         return " ".join(command)

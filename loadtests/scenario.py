@@ -283,6 +283,13 @@ class Phase(Part):
     measured: bool = Field(True, description="a warm-up is not: gates and figures leave it out")
     settle_s: Annotated[float, Field(ge=0)] = Field(0.0, description="silence after it")
 
+    @model_validator(mode="after")
+    def _actions_are_within(self) -> Self:
+        for action in self.actions:
+            if action.at_s >= self.duration_s:
+                raise ValueError(f"{self.name}: {action.kind} at {action.at_s:g} s is after its end")
+        return self
+
 
 # gates
 

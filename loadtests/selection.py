@@ -21,6 +21,7 @@ class Selected:
 
     run: Run
     at: npt.NDArray[np.intp]  # places in `samples.rows`, in order; a resample has some more than once
+    wanted: tuple[int, ...] = ()  # the phases that were asked for, though they have no request
 
     @cached_property
     def rows(self) -> Array:
@@ -104,7 +105,7 @@ def select(run: Run, *, phase: str | None = None, tenants: str | None = None) ->
     found = np.isin(planned["phase"], wanted)
     if tenants is not None:
         found &= np.isin(planned["tenant"], [n for n, group in enumerate(run.schedule.groups) if group == tenants])
-    return Selected(run, np.flatnonzero(found & offered(run)))
+    return Selected(run, np.flatnonzero(found & offered(run)), tuple(wanted))
 
 
 def offered(run: Run) -> Array:
@@ -126,7 +127,7 @@ def each_tpot(chosen: Selected) -> Array:
 
 def events_of(chosen: Selected, kinds: tuple[str, ...] | None = None) -> list[Event]:
     """The events of their phases."""
-    spans = [chosen.run.schedule.phases[phase] for phase in chosen.phases]
+    spans = [chosen.run.schedule.phases[phase] for phase in chosen.wanted or chosen.phases]
     return [
         one
         for one in chosen.run.events

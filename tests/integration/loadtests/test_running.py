@@ -133,7 +133,9 @@ async def test_a_run_is_kept_though_the_server_breaks(tmp_path: Path) -> None:
     told = {event.kind: event.error for event in found.events}
     assert "no version to go to" in told["flip"]
     assert "does a training worker run?" in told["job"]
-    assert metrics.of(select(found), "actions.failed").value == 2
+    assert "still running" in told["command"]
+    assert "over before" in told["rotate-key"]
+    assert metrics.of(select(found), "actions.failed").value == 4
 
 
 def one_adapter_that_goes() -> Scenario:
@@ -152,12 +154,27 @@ def one_adapter_that_goes() -> Scenario:
                         {"kind": "train", "at_s": 0.1},
                         {"kind": "delete", "at_s": 0.2},
                         {"kind": "flip", "at_s": 1},
+                        {"kind": "command", "at_s": 1, "command": ["sleep", "600"]},
                     ],
-                }
+                },
+                {"name": "idle", "duration_s": 60, "actions": [{"kind": "rotate-key", "at_s": 50}]},
             ],
             "gates": [{"metric": "actions.failed", "at_most": 0}],
         }
     )
+
+
+def test_a_run_that_is_ended_before_it_sends_leaves_nothing(tmp_path: Path) -> None:
+    """SIGTERM, as a CI sends it whose time is up, while the stack starts: exit code 2, and no process is left."""
+    words = ["smoke", "--stack", "fake", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "gateway.cli", "loadtest", "run", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("starting the stack" in line for line in process.stderr)
+        process.terminate()
+        _, said = process.communicate(timeout=90)
+    assert process.returncode == gates.UNUSABLE, said
+    assert "it was interrupted" in said
 
 
 def test_a_run_that_is_interrupted_is_never_green(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from loadtests.actions import check
 from loadtests.occurrences import NS, occurrences
@@ -62,3 +63,9 @@ def test_what_cannot_be_done_is_told_before_the_run(action: dict[str, Any], faul
     """Not in the middle of it."""
     with pytest.raises(ScenarioInvalid, match=fault):
         check(scenario(action), UrlTarget("http://127.0.0.1:1", "key"))
+
+
+def test_an_action_after_its_phase_is_refused() -> None:
+    """It would never be done, and nobody would know."""
+    with pytest.raises(ValidationError, match="busy: rotate-key at 4 s is after its end"):
+        scenario({"kind": "rotate-key", "at_s": 4})
