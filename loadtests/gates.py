@@ -35,6 +35,10 @@ RESAMPLED: Final = frozenset({"rate", "goodput", "goodput_share", "error_share",
 }
 
 
+_LOAD: Final = ("name", "seed", "tenants", "workloads", "phases", "objective")
+"""Of a scenario: what has to be the same for figures to be compared."""
+
+
 class Judgement(StrEnum):
     """What a gate came to."""
 
@@ -93,6 +97,15 @@ def doubts_of(run: Run) -> list[str]:
     ]
 
 
+def doubts_of_baseline(run: Run, baseline: Run) -> list[str]:
+    """Why a comparison with that earlier run proves nothing, a sentence each."""
+    other = sorted(name for name in _LOAD if run.scenario.get(name) != baseline.scenario.get(name))
+    return [
+        *(f"Of the baseline: {doubt}" for doubt in doubts_of(baseline)),
+        *([f"The baseline is of another load: its {', '.join(other)} differ."] if other else []),
+    ]
+
+
 def _lateness(run: Run) -> str:
     bound = float(run.scenario.get("late_ms") or 25.0)
     worst = max((one.p99_us / 1e3 for one in run.lateness), default=0.0)
@@ -108,6 +121,8 @@ def _verdict(run: Run, gate: Gate, baseline: Run | None, late: str) -> Verdict:
     bound, needed = _bound(gate), _needed(gate)
     if gate.ratio_to_baseline and baseline is None:
         judgement, reason = Judgement.INCONCLUSIVE, "No baseline was given."
+    elif gate.ratio_to_baseline and baseline is not None and (doubts := doubts_of_baseline(run, baseline)):
+        judgement, reason = Judgement.INCONCLUSIVE, " ".join(doubts)
     elif math.isnan(value):
         judgement, reason = Judgement.INCONCLUSIVE, metrics.untold(run, gate.metric)
     elif gate.at_least is not None and theirs is not None and theirs.value == 0:

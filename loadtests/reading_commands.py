@@ -87,8 +87,11 @@ def compare(
     tolerance: Annotated[float, typer.Option(min=0, help="Less than this share of a figure is no change.")] = 0.05,
     fail: Annotated[bool, typer.Option("--fail", help="Exit code 1 where a figure is worse, chance apart.")] = False,
 ) -> None:
-    """Two runs beside each other: what is better, what is worse, and what may be chance."""
-    from loadtests import comparing, results
+    """Two runs beside each other: what is better, what is worse, and what may be chance.
+
+    With --fail, exit code 3 where a run proves nothing or the two are of different loads.
+    """
+    from loadtests import comparing, gates, results
 
     with told():
         first, second = results.load(before), results.load(after)
@@ -96,6 +99,11 @@ def compare(
         for line in comparing.differences(first, second):
             typer.echo(f"not the same: {line}")
     _show(found)
+    doubts = [*gates.doubts_of(second), *gates.doubts_of_baseline(second, first)]
+    for doubt in doubts:
+        typer.echo(doubt)
+    if fail and doubts:
+        raise typer.Exit(gates.INCONCLUSIVE)
     if fail and any(one.change is comparing.Change.WORSE for one in found):
         raise typer.Exit(1)
 

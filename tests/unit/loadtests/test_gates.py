@@ -239,6 +239,21 @@ def test_a_gate_against_a_baseline_without_one_is_not_green() -> None:
     assert gates.exit_code(gates.judge(run), run) == gates.INCONCLUSIVE
 
 
+def test_a_baseline_that_proves_nothing_is_not_compared_with() -> None:
+    """One that was late or broken off, and one of another load."""
+    run = run_of(gates=[{"metric": "goodput", "ratio_to_baseline": True, "at_least": 0.1}])
+    assert _only(run, run).judgement is Judgement.PASS
+    late = (Lateness(0, 50.0, 60_000.0, 90_000.0, 0.9),)
+    for baseline, why in (
+        (run_of(lateness=late), "late"),
+        (run_of(unfinished="it was interrupted"), "interrupted"),
+        (run_of(Shape(rate=30.0)), "another load: its phases"),
+    ):
+        verdict = _only(run, baseline)
+        assert verdict.judgement is Judgement.INCONCLUSIVE
+        assert why in verdict.reason
+
+
 def test_a_late_generator_is_inconclusive_but_a_wrong_adapter_stays_a_failure() -> None:
     """Exit 3 where only times were judged; what the server did wrong it did."""
     late = (Lateness(0, 50.0, 60_000.0, 90_000.0, 0.9),)

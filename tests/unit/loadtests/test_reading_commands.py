@@ -43,6 +43,8 @@ def test_runs_are_compared(tailor: Callable[..., tuple[int, str]], tmp_path: Pat
     assert any(line.split()[2] == "ttft_ms.p50" and line.split()[-1] == "worse" for line in told.splitlines()[1:])
     assert tailor("compare", before, after, "--fail")[0] == 1
     assert tailor("compare", before, before, "--fail")[0] == 0
+    other = saved(run_of(Shape(rate=30.0)), tmp_path / "c")
+    assert tailor("compare", other, after, "--fail")[0] == 3
 
 
 def test_what_is_no_run_is_told(tailor: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
