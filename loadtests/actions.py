@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from loadtests.api import ServerRefused, ServerUnreachable
@@ -68,6 +69,8 @@ class Actions:
         self._scenario, self._target, self._prepared, self._keys = scenario, target, prepared, keys
         self._api = prepared.api
         self._begin = 0
+        self.began_at = ""
+        """The wall clock's time of the run's begin, ISO 8601, UTC."""
         self._replicas: dict[str, str] = {}
         self.jobs: list[tuple[Tenant, str]] = []
         self.events: list[Event] = []
@@ -75,6 +78,8 @@ class Actions:
     async def run(self, begin_ns: int, over: asyncio.Event) -> None:
         """All of them; one that is due when the run is `over` is an error."""
         self._begin = begin_ns
+        begin = datetime.now(UTC) + timedelta(microseconds=(begin_ns - time.monotonic_ns()) / 1e3)
+        self.began_at = begin.isoformat(timespec="milliseconds")
         ended = asyncio.create_task(over.wait())
         tasks: list[asyncio.Task[None]] = []
         for one in occurrences(self._scenario):

@@ -6,6 +6,8 @@ a time of the merged run is true to; times within a request are one host's and a
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,9 @@ import numpy.typing as npt
 from loadtests.recording import Array, Run, Samples, Schedule
 from loadtests.records import merged
 from loadtests.scheduling import order_of
+
+APART: Final = timedelta(seconds=1)
+"""The hosts' clocks may be so far apart; parts that were run one after the other were never one load."""
 
 
 class CannotMerge(Exception):
@@ -23,7 +28,7 @@ def merge(runs: Sequence[Run]) -> Run:
     """The parts of a run, in any order, as a whole.
 
     Raises:
-        CannotMerge: one is missing, is there twice, or is of another scenario or target.
+        CannotMerge: one is missing, is there twice, ran at another time, or is of another scenario or target.
     """
     parts = _parts(runs)
     first = parts[0]
@@ -55,6 +60,10 @@ def _parts(runs: Sequence[Run]) -> list[Run]:
     if found != [(number, count) for number in range(count)]:
         told = ", ".join(f"{place}/{of}" for place, of in found)
         raise CannotMerge(f"The parts are {told}: give the run of each host once.")
+    begins = [datetime.fromisoformat(run.started_at) for run in parts]
+    if max(begins) - min(begins) > APART:
+        apart_s = (max(begins) - min(begins)).total_seconds()
+        raise CannotMerge(f"The parts began {apart_s:.1f} s apart: run them at once, with the same --start-at.")
     for run in parts:
         if run.scenario != first.scenario:
             raise CannotMerge(f"Part {run.shard[0]} is of another scenario, profile or seed than part 0.")

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -72,7 +71,6 @@ async def run(
         async with prepared(scenario, schedule, api, target.operator_key, on_step=on_step) as made:
             on_step(f"sending {len(schedule.planned)} requests in {schedule.end / 1e9:.0f} s")
             before = await _reading(target, api)
-            started_at = datetime.now(UTC).isoformat(timespec="milliseconds")
             samples, lateness, actions = await _play(scenario, schedule, target, made, options, on_progress, stop)
             after = await _reading(target, api)
             on_step("asking for the answers of the versions that were published")
@@ -81,7 +79,7 @@ async def run(
                 scenario=scenario.model_dump(mode="json"),
                 target=await _about(target, made, before),
                 machine=machine(),
-                started_at=started_at,
+                started_at=actions.began_at,
                 schedule=schedule,
                 samples=samples,
                 events=(*actions.events, *await _ends_of_jobs(actions, made, schedule.end - 1, options.begun_within_s)),

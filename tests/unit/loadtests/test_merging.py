@@ -54,7 +54,7 @@ def part(number: int, count: int, **changes: Any) -> Run:
         scenario=scenario.model_dump(mode="json"),
         target={"kind": "url", "url": "http://server:8000"},
         machine={"cpu": f"host {number}"},
-        started_at=f"2026-11-26T05:00:0{number}.000+00:00",
+        started_at=f"2026-11-26T05:00:00.{number}00+00:00",
         schedule=schedule,
         samples=played(schedule),
         events=(Event(1_000 - number, "publish", f"of host {number}"),),
@@ -103,6 +103,7 @@ def test_what_is_not_one_run_is_not_merged() -> None:
         ([part(0, 2), part(1, 3)], "0/2, 1/3"),
         ([part(0, 2), part(1, 2, seed=2)], "another scenario, profile or seed"),
         ([part(0, 2), other], "other:8000"),
+        ([part(0, 2), replace(part(1, 2), started_at="2026-11-26T05:00:06.000+00:00")], "--start-at"),
     ):
         with pytest.raises(CannotMerge, match=why):
             merge(parts)
