@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
@@ -81,7 +81,7 @@ def run(
     from loadtests.scenario import read
     from loadtests.stacks import UrlTarget
 
-    with told():
+    with _fault_written(out, Path(scenario).stem), told():
         wanted = read(Path(scenario), profile=profile)
         if (target is None) == (stack is None):
             cannot("say either --target URL, or --stack fake or cpu")
@@ -241,10 +241,35 @@ def told() -> Iterator[None]:
         cannot("it was interrupted; `tailor loadtest report` judges what its folder has, if it has a run")
 
 
+class _Cannot(typer.Exit):
+    """The end of a command that could not do what it was asked."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(CANNOT)
+        self.text = text
+
+
 def cannot(text: str) -> NoReturn:
     """Say why there is nothing to judge."""
     typer.echo(f"tailor: {text}", err=True)
-    raise typer.Exit(CANNOT)
+    raise _Cannot(text)
+
+
+@contextmanager
+def _fault_written(folder: Path | None, name: str) -> Iterator[None]:
+    """A folder that is used again has no earlier run's verdicts, and says so where this one could not be run."""
+    from loadtests import results
+
+    with told():
+        if folder is not None:
+            results.clear(folder)
+    try:
+        yield
+    except _Cannot as error:
+        if folder is not None:
+            with suppress(OSError):
+                results.write_fault(folder, name, error.text)
+        raise
 
 
 def _say(text: str) -> None:

@@ -60,6 +60,25 @@ def write(run: Run, verdicts: Sequence[Verdict], folder: Path) -> None:
     _write_requests(run, folder / "requests.csv")
 
 
+VERDICTS: Final = ("summary.json", "junit.xml", "requests.csv", "report.html")
+
+
+def clear(folder: Path) -> None:
+    """Take away an earlier run's verdicts: nobody shall take them for those of one that cannot be run."""
+    for name in VERDICTS:
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_fault(folder: Path, name: str, text: str) -> None:
+    """Tell CI that there was nothing to judge, and why."""
+    about = {"name": f"loadtest.{name}", "tests": "1", "failures": "0", "errors": "1"}
+    suite = ElementTree.Element("testsuite", about)
+    case = ElementTree.SubElement(suite, "testcase", classname=f"loadtest.{name}", name="it could be run")
+    ElementTree.SubElement(case, "error", message=text, type="unusable")
+    folder.mkdir(parents=True, exist_ok=True)
+    ElementTree.ElementTree(suite).write(folder / "junit.xml", "utf-8", xml_declaration=True)
+
+
 def save(run: Run, folder: Path) -> None:
     """What `load` reads, into its folder, which is made if it is not there; before anybody judges it."""
     folder.mkdir(parents=True, exist_ok=True)

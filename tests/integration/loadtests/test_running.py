@@ -198,6 +198,8 @@ def test_what_cannot_be_run_ends_with_2(tmp_path: Path) -> None:
     """A scenario that is none, a server that does not answer, a target that nobody named; in words, not a traceback."""
     scenario = tmp_path / "bad.yaml"
     scenario.write_text("name: bad\nquestion: what?\nnonsense: 1\n")
+    junit = tmp_path / "out" / "junit.xml"
+    junit.parent.mkdir()
     for words, told in (
         ([str(scenario), "--stack", "fake"], "nonsense"),
         (["nothing-such", "--stack", "fake"], "A scenario is a YAML file or one of"),
@@ -205,8 +207,10 @@ def test_what_cannot_be_run_ends_with_2(tmp_path: Path) -> None:
         (["smoke"], "say either --target"),
         (["replica-kill", "--target", "http://127.0.0.1:9", "--operator-key", "k"], "kill-replica cannot be done"),
     ):
+        junit.write_text("<testsuite/>")
         command = [sys.executable, "-m", "gateway.cli", "loadtest", "run", *words, "--out", str(tmp_path / "out")]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 2, done.stderr
         assert told in done.stderr
         assert "Traceback" not in done.stderr
+        assert '<error message="' in junit.read_text()
