@@ -100,7 +100,8 @@ async def test_every_request_of_two_processes_is_written_down_with_its_times(tmp
     assert rows["scheduled"].tolist() == planned["at"].tolist()
     assert (rows["sent"] >= rows["scheduled"]).all()
     assert (rows["sent"] < rows["headers"]).all()
-    assert (rows["first"] < rows["last"]).all()
+    assert (rows["first"] <= rows["last"]).all()  # chunks that come in one reading have one time
+    assert (rows["first"] < rows["last"]).any()
     assert (rows["last"] <= rows["done"]).all()
     assert set(rows["chunks"]) == {8}
     assert set(rows["completion_tokens"]) == {8}
