@@ -259,7 +259,7 @@ class FakeReplica:
             },
             "null_adapter": self.null_adapter,
             "adapters": [
-                {**known, "tier": self._tier(known["name"]), "pinned": self._is_pinned(known)}
+                {**known, "tier": self._tier(known), "pinned": self._is_pinned(known)}
                 for known in self.adapters.values()
             ],
             "disk": {"adapters": len(self.disk), "bytes": len(self.disk), "limit_bytes": 1 << 30},
@@ -270,9 +270,11 @@ class FakeReplica:
             "last_alarm": self.last_alarm,
         }
 
-    def _tier(self, name: str) -> str:
+    def _tier(self, known: dict[str, Any]) -> str:
         engine = self.engine
-        return "gpu" if engine is None or not engine.slots or name in engine.on_device else "host"
+        if engine is None or not engine.slots:
+            return str(known["tier"])
+        return "gpu" if known["name"] in engine.on_device else "host"
 
     def _is_pinned(self, known: dict[str, Any]) -> bool:
         return {"owner": known["owner"], "digest": known["digest"]} in self.pins
