@@ -18,6 +18,11 @@ def new_erasure_id(now: int) -> str:
     return f"ers_{now:010x}{secrets.token_hex(8)}"
 
 
+def new_rollout_id(now: float) -> str:
+    """Twelve hex digits of milliseconds, so that the rollouts of one second sort by the time at which they began."""
+    return f"rol_{int(now * 1_000):012x}{secrets.token_hex(6)}"
+
+
 def new_version_id() -> VersionId:
     return VersionId(f"ver_{secrets.token_hex(12)}")
 

@@ -6,7 +6,6 @@ judges the sums. A decision is one transaction that first makes sure that nobody
 
 import json
 import math
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,7 @@ from adapter_store.errors import (
     RolloutOver,
     RolloutRunning,
 )
-from adapter_store.ids import AdapterId, TenantId, VersionId
+from adapter_store.ids import AdapterId, TenantId, VersionId, new_rollout_id
 from adapter_store.transactions import reading, writing
 
 WHOLE: Final = 100
@@ -213,8 +212,8 @@ class Rollouts:
         Raises AdapterNotFound, AliasNotFound, OtherBaseModel, RolloutInvalid (the alias stands for that version),
         RolloutRunning (another is under way, or the alias stands for several versions).
         """
-        rollout_id = f"rol_{secrets.token_hex(12)}"
-        now = int(self._clock())
+        began = self._clock()
+        rollout_id, now = new_rollout_id(began), int(began)
         async with writing(self._engine) as connection:
             await record_change(connection, NOUN, tenant_id, name)
             if await catalog.find_adapter(connection, tenant_id, name) is None:
@@ -275,7 +274,7 @@ class Rollouts:
             statement = (
                 _select()
                 .where(rollouts.c.adapter_id == row.id)
-                .order_by(rollouts.c.started_at.desc(), rollouts.c.id)
+                .order_by(rollouts.c.started_at.desc(), rollouts.c.id.desc())
                 .limit(limit)
             )
             return tuple(_rollout(found) for found in await connection.execute(statement))
@@ -421,7 +420,7 @@ class Rollouts:
         statement = (
             select(rollouts.c.id)
             .where(rollouts.c.adapter_id == adapter_id)
-            .order_by(rollouts.c.started_at.desc(), rollouts.c.id)
+            .order_by(rollouts.c.started_at.desc(), rollouts.c.id.desc())
             .offset(KEPT)
         )
         old: Sequence[str] = (await connection.execute(statement)).scalars().all()
