@@ -298,26 +298,16 @@ class Erasures:
             elif running and not force:
                 raise VersionInUse(name, None, [], running)
             erased = await remove_versions(connection, found, gone)
-            erasure_id = new_erasure_id(now)
-            await connection.execute(
-                insert(erasures).values(
-                    id=erasure_id,
-                    tenant_id=tenant_id,
-                    adapter_id=row.id,
-                    adapter=name,
-                    number=number,
-                    forced=int(force),
-                    requested_by=requested_by,
-                    requested_at=now,
-                    state=State.REQUESTED.value,
-                    versions=json.dumps(erased),
-                    aliases=json.dumps(moved),
-                    blobs="{}",
-                )
-            )
-            await _ask_of(connection, erasure_id, replicas)
-            await record_change(connection, NOUN, tenant_id, erasure_id)
-            return (await _read(connection, select(erasures).where(erasures.c.id == erasure_id)))[0]
+            told = {
+                "adapter_id": row.id,
+                "adapter": name,
+                "number": number,
+                "forced": int(force),
+                "requested_by": requested_by,
+                "versions": json.dumps(erased),
+                "aliases": json.dumps(moved),
+            }
+            return await _note(connection, tenant_id, now, told, replicas)
 
     # reading
 
@@ -462,26 +452,17 @@ async def note_erasure(
     The caller holds the writers' turn. `subject`: the id of what is erased, by which the receipt names it. `erased`:
     versions of `adapter` that went with it, as `remove_versions` tells them, and which `replicas` may hold.
     """
-    erasure_id = new_erasure_id(now)
-    row = {
-        "id": erasure_id,
-        "tenant_id": tenant_id,
+    told = {
         "adapter_id": subject,
         "adapter": adapter,
         "forced": int(forced),
         "requested_by": requested_by,
-        "requested_at": now,
-        "state": State.REQUESTED.value,
         "versions": json.dumps(erased),
         "aliases": "[]",
-        "blobs": "{}",
         "scope": scope.value,
         "files": json.dumps([asdict(blob) for blob in blobs]),
     }
-    await connection.execute(insert(erasures).values(row))
-    await _ask_of(connection, erasure_id, replicas)
-    await record_change(connection, NOUN, tenant_id, erasure_id)
-    return (await _read(connection, select(erasures).where(erasures.c.id == erasure_id)))[0]
+    return await _note(connection, tenant_id, now, told, replicas)
 
 
 async def remove_versions(
@@ -502,11 +483,18 @@ async def remove_versions(
     return await _erased(connection, gone[0].tenant_id, gone)
 
 
-async def _ask_of(connection: AsyncConnection, erasure_id: str, replicas: Iterable[str]) -> None:
-    """Those that are to confirm."""
+async def _note(
+    connection: AsyncConnection, tenant_id: TenantId, now: int, told: dict[str, Any], replicas: Iterable[str]
+) -> Erasure:
+    """A new erasure, which these replicas are to confirm."""
+    erasure_id = new_erasure_id(now)
+    begun = {"requested_at": now, "state": State.REQUESTED.value, "blobs": "{}"}
+    await connection.execute(insert(erasures).values({"id": erasure_id, "tenant_id": tenant_id, **begun, **told}))
     parts = [{"erasure_id": erasure_id, "replica": replica} for replica in sorted(set(replicas))]
     if parts:
         await connection.execute(insert(erasure_replicas), parts)
+    await record_change(connection, NOUN, tenant_id, erasure_id)
+    return (await _read(connection, select(erasures).where(erasures.c.id == erasure_id)))[0]
 
 
 async def _free(
