@@ -18,7 +18,7 @@ from adapter_store.proofs import UNKNOWN, Proof, find_all
 from adapter_store.scaling import PARTS, Scaling
 from adapter_store.signing import VersionSignature
 from gateway.api.body import Body
-from gateway.api.erasures import ErasureObject, erasure_object
+from gateway.api.erasures import ErasureObject, erasure_object, requests_on
 from gateway.api.lazy import LazyRouter
 from gateway.api.multipart import UploadForm
 from gateway.api.proofs import ProofObject, proof_object
@@ -311,8 +311,7 @@ async def erase_everywhere(parts: Parts, key: TenantKey, name: str, number: int 
     running = 0
     if not force:
         leaving = await parts.erasures.leaving(key.tenant_id, name, number)
-        parts.proofs.give_way(key.tenant_id, leaving)
-        running = await parts.pool.running(key.tenant_id, leaving)
+        running = await requests_on(parts, key.tenant_id, leaving)
     erasure = await parts.erasures.request(
         key.tenant_id,
         name,

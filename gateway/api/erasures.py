@@ -1,6 +1,6 @@
 """`/v1/erasures`, `/admin/v1/erasures`: receipts of what was erased; `/v1/signing-keys`: what they are checked with."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request
@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from adapter_store.erasure import Erasure, Outcome, ReplicaPart
 from adapter_store.ids import TenantId
 from gateway.api.lazy import LazyRouter
-from gateway.dependencies import AppParts, Operator
+from gateway.dependencies import AppParts, Operator, Parts
 from gateway.errors import ObjectUnknown, ReplicaInSettings, ScopeMissing, authorization_of
 from gateway.tenants import Scope
 
@@ -43,6 +43,12 @@ class ErasureList(BaseModel):
     has_more: bool
 
 
+class Erased(BaseModel):
+    """In the answer to a deletion: where the receipt is."""
+
+    erasure: str
+
+
 class PublicKey(BaseModel):
     """An Ed25519 key as a JWK (RFC 8037); `kid` is its thumbprint."""
 
@@ -58,6 +64,12 @@ class PublicKeys(BaseModel):
     """A JWK set: every key that ever signed, the oldest first."""
 
     keys: list[PublicKey]
+
+
+async def requests_on(parts: Parts, tenant_id: TenantId, digests: Collection[str]) -> int:
+    """How many requests run on what would leave the replicas; a proof of it makes way."""
+    parts.proofs.give_way(tenant_id, digests)
+    return await parts.pool.running(tenant_id, digests)
 
 
 async def _any_reader(request: Request, parts: AppParts) -> None:

@@ -17,6 +17,7 @@ from adapter_store.engine import AsyncConnection
 from adapter_store.errors import AdapterStoreError
 from adapter_store.together import Together
 from gateway.api.body import Body
+from gateway.api.erasures import Erased
 from gateway.api.lazy import LazyRouter
 from gateway.api.multipart import Form, Writes
 from gateway.api.publishing import as_response, once
@@ -70,12 +71,6 @@ class FileList(BaseModel):
     first_id: str | None
     last_id: str | None
     has_more: bool
-
-
-class Erased(BaseModel):
-    """Where the receipt is."""
-
-    erasure: str
 
 
 class FileDeleted(BaseModel):

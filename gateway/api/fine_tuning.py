@@ -23,6 +23,7 @@ from adapter_store.engine import AsyncConnection
 from adapter_store.errors import AdapterNotFound, NameInvalid, NameReserved, OtherBaseModel, StorageError
 from adapter_store.quota import kept_by
 from adapter_store.together import Together
+from gateway.api.erasures import Erased, requests_on
 from gateway.api.lazy import LazyRouter
 from gateway.api.publishing import as_response, check_published_alias, once
 from gateway.dependencies import AppParts, Parts, TenantKey, TrainingKey
@@ -282,12 +283,6 @@ class CheckpointObject(BaseModel):
     metrics: dict[str, float]
 
 
-class Erased(BaseModel):
-    """Where the receipt is."""
-
-    erasure: str
-
-
 class JobDeleted(BaseModel):
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -393,11 +388,9 @@ async def delete(
     while it is not over.
     """
     tenant_id = asker.tenant_id
-    leaving = await parts.job_erasures.leaving(tenant_id, job)
     running = 0
     if not force:
-        parts.proofs.give_way(tenant_id, leaving)
-        running = await parts.pool.running(tenant_id, leaving)
+        running = await requests_on(parts, tenant_id, await parts.job_erasures.leaving(tenant_id, job))
     erasure = await parts.job_erasures.erase(
         tenant_id,
         job,
