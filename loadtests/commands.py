@@ -83,8 +83,7 @@ def run(
 
     with _fault_written(out, Path(scenario).stem), told():
         wanted = read(Path(scenario), profile=profile)
-        if (target is None) == (stack is None):
-            cannot("say either --target URL, or --stack fake or cpu")
+        one_of(target, stack)
         folder = out or Path("loadtest-results") / f"{wanted.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder.mkdir(parents=True, exist_ok=True)
         options = Options(folder, processes, _shard(shard), start_at)
@@ -182,12 +181,11 @@ def _tiny_base() -> Path:
 
 
 def judge(found: "Run", folder: Path, baseline: Path | None) -> int:
-    """The verdicts, told and written."""
+    """The verdicts on a run that was saved in the folder, told and written there."""
     from rich.console import Console
 
     from loadtests import gates, report, results
 
-    results.save(found, folder)
     verdicts = gates.judge(found, results.load(baseline) if baseline is not None else None)
     results.write(found, verdicts, folder)
     page = report.write(found, verdicts, folder)
@@ -197,6 +195,12 @@ def judge(found: "Run", folder: Path, baseline: Path | None) -> int:
         console.print(f"[{colour}]{one.judgement:12}[/] {one.gate}: {one.reason}", highlight=False, soft_wrap=True)
     console.print(f"results are in {folder}, the report is {page}", highlight=False, soft_wrap=True)
     return gates.exit_code(verdicts, found)
+
+
+def one_of(target: str | None, stack: Stack | None) -> None:
+    """Exit where there is nothing to test, or two things."""
+    if (target is None) == (stack is None):
+        cannot("say either --target URL, or --stack fake or cpu")
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from loadtests.commands import (
     Url,
     cannot,
     judge,
+    one_of,
     operator_key_of,
     stack_or_target,
     told,
@@ -60,8 +61,8 @@ def sweep(
 
     Exit code 1: answers of a wrong adapter, or errors. 3: a generator was late, or the knee is not between the rates.
     """
+    from loadtests import results, sweeping
     from loadtests import scenario as scenarios
-    from loadtests import sweeping
     from loadtests.points import knee_of, points_of
     from loadtests.running import Options, run
     from loadtests.stacks import UrlTarget
@@ -95,8 +96,7 @@ def sweep(
 
     with told():
         wanted = scenarios.read(Path(scenario), profile=profile)
-        if (target is None) == (stack is None):
-            cannot("say either --target URL, or --stack fake or cpu")
+        one_of(target, stack)
         folder = out or Path("loadtest-results") / f"sweep-{wanted.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -107,6 +107,7 @@ def sweep(
         points = points_of(whole)
         knee = knee_of(points, goal)
         (folder / "sweep.json").write_text(json.dumps(sweeping.told(points, knee), indent=1))
+        results.save(whole, folder)
         code = judge(whole, folder, None)
     typer.echo("\n".join(_line(point) for point in points))
     if math.isnan(knee.rate) or not knee.reached:

@@ -77,6 +77,7 @@ def merge(
             whole = merging.merge([results.load(part) for part in parts])
         except merging.CannotMerge as error:
             cannot(str(error))
+        results.save(whole, out)
         raise typer.Exit(judge(whole, out, None))
 
 
