@@ -44,14 +44,8 @@ class Api:
         Raises:
             ServerRefused: it was not taken. ServerUnreachable: nobody heard it.
         """
-        headers = {"authorization": f"Bearer {key}"} if key else {}
         sent: dict[str, Any] = {"files": files} if files is not None else {} if body is None else {"json": body}
-        try:
-            answer = await self._http.request(method, path, headers=headers, **sent)
-        except httpx.TransportError as error:
-            raise ServerUnreachable(f"{self.url} does not answer: {type(error).__name__} {error}".rstrip()) from error
-        if answer.is_error:
-            raise ServerRefused(f"{method} {path}: {answer.status_code} {_told(answer)}", answer.status_code)
+        answer = await self._ask(key, method, path, **sent)
         told: dict[str, Any] = answer.json() if answer.content else {}
         return told
 
@@ -69,15 +63,19 @@ class Api:
         Raises:
             ServerRefused: there was none. ServerUnreachable: nobody heard it.
         """
-        headers = {"authorization": f"Bearer {key}"}
+        answer = await self._ask(key, "POST", path, json=body)
+        events = _events(answer.text) if body.get("stream") else [answer.json()]
+        return "".join(_said(event) for event in events), answer.headers.get("x-tailor-version", "")
+
+    async def _ask(self, key: str, method: str, path: str, **sent: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
         try:
-            answer = await self._http.post(path, headers=headers, json=body)
+            answer = await self._http.request(method, path, headers=headers, **sent)
         except httpx.TransportError as error:
             raise ServerUnreachable(f"{self.url} does not answer: {type(error).__name__} {error}".rstrip()) from error
         if answer.is_error:
-            raise ServerRefused(f"POST {path}: {answer.status_code} {_told(answer)}", answer.status_code)
-        events = _events(answer.text) if body.get("stream") else [answer.json()]
-        return "".join(_said(event) for event in events), answer.headers.get("x-tailor-version", "")
+            raise ServerRefused(f"{method} {path}: {answer.status_code} {_told(answer)}", answer.status_code)
+        return answer
 
 
 def _told(answer: httpx.Response) -> str:

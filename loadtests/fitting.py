@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtests.recording import ABSENT, TIERS, Array, Outcome, Run
+from loadtests.selection import output_tokens
 from loadtests.simulating import Engine, Floats, Load, simulate
 
 _SAME_LOAD_NS = 500_000_000
@@ -53,7 +54,7 @@ def fit(run: Run, room: Room) -> Fit:
     planned = run.schedule.planned[rows["index"]]
     whole = (rows["outcome"] == Outcome.WHOLE) & (rows["last"] > rows["first"]) & (rows["first"] != ABSENT)
     rows, planned = rows[whole], planned[whole]
-    tokens = np.where(rows["completion_tokens"] > 0, rows["completion_tokens"], rows["chunks"].astype(np.int64))
+    tokens = output_tokens(rows)
     if (tokens > 1).sum() < 20:
         raise CannotFit("The run has fewer than 20 whole streamed answers: nothing tells what a step costs.")
     replicas = np.unique(rows["replica"])
@@ -78,12 +79,7 @@ def fit(run: Run, room: Room) -> Fit:
 
 def load_of(run: Run, *, phase: int | None = None) -> Load:
     """What was sent in a run or a phase of it, as a simulation takes it; times since the first."""
-    planned = run.schedule.planned[run.samples.rows["index"]]
-    rows = run.samples.rows
-    chosen = (rows["sent"] != ABSENT) & ((planned["phase"] == phase) if phase is not None else True)
-    rows, planned = rows[chosen], planned[chosen]
-    order = np.argsort(rows["sent"], kind="stable")
-    rows, planned = rows[order], planned[order]
+    rows, planned = _sent(run, phase)
     _, adapter = np.unique(planned["tenant"].astype(np.int64) << 32 | planned["model"], return_inverse=True)
     at = (rows["sent"] - rows["sent"].min()) / 1e9 if len(rows) else np.empty(0)
     prompts = np.where(rows["prompt_tokens"] > 0, rows["prompt_tokens"], planned["prompt_tokens"])
@@ -93,14 +89,20 @@ def load_of(run: Run, *, phase: int | None = None) -> Load:
 
 def overhead_s(run: Run, engine: Engine, replicas: int, *, phase: int | None = None) -> float:
     """What first tokens took beyond the model's time for the same load, at the median."""
-    planned = run.schedule.planned[run.samples.rows["index"]]
-    rows = run.samples.rows
-    chosen = (rows["sent"] != ABSENT) & ((planned["phase"] == phase) if phase is not None else True)
-    rows = rows[chosen][np.argsort(rows[chosen]["sent"], kind="stable")]
+    rows, _ = _sent(run, phase)
     load = load_of(run, phase=phase)
     modelled = simulate(load, engine, replicas=replicas).first_s - load.at_s
     measured = np.where(rows["first"] != ABSENT, (rows["first"] - rows["sent"]) / 1e9, np.nan)
     return max(0.0, float(np.nanmedian(measured - modelled)))
+
+
+def _sent(run: Run, phase: int | None) -> tuple[Array, Array]:
+    """Samples of what was sent in a run or a phase of it, and what was planned of them, in order of sending."""
+    rows = run.samples.rows
+    planned = run.schedule.planned[rows["index"]]
+    chosen = np.flatnonzero((rows["sent"] != ABSENT) & ((planned["phase"] == phase) if phase is not None else True))
+    order = chosen[np.argsort(rows["sent"][chosen], kind="stable")]
+    return rows[order], planned[order]
 
 
 def _columns(rows: Array, planned: Array, tokens: npt.NDArray[Any]) -> tuple[Floats, Floats, int, int]:

@@ -305,18 +305,13 @@ def _sent(chosen: Selected) -> Array:
     return np.asarray(chosen.rows["outcome"] != Outcome.UNSENT)
 
 
-def _offered(chosen: Selected) -> Array:
-    """What had a time, sent or not, and what a closed loop asked."""
-    return np.asarray((chosen.planned["at"] != ABSENT) | _sent(chosen))
-
-
 def _outcome(outcome: Outcome) -> Callable[[Selected], Array]:
     return lambda chosen: chosen.rows["outcome"] == outcome
 
 
 SCALARS: Final[Mapping[str, Callable[[Selected], Figure]]] = {
     "rate": _per_s(lambda chosen: chosen.whole, lambda chosen: chosen.lasted_s),
-    "offered_rate": _per_s(_offered, lambda chosen: chosen.planned_s),
+    "offered_rate": _per_s(lambda chosen: np.ones(len(chosen.at)), lambda chosen: chosen.planned_s),
     "goodput": _per_s(lambda chosen: chosen.kept, lambda chosen: chosen.lasted_s),
     "goodput_share": _share(lambda chosen: chosen.kept, lambda chosen: chosen.counted),
     "tokens_per_s": _per_s(_tokens("completion_tokens"), lambda chosen: chosen.lasted_s),

@@ -72,11 +72,6 @@ class Prepared:
         """Every adapter with the version that its name stands for."""
         return [(one, each, each.current) for one in self.tenants for each in one.adapters if each.current is not None]
 
-    def readings(self) -> dict[str, Any]:
-        """What a judge of the canaries has to know: answers that are alike tell adapters apart no more."""
-        answers = self.lives.answers
-        return {"known": len(answers), "distinct": len(set(answers.values()))} if self.canaries else {}
-
 
 @asynccontextmanager
 async def prepared(

@@ -37,7 +37,6 @@ class Options:
     processes: int = 1
     shard: tuple[int, int] = (0, 1)
     start_at: float | None = None  # seconds of the wall clock
-    connections: int | None = None
     begun_within_s: float = 60.0
     """After the run, fine-tuning jobs: a worker may be at another one, and loads what it needs with its first."""
 
@@ -86,7 +85,7 @@ async def run(
                 versions=made.lives.all(),
                 lateness=tuple(lateness),
                 unfinished=INTERRUPTED if stop.is_set() else _idle(lateness),
-                readings={"before": before, "after": after, "canaries": made.readings()},
+                readings={"before": before, "after": after},
                 shard=options.shard,
             )
             await asyncio.to_thread(results.save, found, options.folder)  # a broken server may not let us clean up
@@ -117,7 +116,7 @@ async def _play(
         samples, lateness = await play(
             schedule,
             scenario=scenario,
-            server=Server(target.url, made.base.name, made.tokens_per_word, options.connections),
+            server=Server(target.url, made.base.name, made.tokens_per_word),
             keys=keys,
             processes=options.processes,
             folder=options.folder,

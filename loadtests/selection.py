@@ -117,10 +117,15 @@ def offered(run: Run) -> Array:
     return np.asarray(timed | (run.samples.rows["outcome"] != Outcome.UNSENT))
 
 
+def output_tokens(rows: Array) -> Array:
+    """Of each: what `usage` told, or the number of its pieces."""
+    return np.where(rows["completion_tokens"] > 0, rows["completion_tokens"], rows["chunks"].astype(np.int64))
+
+
 def each_tpot(chosen: Selected) -> Array:
     """The mean time between a request's output tokens, ms; nan where it has none."""
     rows = chosen.rows
-    tokens = np.where(rows["completion_tokens"] > 0, rows["completion_tokens"], rows["chunks"].astype(np.int64)) - 1
+    tokens = output_tokens(rows) - 1
     there = chosen.whole & (tokens > 0) & (rows["last"] > rows["first"])
     return np.where(there, (rows["last"] - rows["first"]) / MS / np.maximum(tokens, 1), np.nan)
 
