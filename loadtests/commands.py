@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
@@ -121,9 +121,11 @@ async def _run(
     stop = _stopped_by_signals()
     async with stack_or_target(scenario, given, stack, base_model, options.folder) as target:
         if quiet:
-            return await run_scenario(scenario, target, options, stop=stop)
+            return await run_scenario(scenario, target, options, on_left=say_left, stop=stop)
         with Display(scenario) as display:
-            return await run_scenario(scenario, target, options, on_progress=display, on_step=_say, stop=stop)
+            return await run_scenario(
+                scenario, target, options, on_progress=display, on_step=_say, on_left=say_left, stop=stop
+            )
 
 
 def _stopped_by_signals() -> "Stop":
@@ -274,6 +276,13 @@ def _fault_written(folder: Path | None, name: str) -> Iterator[None]:
             with suppress(OSError):
                 results.write_fault(folder, name, error.text)
         raise
+
+
+def say_left(left: Sequence[str]) -> None:
+    """What a load test could not take away at the server."""
+    _say("left at the server, for it could not be cleaned:")
+    for line in left:
+        _say(f"  {line}")
 
 
 def _say(text: str) -> None:

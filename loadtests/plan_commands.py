@@ -22,6 +22,7 @@ from loadtests.commands import (
     judge,
     one_of,
     operator_key_of,
+    say_left,
     stack_or_target,
     told,
 )
@@ -74,7 +75,7 @@ def sweep(
             async def measure(made: "Scenario") -> "Run":
                 each = folder / made.phases[-1].name
                 await asyncio.to_thread(each.mkdir, parents=True, exist_ok=True)
-                one = await run(made, found, Options(each, processes))
+                one = await run(made, found, Options(each, processes), on_left=say_left)
                 for point in points_of(one):
                     typer.echo(_line(point), err=True)
                 return one

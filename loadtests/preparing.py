@@ -5,12 +5,13 @@ import json
 import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
-from loadtests.api import Api, ServerRefused, ServerUnreachable
+from loadtests.api import Api, ServerRefused
 from loadtests.bodies import WORDS, canary
+from loadtests.cleaning import CLOSE_EACH_S, CLOSE_S, ERASE_EACH_S, ERASE_S, Cleaning
 from loadtests.occurrences import occurrences, tenants_of
 from loadtests.random_adapters import Base, adapter_files
 from loadtests.recording import Schedule
@@ -24,8 +25,6 @@ ROUTES: Final = {"chat": "/v1/chat/completions", "completions": "/v1/completions
 EXAMPLES: Final = 64
 _RETRIED: Final = (429, 502, 503)
 _WAIT_S: Final = 0.25
-CLEAN_UP_S: Final = 60.0
-CLEAN_UP_EACH_S: Final = 0.25  # of each adapter beside that
 Told = TypeVar("Told")
 
 
@@ -80,21 +79,22 @@ async def prepared(
     api: Api,
     operator_key: str,
     *,
-    on_step: Callable[[str], None] = lambda text: None,
+    on_left: Callable[[Sequence[str]], None] = lambda left: None,
 ) -> AsyncIterator[Prepared]:
-    """All that the scenario needs, until the block ends; then adapters are erased and the tenants suspended.
+    """All that the scenario needs, until the block ends; then all of it is erased, keys revoked, tenants suspended.
 
-    `on_step` is told where the server takes too long for that.
+    `on_left` is told what could not be, by name.
 
     Raises:
         ScenarioInvalid: its canaries go two ways. ServerRefused, ServerUnreachable: the server will not have it.
     """
     run = secrets.token_hex(4)
     canaries = _canaries(scenario)
-    tenants = await _each(
-        lambda place: _tenant(api, operator_key, run, scenario, schedule, place), range(len(schedule.tenants))
-    )
+    cleaning = _cleaning(scenario, schedule, api, operator_key, run)
     try:
+        tenants = await _each(
+            lambda place: _tenant(api, operator_key, run, scenario, schedule, place), range(len(schedule.tenants))
+        )
         base = Base.of(await api.call(tenants[0].key, "GET", "/v1/base-model"))
         per_word = await _tokens_per_word(api, tenants[0].key, base)
         made = Prepared(api, operator_key, base, tenants, Lives(), per_word, canaries)
@@ -106,12 +106,28 @@ async def prepared(
         await _put_on_plans(made, run)
         yield made
     finally:
-        within_s = CLEAN_UP_S + CLEAN_UP_EACH_S * sum(len(tenant.adapters) for tenant in tenants)
         try:
-            async with asyncio.timeout(within_s):
-                await _clean_up(api, operator_key, tenants, run)
-        except TimeoutError:
-            on_step(f"the clean-up took more than {within_s:.0f} s: tenants loadtest-{run}-* may be left at the server")
+            await cleaning.run()
+        finally:
+            if left := cleaning.left():
+                on_left(left)
+
+
+def _cleaning(scenario: Scenario, schedule: Schedule, api: Api, operator_key: str, run: str) -> Cleaning:
+    adapters, tenants = len(schedule.models), len(schedule.tenants)
+    return Cleaning(
+        api,
+        operator_key,
+        [_called(run, name) for name in schedule.tenants],
+        [_called(run, group.name) for group in scenario.tenants if group.plan],
+        erase_s=ERASE_S + ERASE_EACH_S * adapters,
+        close_s=CLOSE_S + CLOSE_EACH_S * tenants,
+    )
+
+
+def _called(run: str, name: str) -> str:
+    """A tenant or a plan, at the server."""
+    return f"loadtest-{run}-{name}"
 
 
 def _canaries(scenario: Scenario) -> dict[str, Any]:
@@ -132,7 +148,7 @@ def _canaries(scenario: Scenario) -> dict[str, Any]:
 async def _tenant(api: Api, key: str, run: str, scenario: Scenario, schedule: Schedule, place: int) -> Tenant:
     name = schedule.tenants[place]
     group = next(one for one in scenario.tenants if one.name == schedule.groups[place])
-    made = await api.call(key, "POST", "/admin/v1/tenants", {"name": f"loadtest-{run}-{name}"})
+    made = await api.call(key, "POST", "/admin/v1/tenants", {"name": _called(run, name)})
     path = f"/admin/v1/tenants/{made['id']}/keys"
     first = await api.call(key, "POST", path, {"label": f"loadtest {run}", "scopes": SCOPES})
     tenant = Tenant(place, name, group, str(made["id"]), str(first["id"]), str(first["secret"]))
@@ -200,15 +216,11 @@ async def _put_on_plans(made: Prepared, run: str) -> None:
     """Last, so that making all this takes nothing from what a plan allows."""
     groups = {tenant.group.name: tenant.group for tenant in made.tenants if tenant.group.plan}
     for name, group in groups.items():
-        await made.api.call(made.operator_key, "POST", "/admin/v1/plans", {"name": _plan(run, name), **group.plan})
+        await made.api.call(made.operator_key, "POST", "/admin/v1/plans", {"name": _called(run, name), **group.plan})
     for tenant in made.tenants:
         if tenant.group.plan:
-            body = {"plan": _plan(run, tenant.group.name)}
+            body = {"plan": _called(run, tenant.group.name)}
             await made.api.call(made.operator_key, "PATCH", f"/admin/v1/tenants/{tenant.id}", body)
-
-
-def _plan(run: str, group: str) -> str:
-    return f"loadtest-{run}-{group}"
 
 
 async def off_plans(made: Prepared) -> None:
@@ -216,25 +228,6 @@ async def off_plans(made: Prepared) -> None:
     for tenant in made.tenants:
         if tenant.group.plan:
             await made.api.call(made.operator_key, "PATCH", f"/admin/v1/tenants/{tenant.id}", {"plan": "default"})
-
-
-async def _clean_up(api: Api, operator_key: str, tenants: Sequence[Tenant], run: str) -> None:
-    """As far as the server lets us: it may be the one thing that does not work any more."""
-
-    async def clean(tenant: Tenant) -> None:
-        with suppress(ServerRefused, ServerUnreachable):
-            body = {"plan": "default", "suspended": False}
-            await api.call(operator_key, "PATCH", f"/admin/v1/tenants/{tenant.id}", body)
-        for adapter in tenant.adapters:
-            with suppress(ServerRefused, ServerUnreachable):
-                await api.call(tenant.key, "DELETE", f"/v1/adapters/{adapter.name}?force=true")
-        with suppress(ServerRefused, ServerUnreachable):
-            await api.call(operator_key, "PATCH", f"/admin/v1/tenants/{tenant.id}", {"suspended": True})
-
-    await _each(clean, tenants)
-    for group in {tenant.group.name for tenant in tenants if tenant.group.plan}:
-        with suppress(ServerRefused, ServerUnreachable):
-            await api.call(operator_key, "DELETE", f"/admin/v1/plans/{_plan(run, group)}")
 
 
 async def _each(work: Callable[..., Awaitable[Any]], wanted: Iterable[Any]) -> list[Any]:

@@ -54,9 +54,12 @@ async def run(
     *,
     on_progress: Callable[[Progress], None] | None = None,
     on_step: Callable[[str], None] = lambda text: None,
+    on_left: Callable[[Sequence[str]], None] = lambda left: None,
     stop: Stop | None = None,
 ) -> Run:
     """The whole run, saved in the options' folder; `on_step` is told what is done now, `stop` ends the sending early.
+
+    `on_left` is told what could not be taken away at the end, by name; a stack of ours goes as a whole.
 
     Raises:
         ScenarioInvalid: the target cannot do what it asks for. ServerRefused, ServerUnreachable, CannotPlay: nothing
@@ -65,9 +68,12 @@ async def run(
     check(scenario, target)
     schedule = schedule_of(scenario, shard=options.shard)
     stop = stop or Stop()
+    of_another = target.kind == "url"
     async with Api(target.url) as api:
         on_step(f"making {len(schedule.tenants)} tenants and {len(schedule.models)} adapters")
-        async with prepared(scenario, schedule, api, target.operator_key, on_step=on_step) as made:
+        async with prepared(
+            scenario, schedule, api, target.operator_key, on_left=on_left if of_another else _forget
+        ) as made:
             on_step(f"sending {len(schedule.planned)} requests in {schedule.end / 1e9:.0f} s")
             before = await _reading(target, api)
             samples, lateness, actions = await _play(scenario, schedule, target, made, options, on_progress, stop)
@@ -90,6 +96,10 @@ async def run(
             )
             await asyncio.to_thread(results.save, found, options.folder)  # a broken server may not let us clean up
             return found
+
+
+def _forget(_: Sequence[str]) -> None:
+    pass
 
 
 async def _play(

@@ -1,10 +1,13 @@
 """A run as a whole: what it finds, what it leaves at the server, and what it says where there is nothing to run."""
 
+import asyncio
 import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +15,8 @@ import httpx
 import numpy as np
 
 from loadtests import gates, metrics, results
+from loadtests.api import Api
+from loadtests.cleaning import Cleaning
 from loadtests.fake_stack import FakeStack, fake_stack
 from loadtests.recording import Outcome
 from loadtests.running import Options, run
@@ -131,7 +136,7 @@ COMMAND: Final = {"kind": "command", "at_s": 0.1, "command": ["sh", "-c", 'test 
 
 async def test_a_run_is_kept_though_the_server_breaks(tmp_path: Path) -> None:
     """A name that goes back after its adapter was deleted, and a job for which there is no worker, are errors of their
-    actions; what was measured is on the disk before the clean-up."""
+    actions; what was measured is on the disk before the clean-up, which leaves nothing to use or to pay."""
     scenario, folder = one_adapter_that_goes(), tmp_path / "out"
     folder.mkdir()
     async with fake_stack(scenario.stack, tmp_path / "stack") as stack:
@@ -139,6 +144,7 @@ async def test_a_run_is_kept_though_the_server_breaks(tmp_path: Path) -> None:
         made = await run(scenario, stack, Options(folder, begun_within_s=1))
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert not [path for path in files if stack.operator_key.encode() in path.read_bytes()]
+        left = await left_at(stack)
     found = results.load(folder)
     assert found.events == made.events
     told = {event.kind: event.error for event in found.events}
@@ -147,6 +153,63 @@ async def test_a_run_is_kept_though_the_server_breaks(tmp_path: Path) -> None:
     assert "still running" in told["command"]
     assert "over before" in told["rotate-key"]
     assert metrics.of(select(found), "actions.failed").value == 4
+    assert left == Left(adapters=0, files=0, jobs=0, live_keys=0, free_tenants=0)
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a load test has left at a server."""
+
+    adapters: int
+    files: int
+    jobs: int
+    live_keys: int
+    free_tenants: int
+
+
+async def left_at(stack: FakeStack) -> Left:
+    """Jobs are told to their tenant alone, who is let in once more."""
+    async with Api(stack.url) as api:
+        operator = partial(api.call, stack.operator_key)
+        tenants = (await operator("GET", "/admin/v1/tenants"))["data"]
+        ids = [one["id"] for one in tenants if one["name"].startswith("loadtest-")]
+        kept = (await operator("GET", "/admin/v1/storage/tenants"))["data"]
+        keys = [key for one in ids for key in (await operator("GET", f"/admin/v1/tenants/{one}/keys"))["data"]]
+        jobs = []
+        for one in ids:
+            await operator("PATCH", f"/admin/v1/tenants/{one}", {"suspended": False})
+            key = (await operator("POST", f"/admin/v1/tenants/{one}/keys", {"scopes": ["training"]}))["secret"]
+            jobs += (await api.call(key, "GET", "/v1/fine_tuning/jobs"))["data"]
+    return Left(
+        adapters=sum(one["adapters"] for one in kept),
+        files=sum(one["files"] for one in kept),
+        jobs=len(jobs),
+        live_keys=sum(key["revoked_at"] is None for key in keys),
+        free_tenants=sum(one["suspended_at"] is None for one in tenants),
+    )
+
+
+async def test_what_could_not_be_cleaned_is_named() -> None:
+    """At a server that answers nobody, in the time that there is for it, and at one that is not there."""
+
+    async def silent(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await gone.wait()
+        writer.close()
+
+    gone = asyncio.Event()
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with Api(f"http://127.0.0.1:{port}") as api:
+            cleaning = Cleaning(api, "key", ["loadtest-1-a", "loadtest-1-b"], ["loadtest-1-p"], 0.1, 0.1)
+            await cleaning.run()
+        gone.set()
+    tenants = [f"loadtest-1-{name}: not erased; not closed" for name in "ab"]
+    assert cleaning.left() == [*tenants, "loadtest-1-p: not deleted"]
+    async with Api("http://127.0.0.1:9") as api:
+        cleaning = Cleaning(api, "key", ["loadtest-1-a"])
+        await cleaning.run()
+    assert len(cleaning.left()) == 1
+    assert cleaning.left()[0].startswith("loadtest-1-a: tenant: http://127.0.0.1:9 does not answer")
 
 
 def one_adapter_that_goes() -> Scenario:
