@@ -29,6 +29,7 @@ FACTS: Final = frozenset(
     | {name for name in metrics.SCALARS if name.startswith(("requests.", "tokens.", "hit_ratio"))}
 )
 """What a late generator does not change."""
+LATENESS: Final = "lateness_ms"
 RESAMPLED: Final = frozenset({"rate", "goodput", "goodput_share", "error_share", "refused_share", "cached_share"}) | {
     "tokens_per_s",
     "prompt_tokens_per_s",
@@ -70,8 +71,7 @@ def judge(run: Run, baseline: Run | None = None) -> list[Verdict]:
         " ".join(doubts) or "It was.",
         samples=len(run.samples.rows),
     )
-    late = _lateness(run)
-    return [soundness, *(_verdict(run, Gate.model_validate(one), baseline, late) for one in run.scenario["gates"])]
+    return [soundness, *(_verdict(run, Gate.model_validate(one), baseline) for one in run.scenario["gates"])]
 
 
 def exit_code(verdicts: Sequence[Verdict], run: Run) -> int:
@@ -84,6 +84,10 @@ def exit_code(verdicts: Sequence[Verdict], run: Run) -> int:
 
 def doubts_of(run: Run) -> list[str]:
     """Why the run as a whole proves nothing, a sentence each."""
+    return [*_missing(run), *_late(select(run))]
+
+
+def _missing(run: Run) -> list[str]:
     rows = run.samples.rows
     timed = run.schedule.planned["at"][rows["index"]] != ABSENT  # a closed loop has more to ask than it can
     unsent = int(((rows["outcome"] == Outcome.UNSENT) & timed).sum())
@@ -93,35 +97,51 @@ def doubts_of(run: Run) -> list[str]:
         *([f"{unsent} requests were never sent."] if unsent else []),
         *([f"{planned - told} of {planned} planned requests left no sample."] if told < planned else []),
         *(["Nothing was planned."] if not planned else []),
-        *([late] if (late := _lateness(run)) else []),
     ]
 
 
 def doubts_of_baseline(run: Run, baseline: Run) -> list[str]:
     """Why a comparison with that earlier run proves nothing, a sentence each."""
+    return _doubts_of_baseline(run, baseline, _late(select(baseline)))
+
+
+def _doubts_of_baseline(run: Run, baseline: Run, late: Sequence[str]) -> list[str]:
     other = sorted(name for name in _LOAD if run.scenario.get(name) != baseline.scenario.get(name))
     return [
-        *(f"Of the baseline: {doubt}" for doubt in doubts_of(baseline)),
+        *(f"Of the baseline: {doubt}" for doubt in (*_missing(baseline), *late)),
         *([f"The baseline is of another load: its {', '.join(other)} differ."] if other else []),
     ]
 
 
-def _lateness(run: Run) -> str:
+def _late(chosen: Selected) -> list[str]:
+    """Whether these requests were sent late in one of their phases, of its own: others do not make up for it.
+
+    Those of a closed loop have no time to be late for.
+    """
+    run = chosen.run
     bound = float(run.scenario.get("late_ms") or 25.0)
-    worst = max((one.p99_us / 1e3 for one in run.lateness), default=0.0)
-    if worst <= bound:
-        return ""
-    return f"The generator was late: it sent {worst:.3g} ms after its time at p99, more than {bound:g} ms."
+    found = {}
+    for phase in chosen.phases:
+        at = chosen.at[chosen.planned["phase"] == phase]
+        found[phase] = metrics.of(Selected(run, at), f"{LATENESS}.p99").value
+    late = {phase: ms for phase, ms in found.items() if ms > bound}
+    if not late:
+        return []
+    phase = max(late, key=late.__getitem__)
+    name = run.scenario["phases"][phase]["name"]
+    return [
+        f"The generator was late in {name}: it sent {late[phase]:.3g} ms after its time at p99, more than {bound:g} ms."
+    ]
 
 
-def _verdict(run: Run, gate: Gate, baseline: Run | None, late: str) -> Verdict:
+def _verdict(run: Run, gate: Gate, baseline: Run | None) -> Verdict:
     ours, theirs, interval = _measured(run, gate, baseline)
     value = ours.value if theirs is None else statistics.ratio(ours.value, theirs.value)
     samples = min(ours.samples, ours.samples if theirs is None else theirs.samples)
     bound, needed = _bound(gate), _needed(gate)
     if gate.ratio_to_baseline and baseline is None:
         judgement, reason = Judgement.INCONCLUSIVE, "No baseline was given."
-    elif gate.ratio_to_baseline and baseline is not None and (doubts := doubts_of_baseline(run, baseline)):
+    elif gate.ratio_to_baseline and baseline is not None and (doubts := _doubts_of_ratio(run, baseline, gate)):
         judgement, reason = Judgement.INCONCLUSIVE, " ".join(doubts)
     elif math.isnan(value):
         judgement, reason = Judgement.INCONCLUSIVE, metrics.untold(run, gate.metric)
@@ -129,19 +149,42 @@ def _verdict(run: Run, gate: Gate, baseline: Run | None, late: str) -> Verdict:
         judgement, reason = Judgement.INCONCLUSIVE, "What it is compared with is 0, which any value reaches."
     elif samples < needed:
         judgement, reason = Judgement.INCONCLUSIVE, f"{samples} samples are too few: it needs {needed}."
-    elif late and gate.metric not in FACTS:
-        judgement, reason = Judgement.INCONCLUSIVE, late
+    elif late := _late_for(run, gate):
+        judgement, reason = Judgement.INCONCLUSIVE, late[0]
     else:
         judgement, reason = _judgement(gate, value, interval)
     return Verdict(words(gate), judgement, reason, gate.metric, value, bound, samples, interval)
+
+
+def _late_for(run: Run, gate: Gate) -> list[str]:
+    """Whether what the gate is about, or what it is compared with in the run, was sent too late to tell."""
+    if _is_fact(gate.metric):
+        return []
+    late = _late(select(run, phase=gate.phase, tenants=gate.tenants))
+    return late or _late(_reference(run, gate))
+
+
+def _doubts_of_ratio(run: Run, baseline: Run, gate: Gate) -> list[str]:
+    late = [] if _is_fact(gate.metric) else _late(select(baseline, phase=gate.phase, tenants=gate.tenants))
+    return _doubts_of_baseline(run, baseline, late)
+
+
+def _is_fact(metric: str) -> bool:
+    """How late requests were sent is one itself."""
+    return metric in FACTS or metrics.split(metric)[0] == LATENESS
+
+
+def _reference(run: Run, gate: Gate) -> Selected:
+    """What a gate is compared with in the same run: its own requests where that is nothing."""
+    phase, tenants = gate.ratio_to_phase or gate.phase, gate.ratio_to_tenants or gate.tenants
+    return select(run, phase=phase, tenants=tenants)
 
 
 def _measured(run: Run, gate: Gate, baseline: Run | None) -> tuple[Figure, Figure | None, tuple[float, float] | None]:
     chosen = select(run, phase=gate.phase, tenants=gate.tenants)
     ours = metrics.of(chosen, gate.metric)
     if gate.ratio_to_phase or gate.ratio_to_tenants:
-        phase, tenants = gate.ratio_to_phase or gate.phase, gate.ratio_to_tenants or gate.tenants
-        return ours, metrics.figure(run, gate.metric, phase=phase, tenants=tenants), None
+        return ours, metrics.of(_reference(run, gate), gate.metric), None
     if gate.ratio_to_baseline and baseline is not None:
         other = select(baseline, phase=gate.phase, tenants=gate.tenants)
         return ours, metrics.of(other, gate.metric), ratio_interval(gate.metric, chosen, other)

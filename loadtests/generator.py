@@ -187,8 +187,9 @@ class Sender:
         return {name: tally.told() for name, tally in self.tallies.items()}
 
     def lateness(self, process: int, rows: Array, cpu_share: float) -> Lateness:
-        """How far after their times the requests were sent; 0 in a closed loop, which has no times."""
-        sent = rows[rows["sent"] != ABSENT]
+        """How far after their times the requests were sent, of those that had one: in a closed loop none has."""
+        timed = self._planned["at"][np.searchsorted(self.indices, rows["index"])] != ABSENT
+        sent = rows[timed & (rows["sent"] != ABSENT)]
         late_us = (sent["sent"] - sent["scheduled"]) / 1_000
         if not len(late_us):
             return Lateness(process, 0.0, 0.0, 0.0, cpu_share, self._idle_callers)

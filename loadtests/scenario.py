@@ -360,7 +360,7 @@ class Scenario(Part):
     phases: tuple[Phase, ...] = Field(min_length=1)
     gates: tuple[Gate, ...] = Field(min_length=1)
     objective: Objective = Objective()
-    late_ms: Positive = Field(25.0, description="a generator that sends later than this at p99 proves nothing")
+    late_ms: Positive = Field(25.0, description="a phase that is sent later than this at p99 proves nothing")
     timeout_s: Positive = Field(60.0, description="of one request, from sending")
     answers_learned: Literal["before", "after"] = Field(
         "before", description="when adapters are asked for the canaries' answers; `after` leaves them cold"

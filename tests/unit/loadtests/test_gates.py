@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from loadtests import gates, metrics, points, report, results
 from loadtests.gates import Judgement
-from loadtests.recording import ABSENT, TIERS, Array, Event, Lateness, Outcome, Run, VersionLife
+from loadtests.recording import ABSENT, TIERS, Array, Event, Outcome, Run, VersionLife
 from loadtests.scenario import Gate
 from tests.unit.loadtests.runs import MS, S, Shape, run_of, with_gates
 
@@ -243,9 +243,8 @@ def test_a_baseline_that_proves_nothing_is_not_compared_with() -> None:
     """One that was late or broken off, and one of another load."""
     run = run_of(gates=[{"metric": "goodput", "ratio_to_baseline": True, "at_least": 0.1}])
     assert _only(run, run).judgement is Judgement.PASS
-    late = (Lateness(0, 50.0, 60_000.0, 90_000.0, 0.9),)
     for baseline, why in (
-        (run_of(lateness=late), "late"),
+        (run_of(change=_late_sends), "late"),
         (run_of(unfinished="it was interrupted"), "interrupted"),
         (run_of(Shape(rate=30.0)), "another load: its phases"),
     ):
@@ -256,14 +255,54 @@ def test_a_baseline_that_proves_nothing_is_not_compared_with() -> None:
 
 def test_a_late_generator_is_inconclusive_but_a_wrong_adapter_stays_a_failure() -> None:
     """Exit 3 where only times were judged; what the server did wrong it did."""
-    late = (Lateness(0, 50.0, 60_000.0, 90_000.0, 0.9),)
     timed, mixed = {"metric": "ttft_ms.p50", "at_most": 1}, {"metric": "wrong_adapter", "at_most": 0}
-    run = run_of(gates=[timed, mixed], lateness=late)
+
+    def late_and_mixed(planned: Array, rows: Array) -> None:
+        _late_sends(planned, rows)
+        _other_answer(planned, rows)
+
+    run = run_of(gates=[timed, mixed], change=_late_sends)
     verdicts = gates.judge(run)
     assert [one.judgement for one in verdicts] == ["inconclusive", "inconclusive", "pass"]
+    assert verdicts[1].reason.startswith("The generator was late in only: it sent 80 ms after its time at p99")
     assert gates.exit_code(verdicts, run) == gates.INCONCLUSIVE
-    red = run_of(gates=[timed, mixed], lateness=late, change=_other_answer)
+    red = run_of(gates=[timed, mixed], change=late_and_mixed)
     assert gates.exit_code(gates.judge(red), red) == gates.FAILED
+
+
+def test_lateness_is_judged_where_it_was() -> None:
+    """One in 150 of a run, all in one phase and of one group: only gates on these, or held against them, are open."""
+
+    def few_late(planned: Array, rows: Array) -> None:
+        late = np.flatnonzero((planned["phase"] == 1) & (planned["tenant"] == 0))[:8]
+        rows["sent"][late] += 80 * MS
+
+    def gate(phase: str, tenants: str, **more: Any) -> Mapping[str, Any]:
+        return {"metric": "ttft_ms.p50", "phase": phase, "tenants": tenants, "at_most": 60, **more}
+
+    told = [
+        gate("calm", "loud"),
+        gate("busy", "quiet"),
+        gate("busy", "loud"),
+        gate("calm", "loud", ratio_to_phase="busy"),
+        gate("busy", "quiet", ratio_to_tenants="loud"),
+        {"metric": "ttft_ms.p50", "at_most": 60},
+        {"metric": "lateness_ms.p99", "phase": "busy", "at_most": 20},
+    ]
+    shape = Shape(phases=("calm", "busy"), groups={"loud": 1, "quiet": 1}, rate=30)
+    run = run_of(shape, gates=told, change=few_late)
+    judged = ["pass", "pass", *["inconclusive"] * 4, "fail"]
+    assert [one.judgement for one in gates.judge(run)] == ["inconclusive", *judged]
+
+
+def test_a_closed_loop_dilutes_no_lateness() -> None:
+    """Its requests have no time to be late for, however many they are."""
+
+    def mostly_closed(planned: Array, rows: Array) -> None:
+        planned["at"][5:], planned["caller"][5:] = ABSENT, 0
+        rows["sent"][:5] += 80 * MS
+
+    assert "was late in only" in gates.doubts_of(run_of(Shape(rate=100), change=mostly_closed))[0]
 
 
 @pytest.mark.parametrize(
