@@ -1,6 +1,8 @@
 """Processes of a stack, which end with it."""
 
 import asyncio
+import math
+import os
 import signal
 import subprocess
 import time
@@ -41,6 +43,18 @@ class Child:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+
+    def kill_all(self) -> None:
+        """It and all that it has started."""
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    async def ended(self) -> int:
+        """Its exit code, once it has one."""
+        assert self.process is not None
+        await self._ends(math.inf)
+        return self.process.wait()
 
     async def stop(self) -> None:
         """It finishes what runs."""

@@ -81,7 +81,7 @@ def run(
     from loadtests.scenario import read
     from loadtests.stacks import UrlTarget
 
-    with _fault_written(out, Path(scenario).stem), told():
+    with fault_written(out, Path(scenario).stem), told():
         wanted = read(Path(scenario), profile=profile)
         one_of(target, stack)
         folder = out or Path("loadtest-results") / f"{wanted.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -118,7 +118,7 @@ async def _run(
     from loadtests.live import Display
     from loadtests.running import run as run_scenario
 
-    stop = _stopped_by_signals()
+    stop = stopped_by_signals()
     async with stack_or_target(scenario, given, stack, base_model, options.folder) as target:
         if quiet:
             return await run_scenario(scenario, target, options, on_left=say_left, stop=stop)
@@ -128,7 +128,7 @@ async def _run(
             )
 
 
-def _stopped_by_signals() -> "Stop":
+def stopped_by_signals() -> "Stop":
     """Ctrl-C, or the SIGTERM of a CI whose time is up: while requests are sent it ends that, otherwise all."""
     from loadtests.running import Stop
 
@@ -262,7 +262,7 @@ def cannot(text: str) -> NoReturn:
 
 
 @contextmanager
-def _fault_written(folder: Path | None, name: str) -> Iterator[None]:
+def fault_written(folder: Path | None, name: str) -> Iterator[None]:
     """A folder that is used again has no earlier run's verdicts, and says so where this one could not be run."""
     from loadtests import results
 

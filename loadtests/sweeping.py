@@ -1,7 +1,7 @@
 """Looks for the knee: the same load at one rate after another, up to where answers no longer keep the objective."""
 
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from loadtests import gates
 from loadtests.points import GOAL, Knee, Point, points_of
 from loadtests.recording import ABSENT, Array, Run, Samples
 from loadtests.records import merged
+from loadtests.running import INTERRUPTED
 from loadtests.scenario import (
     Arrivals,
     Closed,
@@ -37,6 +38,10 @@ class SweepInconclusive(Exception):
     """A point that proves nothing; the text says why."""
 
 
+class SweepInterrupted(SweepInconclusive):
+    """A point that was not sent to its end, for it was interrupted."""
+
+
 async def sweep(
     measure: Measure,
     scenario: Scenario,
@@ -48,41 +53,47 @@ async def sweep(
     phase: str | None = None,
     duration_s: float | None = None,
     warm_up_s: float = 3.0,
-) -> list[Run]:
+) -> AsyncIterator[Run]:
     """Runs at rates doubled from `first` to the knee or `most`, then between the last two until it is known `within`.
 
     Raises:
-        SweepInconclusive: a generator was late, and again, or nothing was sent. ScenarioInvalid: its load has no rate.
+        SweepInconclusive: a generator was late, and again, or nothing was sent. SweepInterrupted. ScenarioInvalid: its
+        load has no rate.
     """
-    runs: list[Run] = []
-
-    async def keeps(rate: float) -> bool:
+    kept, broken, rate = 0.0, math.inf, first
+    while True:
         made = at_rate(scenario, rate, phase=phase, duration_s=duration_s, warm_up_s=warm_up_s)
-        run = await measure(made)
-        if gates.doubts_of(run):
-            run = await measure(made)
-        if doubts := gates.doubts_of(run):
-            raise SweepInconclusive(f"At {rate:g} requests a second, twice: {' '.join(doubts)}")
-        points = points_of(run)
-        if not points:
-            raise SweepInconclusive(f"At {rate:g} requests a second nothing was sent.")
-        runs.append(replace(run, readings={**run.readings, "goal": level}))
-        return points[0].kept_share >= level
-
-    kept, rate = 0.0, first
-    while await keeps(rate):
-        kept = rate
-        if rate >= most:
-            return runs
-        rate = min(2 * rate, most)
-    broken = rate
-    while kept and broken / kept > 1 + within:
-        middle = math.sqrt(kept * broken)
-        if await keeps(middle):
-            kept = middle
+        run = await _measured(measure, made, rate)
+        yield replace(run, readings={**run.readings, "goal": level})
+        if points_of(run)[0].kept_share >= level:
+            kept = rate
         else:
-            broken = middle
-    return runs
+            broken = rate
+        if broken == math.inf and rate < most:
+            rate = min(2 * rate, most)
+        elif broken < math.inf and kept and broken / kept > 1 + within:
+            rate = math.sqrt(kept * broken)
+        else:
+            return
+
+
+async def _measured(measure: Measure, made: Scenario, rate: float) -> Run:
+    """A run that tells something: a generator that was late has a second chance."""
+    run = await _to_the_end(measure, made)
+    if gates.doubts_of(run):
+        run = await _to_the_end(measure, made)
+    if doubts := gates.doubts_of(run):
+        raise SweepInconclusive(f"At {rate:g} requests a second, twice: {' '.join(doubts)}")
+    if not points_of(run):
+        raise SweepInconclusive(f"At {rate:g} requests a second nothing was sent.")
+    return run
+
+
+async def _to_the_end(measure: Measure, made: Scenario) -> Run:
+    run = await measure(made)
+    if run.unfinished == INTERRUPTED:
+        raise SweepInterrupted(f"{INTERRUPTED} at {made.phases[-1].name}")
+    return run
 
 
 def at_rate(

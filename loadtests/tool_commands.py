@@ -4,17 +4,20 @@ import asyncio
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from loadtests.commands import Stack, cannot, stack_or_target, told
+from loadtests.commands import Stack, cannot, stack_or_target, stopped_by_signals, told
 from loadtests.commands import app as app
 
 if TYPE_CHECKING:
     from loadtests.crosschecking import Load
     from loadtests.figures import Row
     from loadtests.playing import Server
+
+
+INCONCLUSIVE: Final = 3
 
 
 class Tool(StrEnum):
@@ -51,7 +54,10 @@ def crosscheck(
     output_tokens: Annotated[int, typer.Option(min=2)] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="In each the tools take turns.")] = 3,
 ) -> None:
-    """Our TTFT p50 and throughput beside another tool's, of the same load. Exit code 1: more than 5 % off."""
+    """Our TTFT p50 and throughput beside another tool's, of the same load.
+
+    Exit code 1: more than 5 % off. 3: it was interrupted after something was measured.
+    """
     from loadtests.crosschecking import CannotCompare, Load
     from loadtests.figures import exit_code
     from loadtests.playing import Server
@@ -61,10 +67,16 @@ def crosscheck(
     load = Load(requests, rate, callers, prompt_tokens, output_tokens)
     with told(), tempfile.TemporaryDirectory(prefix="tailor-crosscheck-") as folder:
         given = None if target is None else (Server(target, model), api_key)
+        turns: list[str] = []
         try:
-            rows = asyncio.run(_crosscheck(load, given, tokenizer, stack, base_model, rounds, Path(folder)))
+            rows = asyncio.run(_crosscheck(load, given, tokenizer, stack, base_model, rounds, Path(folder), turns))
         except CannotCompare as error:
             cannot(str(error))
+        except asyncio.CancelledError:
+            if not turns:
+                raise
+            typer.echo(f"tailor: it was interrupted after {len(turns)} of {4 * rounds} turns", err=True)
+            raise typer.Exit(INCONCLUSIVE) from None
     raise typer.Exit(exit_code(rows))
 
 
@@ -76,20 +88,27 @@ async def _crosscheck(
     base_model: Path | None,
     rounds: int,
     folder: Path,
+    turns: list[str],
 ) -> "list[Row]":
+    """The figures; `turns` grows while they are measured."""
     from loadtests.api import Api
     from loadtests.crosschecking import Check
     from loadtests.figures import tell
     from loadtests.playing import Server
     from loadtests.preparing import prepared
 
+    def seen(text: str) -> None:
+        turns.append(text)
+        typer.echo(text, err=True)
+
     async def rows(check: Check) -> "list[Row]":
         found = []
-        async for one in check.rows(rounds):
+        async for one in check.rows(rounds, seen):
             tell([one])
             found.append(one)
         return found
 
+    stopped_by_signals()
     if given is not None:
         return await rows(Check(*given, tokenizer, load, folder))
     plain = load.scenario(paced=True, seed=1)

@@ -1,6 +1,7 @@
 """The knee of a stack of fakes, found by `tailor loadtest sweep`, and what `tailor loadtest plan` makes of it."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import pytest
 import yaml
 
 from gateway import cli
-from loadtests import results
+from loadtests import gates, results
 from loadtests.fitting import Room
 from loadtests.planning import Model
 from loadtests.points import knee_of, points_of
 from loadtests.scenario import Objective
+from tests.integration.loadtests.tools import tool
 
 Tailor = Callable[..., tuple[int, str]]
 
@@ -91,6 +93,34 @@ def test_a_sweep_finds_a_knee_and_a_plan_comes_of_it(tailor: Tailor, tmp_path: P
     assert "step takes 2" in " ".join(made["assumptions"])
     code, told = tailor("sweep", written(tmp_path, replicas=1), "--from", 3)
     assert (code, "--stack fake" in told) == (2, True)
+
+
+def test_a_sweep_that_is_interrupted_keeps_what_it_measured(tmp_path: Path) -> None:
+    """SIGTERM after the first rate: a run with that one, never green, and no process is left."""
+    words = ("--from", 3, "--duration-s", 3, "--warm-up-s", 0, "--stack", "fake", "--out", tmp_path / "out")
+    with tool("sweep", written(tmp_path, replicas=1, tenants=1), *words) as sweep:
+        assert sweep.says("requests/s offered")
+        sweep.process.terminate()
+        said = sweep.last_words()
+        assert sweep.left() == []
+    assert sweep.process.returncode == gates.INCONCLUSIVE, said
+    assert "the knee was not found: it was interrupted" in said
+    run = results.load(tmp_path / "out")
+    assert run.unfinished
+    assert [phase["name"] for phase in run.scenario["phases"]] == ["rate-3"]
+    assert "<testsuite" in (tmp_path / "out" / "junit.xml").read_text()
+
+
+def test_a_crosscheck_that_is_interrupted_has_said_what_it_measured(tmp_path: Path) -> None:
+    """Ctrl-C after the first turn: exit code 3, and neither a stack nor the other tool is left."""
+    words = ("--tokenizer", tmp_path, "--requests", 20, "--rate", 40)
+    with tool("crosscheck", "vllm", *words) as check:
+        assert check.says("round 1, ours: ")
+        check.process.send_signal(signal.SIGINT)
+        said = check.last_words()
+        assert check.left() == []
+    assert check.process.returncode == gates.INCONCLUSIVE, said
+    assert "interrupted after 1 of 12 turns" in said
 
 
 @pytest.mark.full

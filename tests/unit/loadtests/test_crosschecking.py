@@ -1,6 +1,8 @@
 """The comparison with another tool: the same load for both, and figures counted alike."""
 
+import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,3 +61,17 @@ def test_six_percent_off_is_too_much_on_either_side() -> None:
     assert row("ttft_p50_off", [94.0, 10.0, 900.0], [100.0]).value == pytest.approx(0.06)
     assert not row("requests_per_s_off", [106.0], [100.0]).ok
     assert row("ttft_p50_off", [96.0], [100.0]).ok
+
+
+async def test_the_other_tool_ends_with_the_check(check: Check) -> None:
+    """Whoever it has started, too."""
+    script = f"sleep 600 & echo $! > {check.folder}/new; mv {check.folder}/new {check.folder}/pid; wait"
+    theirs = asyncio.create_task(replace(check, other=("sh", "-c", script)).theirs(paced=True, seed=1))
+    while not (check.folder / "pid").exists():
+        await asyncio.sleep(0.01)
+    theirs.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await theirs
+    state = Path("/proc") / (check.folder / "pid").read_text().strip() / "stat"
+    while state.exists() and state.read_text().split()[2] != "Z":
+        await asyncio.sleep(0.01)

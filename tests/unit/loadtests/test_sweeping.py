@@ -63,7 +63,7 @@ POISSON = {"law": "poisson", "rate": 5.0}
 async def test_rates_double_then_close_in_on_the_knee() -> None:
     """Up to the first that is too much, then between the last two until they are within what was asked."""
     server = Server(37.0)
-    runs = await sweep(server.measure, scenario(POISSON), first=5, most=1_000, within=0.05)
+    runs = [one async for one in sweep(server.measure, scenario(POISSON), first=5, most=1_000, within=0.05)]
     assert server.tried[:5] == [5, 10, 20, 40, pytest.approx(math.sqrt(800))]
     found = knee_of(points_of(joined(runs)))
     assert found.reached
@@ -73,7 +73,7 @@ async def test_rates_double_then_close_in_on_the_knee() -> None:
 async def test_a_knee_beyond_the_highest_rate_is_not_reached() -> None:
     """The highest is tried, and what is known of the knee is that it lies above."""
     server = Server(1e9)
-    runs = await sweep(server.measure, scenario(POISSON), first=5, most=12)
+    runs = [one async for one in sweep(server.measure, scenario(POISSON), first=5, most=12)]
     assert server.tried == [5, 10, 12]
     found = knee_of(points_of(joined(runs)))
     assert not found.reached
@@ -83,10 +83,10 @@ async def test_a_knee_beyond_the_highest_rate_is_not_reached() -> None:
 async def test_a_late_generator_is_given_a_second_chance_only() -> None:
     """A point of a generator that was late is measured again; late twice, there is no knee to tell."""
     once = Server(37.0, late=1)
-    assert await sweep(once.measure, scenario(POISSON), first=5, most=5)
+    assert [one async for one in sweep(once.measure, scenario(POISSON), first=5, most=5)]
     assert once.tried == [5, 5]
     with pytest.raises(SweepInconclusive, match="twice: The generator was late"):
-        await sweep(Server(37.0, late=2).measure, scenario(POISSON), first=5, most=5)
+        [one async for one in sweep(Server(37.0, late=2).measure, scenario(POISSON), first=5, most=5)]
 
 
 def test_the_knee_lies_between_two_rates() -> None:
@@ -100,7 +100,8 @@ def test_the_knee_lies_between_two_rates() -> None:
 async def test_a_sweep_that_found_its_knee_fails_for_wrong_answers_and_errors_only() -> None:
     """That its highest rates break the objective is what they are for; one at which nothing is sent tells nothing."""
     server = Server(7.0)
-    whole = joined(await sweep(server.measure, scenario(POISSON), first=5, most=20, level=0.8))
+    runs = [one async for one in sweep(server.measure, scenario(POISSON), first=5, most=20, level=0.8)]
+    whole = joined(runs)
     assert goal_of(whole) == 0.8
     made = at_rate(scenario(POISSON), 5)
     assert [(gate.metric, gate.phase, gate.at_most) for gate in made.gates] == [
@@ -116,7 +117,7 @@ async def test_a_sweep_that_found_its_knee_fails_for_wrong_answers_and_errors_on
         return replace(run, samples=nothing, schedule=replace(run.schedule, planned=run.schedule.planned[:0]))
 
     with pytest.raises(SweepInconclusive, match="othing was"):
-        await sweep(silent, scenario(POISSON), first=5, most=5)
+        [one async for one in sweep(silent, scenario(POISSON), first=5, most=5)]
 
 
 def test_a_phase_at_another_rate_keeps_its_shares(tmp_path: Path) -> None:
