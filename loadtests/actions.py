@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from loadtests.api import ServerRefused, ServerUnreachable
-from loadtests.children import StackFailed
+from loadtests.children import WITH_PARENT, StackFailed
 from loadtests.occurrences import Occurrence, occurrences, tenants_of
 from loadtests.playing import Keys
 from loadtests.preparing import Prepared
@@ -210,6 +210,7 @@ class Actions:
     async def _command(self, command: Sequence[str], ended: asyncio.Task[Any]) -> str:
         """It is killed, and those that it started, where it is still running when the run has `ended`."""
         process = await asyncio.create_subprocess_exec(
+            *WITH_PARENT,
             *command,
             env={**os.environ, "TAILOR_URL": self._target.url},
             stdout=asyncio.subprocess.DEVNULL,

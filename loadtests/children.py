@@ -5,12 +5,15 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+WITH_PARENT: Final = (sys.executable, "-m", "loadtests.with_parent")
+"""Before a command that would go on where this process is killed."""
 STOP_S: Final = 60.0
 LOOK_S: Final = 0.05
 

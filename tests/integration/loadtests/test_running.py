@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,16 +14,19 @@ from typing import Any, Final
 
 import httpx
 import numpy as np
+import yaml
 
 from loadtests import gates, metrics, results
 from loadtests.api import Api
 from loadtests.cleaning import Cleaning
 from loadtests.fake_stack import FakeStack, fake_stack
+from loadtests.folders import own_folder
 from loadtests.recording import Outcome
 from loadtests.running import Options, run
 from loadtests.scenario import ActionKind, Scenario, read
 from loadtests.selection import select
 from loadtests.stacks import UrlTarget
+from tests.integration.loadtests.tools import tool
 
 NS: Final = 1_000_000_000
 
@@ -266,6 +270,26 @@ def test_a_run_that_is_interrupted_is_never_green(tmp_path: Path) -> None:
     found = results.load(tmp_path / "out")
     assert found.unfinished
     assert 0 < (found.samples.rows["outcome"] == Outcome.WHOLE).sum() < len(found.schedule.planned)
+
+
+def test_a_run_that_is_killed_takes_its_processes_along(tmp_path: Path) -> None:
+    """SIGKILL while requests are sent, and a command of the operator's runs; its folder goes at the next start."""
+    told = one_name_that_moves().model_dump(mode="json")
+    told["phases"][0] |= {"duration_s": 60, "actions": [{"kind": "command", "at_s": 0.1, "command": ["sleep", "600"]}]}
+    (tmp_path / "moves.yaml").write_text(yaml.safe_dump(told))
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    words = (tmp_path / "moves.yaml", "--stack", "fake", "--out", tmp_path / "out")
+    with tool("run", *words, TMPDIR=str(temporary)) as killed:
+        assert killed.says(" sent")
+        while not any("sleep 600" in one for one in killed.alive()):
+            time.sleep(0.05)
+        killed.process.kill()
+        killed.process.wait()
+        assert killed.left() == []
+    assert len(list(temporary.iterdir())) == 1
+    with own_folder(temporary) as own:
+        assert list(temporary.iterdir()) == [own]
 
 
 def test_what_cannot_be_run_ends_with_2(tmp_path: Path) -> None:

@@ -33,11 +33,12 @@ class Tool:
     def left(self, within_s: float = 10.0) -> list[str]:
         """Which of the processes that it started are still there, after that time at most."""
         stop = time.monotonic() + within_s
-        while (found := self._alive()) and time.monotonic() < stop:
+        while (found := self.alive()) and time.monotonic() < stop:
             time.sleep(0.05)
         return found
 
-    def _alive(self) -> list[str]:
+    def alive(self) -> list[str]:
+        """Which of the processes that it started there are, and it itself."""
         found = []
         for one in PROC.iterdir():
             try:
