@@ -170,6 +170,7 @@ class OpenSet:
         self._clock = clock
         self._by_tenant = by_tenant
         self._open: dict[Key, _Open] = {}
+        self._idle: OrderedDict[Key, None] = OrderedDict()  # of the open ones; the longest unused first
         self._line: OrderedDict[str, OrderedDict[Key, None]] = OrderedDict()
         self._in_line = 0
         self._closing = 0
@@ -199,20 +200,20 @@ class OpenSet:
         slot = self._open.get(key)
         if slot is not None:
             return not slot.closing
-        return not self._in_line and (
-            len(self._open) < self.limit or any(not slot.in_flight for slot in self._open.values())
-        )
+        return not self._in_line and (len(self._open) < self.limit or len(self._idle) > 0)
 
     def open_free(self, key: Key, busy: Callable[[Key], bool]) -> bool:
         """Open the adapter where a place is free and nobody is in line; `busy` says who has requests waiting."""
         if self._in_line:
             return False
         while len(self._open) >= self.limit:
-            idle = [(slot.used_at, key) for key, slot in self._open.items() if not (slot.in_flight or busy(key))]
-            if not idle:
+            for unused in self._idle:
+                if not busy(unused):
+                    break
+            else:
                 return False
-            self._remove(min(idle)[1])
-        self._open[key] = _Open(self._clock())
+            self._remove(unused)
+        self._add(key)
         return True
 
     def share(self, slots: int, used_by_others: int) -> None:
@@ -246,6 +247,8 @@ class OpenSet:
     def start(self, key: Key, work: int) -> None:
         """A request of an open adapter goes to the engine."""
         slot = self._open[key]
+        if not slot.in_flight:
+            del self._idle[key]
         slot.in_flight += 1
         slot.work += work
         slot.served = True
@@ -256,6 +259,8 @@ class OpenSet:
         slot.in_flight -= 1
         slot.work -= work
         slot.used_at = self._clock()
+        if not slot.in_flight:
+            self._idle[key] = None
         return not slot.in_flight and (slot.closing or self._in_line > 0 or len(self._open) > self.limit)
 
     def turn(self, busy: Callable[[Key], bool]) -> tuple[list[Key], list[Key]]:
@@ -268,7 +273,7 @@ class OpenSet:
         self._leave_places(busy, closed)
         while self._in_line and len(self._open) < self.limit:
             key = self._pop_line()
-            self._open[key] = _Open(self._clock())
+            self._add(key)
             opened.append(key)
             self._stuck_since = None
         self._close_some(closed)
@@ -333,7 +338,12 @@ class OpenSet:
         self._closing = 0
         self._stuck_since = None
 
+    def _add(self, key: Key) -> None:
+        self._open[key] = _Open(self._clock())
+        self._idle[key] = None
+
     def _remove(self, key: Key) -> None:
+        self._idle.pop(key, None)
         if self._open.pop(key).closing:
             self._closing -= 1
 

@@ -382,6 +382,21 @@ def test_an_idle_adapter_gives_way_at_once() -> None:
     assert model.waited[number] == 0
 
 
+def test_the_adapter_gives_way_that_was_unused_longest() -> None:
+    """Of those with nothing to do; one whose request still runs stays, however long ago it came."""
+    model = Model(slots=3)
+    for number, runs_s in ((1, 9.0), (2, 0.1), (3, 0.2)):
+        model.ask(f"t{number}", runs_s, adapter=key(number))
+    model.run(0.3)
+    model.ask("t2", 0.1, adapter=key(2))
+    model.run(0.2)
+    assert model.open_set is not None
+    for newcomer, left in ((4, [1, 2, 4]), (5, [1, 4, 5])):
+        model.ask(f"t{newcomer}", 9.0, adapter=key(newcomer))
+        assert sorted(model.open_set.keys()) == [key(number) for number in left]
+    assert not model.open_set.has_place(key(6))
+
+
 def test_the_base_model_never_waits_for_an_adapters_place() -> None:
     """It has one of its own."""
     model = Model(slots=1)
