@@ -6,6 +6,7 @@ for ever, so each gateway opens no more than that and rotates them. Clocks are i
 """
 
 import heapq
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -376,15 +377,16 @@ class QueueFull(Exception):
 
 
 class Party:
-    """A tenant at one replica's gate."""
+    """A tenant at one replica's gate; `floods` from when it waits or has more than its part until it does neither."""
 
-    __slots__ = ("in_flight", "seen_at", "waiting", "weight")
+    __slots__ = ("floods", "in_flight", "seen_at", "waiting", "weight")
 
     def __init__(self, weight: float) -> None:
         self.weight = weight
         self.in_flight = 0
         self.waiting = 0
         self.seen_at = 0.0
+        self.floods = False
 
     @property
     def is_silent(self) -> bool:
@@ -419,10 +421,13 @@ QueueKey = tuple[TenantId, Key | None]
 class FairGate:
     """Lets requests into one replica's engine, as many as it runs at once.
 
-    An idle server queues nothing. Where all places are taken, the tenant that has had least goes next; and while other
-    tenants have been active in the last `active_s`, a tenant's requests in flight are bounded by its weighted share of
-    the places (one at least; rounded up only while the shares of those who are silent just now stay free), so that a
-    newcomer never waits for a flood's long answers. A request whose adapter is not open waits for that (`OpenSet`).
+    An idle server queues nothing. Where all places are taken, the tenant that has had least goes next. While other
+    tenants have been active in the last `active_s`, each has its weighted share of the places (one at least; rounded up
+    only while the shares of those who are silent just now stay free), and what the calm ones among them leave, those
+    who want more divide by weight: all places but as many as the calm ones had at once lately, and some more. So a
+    newcomer does not wait for a flood's long answers, and a flood among a hundred quiet tenants is not held to a
+    hundredth. A request whose adapter is not open waits for that (`OpenSet`).
+
     With `fair` off: first come, first served.
     """
 
@@ -439,6 +444,11 @@ class FairGate:
         self._weights = 0.0
         self._silent_weights = 0.0  # of the tenants with nothing in flight and nothing waiting
         self._expire_at = 0.0
+        self._flooding_weights = 0.0
+        self._flooding = 0  # in flight, of the tenants that flood
+        self._calm_peak = 0  # the most that the others had in flight, in this stretch of `active_s` and the last
+        self._calm_peak_now = 0  # in this one
+        self._stretch_ends_at = 0.0
         self._ready: dict[QueueKey, Queue] = {}  # their adapters are open
         self._parked: dict[QueueKey, Queue] = {}
         self._numbers = 0
@@ -481,6 +491,7 @@ class FairGate:
         turn.account = self._counters.arrive(turn.tenant, turn.weight)
         party.waiting += 1
         self.waiting += 1
+        self._note_flood(party)
         place: QueueKey = (turn.tenant, turn.key)
         queues = self._ready if self._is_open(turn.key) else self._parked
         queues.setdefault(place, deque()).append(turn)
@@ -499,7 +510,9 @@ class FairGate:
         self._stop_waiting(turn)
         account = turn.account
         assert account is not None
+        assert turn.party is not None
         self._counters.depart(account)
+        self._note_calm(turn.party)
         self._note_silent(turn)
         if not queue and turn.key is not None and self.open_set is not None:
             self.open_set.drop(turn.key)
@@ -514,6 +527,9 @@ class FairGate:
         self._counters.depart(account)
         party.in_flight -= turn.places
         self.in_flight -= turn.places
+        if party.floods:
+            self._flooding -= turn.places
+            self._note_calm(party)
         self._note_silent(turn)
         if turn.key is not None and self.open_set is not None and self.open_set.finish(turn.key, turn.cost):
             self.rotate()
@@ -572,10 +588,13 @@ class FairGate:
             self._weights += turn.weight - party.weight
             if party.is_silent:
                 self._silent_weights += turn.weight - party.weight
+            if party.floods:
+                self._flooding_weights += turn.weight - party.weight
             party.weight = turn.weight
         party.seen_at = now
         if now >= self._expire_at:
             self._expire(now)
+        self._note_peak(now)
         turn.party = party
         return party
 
@@ -604,21 +623,70 @@ class FairGate:
         if party is not None and party.is_silent:
             self._silent_weights += party.weight
 
+    def _note_start(self, party: Party, places: int) -> None:
+        if party.floods:
+            self._flooding += places
+        elif party.in_flight > self._part(party):
+            self._note_flood(party)
+        else:
+            calm = self.in_flight - self._flooding
+            self._calm_peak = max(self._calm_peak, calm)
+            self._calm_peak_now = max(self._calm_peak_now, calm)
+
+    def _note_flood(self, party: Party) -> None:
+        """The tenant waits, or has more than its part."""
+        if not party.floods:
+            party.floods = True
+            self._flooding += party.in_flight
+            self._flooding_weights += party.weight
+            self._calm_peak_now = self.in_flight - self._flooding  # what it had belongs there no longer
+
+    def _note_calm(self, party: Party) -> None:
+        """After a request of a tenant has ended, or no longer waits."""
+        if party.floods and not party.waiting and party.in_flight <= self._part(party) / 2:
+            party.floods = False
+            self._flooding -= party.in_flight
+            self._flooding_weights -= party.weight
+
+    def _note_peak(self, now: float) -> None:
+        if now >= self._stretch_ends_at:
+            self._calm_peak, self._calm_peak_now = self._calm_peak_now, self.in_flight - self._flooding
+            self._stretch_ends_at = now + self.limits.active_s
+
+    def _share(self, party: Party) -> float:
+        """Of all who have been active lately."""
+        return self.limits.concurrency * party.weight / self._weights
+
+    def _part(self, party: Party) -> float:
+        """Places that the tenant may come to have: its share, or its part of what the calm ones leave; one at least."""
+        weights = self._flooding_weights if party.floods else self._flooding_weights + party.weight
+        room = self.limits.concurrency - self._calm_peak - self._spare()
+        return max(1.0, self._share(party), room * party.weight / weights)
+
+    def _spare(self) -> float:
+        """Places kept for the calm ones beyond their peak: independent requests vary by the root of their number."""
+        return 1.0 + math.sqrt(self._calm_peak)
+
     def _may_start(self, party: Party) -> bool:
         if not self.limits.fair or len(self._parties) < 2:
             return True
-        places = self.limits.concurrency
-        share = places * party.weight / self._weights
+        places, share = self.limits.concurrency, self._share(party)
         if party.in_flight < max(1, int(share)):
             return True
         left = places - self.in_flight
-        return party.in_flight < share and left > places * self._silent_weights / self._weights
+        if party.in_flight < share and left > places * self._silent_weights / self._weights:
+            return True
+        if party.in_flight >= self._part(party):
+            return False
+        kept = self._calm_peak - (self.in_flight - self._flooding) + self._spare()
+        return left > (kept if party.floods else kept / 2)
 
     def _pump(self) -> None:
         """Start waiting requests while there is room."""
         now = self._clock()
         if now >= self._expire_at:
             self._expire(now)
+        self._note_peak(now)
         while self._ready and self.in_flight < self.limits.concurrency:
             place = self._next()
             if place is None:
@@ -658,6 +726,7 @@ class FairGate:
         turn.started = True
         party.in_flight += turn.places
         self.in_flight += turn.places
+        self._note_start(party, turn.places)
         if turn.key is not None and self.open_set is not None:
             self.open_set.start(turn.key, turn.cost)
 

@@ -3,8 +3,9 @@
 An engine goes in steps that take longer the more sequences run; a prompt and an adapter that is loaded or brought into
 a slot make one step longer for all (vLLM 0.32). The gateway opens no more adapters than there are slots, round robin by
 `quantum_s` where more are asked, and places requests as its routing does: where the adapter has a place, is loaded, and
-the load is within 1.25 of the mean. While others were there in the last 10 s no tenant has more of a replica's places
-than an equal part. Weights, limits, refusals and retries are not in it.
+the load is within 1.25 of the mean. While others were there in the last 10 s a tenant has an equal share of a
+replica's places, or an equal part of what those who ask for little leave. Weights, limits, refusals and retries are not
+in it.
 """
 
 import heapq
@@ -60,6 +61,89 @@ class Answered:
     hit: npt.NDArray[np.bool_]  # its adapter was in a slot
 
 
+class _Sharing:
+    """How the gate divides a replica's places between tenants: `gateway.fairness.FairGate`, all weights alike."""
+
+    def __init__(self, places: int) -> None:
+        self._places = places
+        self._seen: dict[int, float] = {}  # each tenant of the last seconds, longest ago first
+        self._running: Counter[int] = Counter()
+        self._waiting: Counter[int] = Counter()
+        self._in_flight = 0
+        self._floods: set[int] = set()  # who wait or have more than their part
+        self._peaks = (0, 0)  # of what the others have at once: in this stretch and the last, and in this one
+        self._stretch_ends_at = 0.0
+
+    def come(self, tenant: int, now: float) -> None:
+        self._seen.pop(tenant, None)
+        self._seen[tenant] = now
+        self._waiting[tenant] += 1
+
+    def look(self, now: float) -> None:
+        """Forget who has been away for long."""
+        if now >= self._stretch_ends_at:
+            self._peaks, self._stretch_ends_at = (self._peaks[1], self._calm), now + _ACTIVE_S
+        while self._seen:
+            tenant, at = next(iter(self._seen.items()))
+            if at >= now - _ACTIVE_S:
+                return
+            del self._seen[tenant]
+            if self._running[tenant] or self._waiting[tenant]:
+                self._seen[tenant] = now
+
+    def may_start(self, tenant: int) -> bool:
+        """Where it may not, it waits, and so floods."""
+        if self._may_start(tenant):
+            return True
+        self._note_flood(tenant)
+        return False
+
+    def start(self, tenant: int) -> None:
+        self._waiting[tenant] -= 1
+        self._running[tenant] += 1
+        self._in_flight += 1
+        if tenant not in self._floods:
+            if self._running[tenant] > self._part(tenant):
+                self._note_flood(tenant)
+            else:
+                self._peaks = (max(self._peaks[0], self._calm), max(self._peaks[1], self._calm))
+
+    def end(self, tenant: int) -> None:
+        self._running[tenant] -= 1
+        self._in_flight -= 1
+        if not self._waiting[tenant] and self._running[tenant] <= self._part(tenant) / 2:
+            self._floods.discard(tenant)
+
+    @property
+    def _calm(self) -> int:
+        return self._in_flight - sum(self._running[one] for one in self._floods)
+
+    @property
+    def _spare(self) -> float:
+        return 1 + math.sqrt(self._peaks[0])
+
+    def _note_flood(self, tenant: int) -> None:
+        if tenant not in self._floods:
+            self._floods.add(tenant)
+            self._peaks = (self._peaks[0], self._calm)
+
+    def _share(self) -> float:
+        return self._places / max(1, len(self._seen))
+
+    def _part(self, tenant: int) -> float:
+        return max(1.0, self._share(), (self._places - self._peaks[0] - self._spare) / len(self._floods | {tenant}))
+
+    def _may_start(self, tenant: int) -> bool:
+        running, left = self._running[tenant], self._places - self._in_flight
+        if len(self._seen) < 2 or running < max(1, int(self._share())):
+            return True
+        silent = sum(1 for one in self._seen if not (self._running[one] or self._waiting[one]))
+        if running < self._share() and left > silent * self._share():
+            return True
+        kept = self._peaks[0] - self._calm + self._spare
+        return running < self._part(tenant) and left > (kept if tenant in self._floods else kept / 2)
+
+
 class _Replica:
     """One engine with the gateway's gate before it."""
 
@@ -68,9 +152,7 @@ class _Replica:
         self.lines: dict[tuple[int, int], deque[int]] = {}  # who waits, by tenant and adapter
         self.waiting = 0
         self.running: list[list[int]] = []  # index, adapter, tokens to come, tenant
-        self.seen: dict[int, float] = {}  # each tenant of the last seconds, longest ago first
-        self.of_tenant: Counter[int] = Counter()  # running
-        self.of_tenant_waiting: Counter[int] = Counter()
+        self.sharing = _Sharing(engine.max_num_seqs)
         self.busy: Counter[int] = Counter()  # running, by adapter
         self.open: dict[int, float] = {}  # since when
         self.closing: set[int] = set()
@@ -91,38 +173,17 @@ class _Replica:
         """A request comes to the gate."""
         self.lines.setdefault((tenant, adapter), deque()).append(index)
         self.waiting += 1
-        self.of_tenant_waiting[tenant] += 1
-        self.seen.pop(tenant, None)
-        self.seen[tenant] = now
-
-    def _may_start(self, tenant: int) -> bool:
-        if len(self.seen) < 2:
-            return True
-        places, running = self.engine.max_num_seqs, self.of_tenant[tenant]
-        share = places / len(self.seen)
-        if running < max(1, int(share)):
-            return True
-        silent = sum(1 for one in self.seen if not (self.of_tenant[one] or self.of_tenant_waiting[one]))
-        return running < share and places - len(self.running) > silent * share
-
-    def _forget(self, now: float) -> None:
-        while self.seen:
-            tenant, at = next(iter(self.seen.items()))
-            if at >= now - _ACTIVE_S:
-                return
-            del self.seen[tenant]
-            if self.of_tenant[tenant] or self.of_tenant_waiting[tenant]:
-                self.seen[tenant] = now
+        self.sharing.come(tenant, now)
 
     def step(self, now: float, load: Load, hit: npt.NDArray[np.bool_]) -> float:
         """Take in what there is room for, first come first; returns how long the step takes."""
         stall, prompts = 0.0, 0
-        self._forget(now)
+        self.sharing.look(now)
         heads = [(line[0], key) for key, line in self.lines.items()] if self._has_room else []
         heapq.heapify(heads)
         while heads and self._has_room:
             index, (tenant, adapter) = heapq.heappop(heads)
-            if not self._may_start(tenant) or not self._opens(adapter, now):
+            if not self.sharing.may_start(tenant) or not self._opens(adapter, now):
                 continue
             stall += self._start(index, tenant, adapter, load, hit)
             prompts += int(load.prompt_tokens[index])
@@ -143,8 +204,7 @@ class _Replica:
         if not line:
             del self.lines[tenant, adapter]
         self.waiting -= 1
-        self.of_tenant_waiting[tenant] -= 1
-        self.of_tenant[tenant] += 1
+        self.sharing.start(tenant)
         self.running.append([index, adapter, int(load.output_tokens[index]), tenant])
         if adapter == _NONE:
             return 0.0
@@ -202,7 +262,7 @@ class _Replica:
             done[index] = now
             ended.append(adapter)
             self.busy[adapter] -= 1
-            self.of_tenant[tenant] -= 1
+            self.sharing.end(tenant)
             if adapter in self.closing and not self.busy[adapter]:
                 self._close(adapter)
         self.running = left

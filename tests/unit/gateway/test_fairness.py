@@ -2,6 +2,7 @@
 
 import heapq
 import math
+import random
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -245,6 +246,46 @@ def test_a_tenant_gets_all_places_again_when_others_fall_silent() -> None:
     assert model.gate.in_flight == 8
 
 
+def quiet_beside_floods(
+    *, places: int, quiet: int, rate: float, floods: int, seconds: float
+) -> tuple[list[float], Counter[str]]:
+    """Quiet tenants ask for a second each, `rate` times a second by chance, while floods always have ten waiting.
+
+    Returns how long each of the quiet requests waited, and the seconds of answers that every flood had.
+    """
+    model, chance = Model(concurrency=places), random.Random(4)
+    due = [(model.clock.now + chance.expovariate(rate), f"q{number}") for number in range(quiet)]
+    heapq.heapify(due)
+    asked, settled, end = [], model.clock.now + 20, model.clock.now + seconds  # at first the floods are alone
+    for flood in range(floods):
+        for _ in range(places + 10):
+            model.ask(f"f{flood}", 2.0)
+    while model.clock.now < end:
+        ended = model.step(due[0][0])
+        if ended is not None and ended.tenant.startswith("f"):
+            model.ask(ended.tenant, 2.0)
+        elif ended is None and model.clock.now == due[0][0]:
+            number, _ = model.ask(due[0][1], 1.0)
+            if settled < model.clock.now < end - 20:
+                asked.append(number)
+            heapq.heapreplace(due, (model.clock.now + chance.expovariate(rate), due[0][1]))
+    waited = sorted(model.waited.get(number, math.inf) for number in asked)
+    return waited, Counter({name: model.spent[name] // 100 * 2 for name in model.spent if name.startswith("f")})
+
+
+@pytest.mark.parametrize(
+    ("places", "quiet", "rate", "floods"), [(8, 3, 0.17, 1), (64, 100, 0.1, 1), (64, 100, 0.1, 2), (64, 1_000, 0.01, 3)]
+)
+def test_floods_have_what_quiet_tenants_leave(places: int, quiet: int, rate: float, floods: int) -> None:
+    """However many those are; in equal parts; and hardly ever does one of the quiet wait."""
+    waited, had = quiet_beside_floods(places=places, quiet=quiet, rate=rate, floods=floods, seconds=200)
+    assert sum(waited) / len(waited) < 0.02  # seconds, of an answer's 1 and a flood's 2
+    assert sum(wait > 0 for wait in waited) <= 0.04 * len(waited)
+    left = places - quiet * rate
+    assert sum(had.values()) > 0.45 * left * 200  # a share of all who are active would be 0.04 of it, with 100 of them
+    assert max(had.values()) < 1.1 * min(had.values())
+
+
 def test_a_request_that_stops_waiting_leaves_no_trace() -> None:
     """Its place in line, its tenant's share and its adapter's claim are free again."""
     model = Model(concurrency=1, slots=1)
@@ -304,6 +345,9 @@ def test_whatever_comes_every_request_is_served_and_nothing_stays(
     assert model.most_open <= 3
     assert not model.gate._ready
     assert not model.gate._parked
+    assert model.gate._flooding == 0
+    assert model.gate._flooding_weights == pytest.approx(0)
+    assert not any(party.floods for party in model.gate._parties.values())
     assert model.open_set is not None
     assert model.open_set.waiting == model.open_set._closing == 0
 
