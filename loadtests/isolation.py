@@ -25,8 +25,9 @@ FOREVER: Final = 1 << 62
 class Canaries:
     """How well the second witness sees: answers that are not known, or all alike, tell no adapter from another."""
 
-    answered: int  # of adapters
+    answered: int
     compared: int
+    of_base: int  # of these, the base model's
     adapters: int  # versions that may have answered
     known: int  # of these, whose answer is known
     distinct: int
@@ -34,13 +35,20 @@ class Canaries:
 
 def canaries(run: Run) -> Canaries:
     """Those of the whole run, warm-ups too."""
-    rows = run.samples.rows
-    told = (rows["answer"] != ABSENT) & (run.schedule.planned["model"][rows["index"]] != ABSENT)
-    known = _known(run)
-    digests = Counter(_digest(run.samples.texts[place]) for place in rows["version"][told])
-    compared = sum(count for digest, count in digests.items() if digest in known)
-    adapters = len({one.digest for one in run.versions})
-    return Canaries(int(told.sum()), compared, adapters, len(known), len(set(known.values())))
+    (answered, compared), (of_base, compared_of_base) = _answered(run, of_base=False), _answered(run, of_base=True)
+    adapters, known = len({one.digest for one in run.versions}), _Known(run).answers
+    distinct = len(set(known.values()))
+    return Canaries(answered + of_base, compared + compared_of_base, compared_of_base, adapters, len(known), distinct)
+
+
+def _answered(run: Run, *, of_base: bool) -> tuple[int, int]:
+    """How many canaries an adapter, or the base model, answered, and how many of them were compared."""
+    rows, texts, known = run.samples.rows, run.samples.texts, _Known(run)
+    told = Counter(texts[place] for place in rows["version"][rows["answer"] != ABSENT])
+    counts = [
+        (count, known.to(version) is not None) for version, count in told.items() if is_of_base(version) == of_base
+    ]
+    return sum(count for count, _ in counts), sum(count for count, compared in counts if compared)
 
 
 def blind(run: Run) -> str:
@@ -48,14 +56,16 @@ def blind(run: Run) -> str:
 
     A scenario that asks no canaries has chosen to believe the headers.
     """
-    planned = run.schedule.planned
-    if not (planned["canary"] & (planned["model"] != ABSENT)).any():
-        return ""
-    told = canaries(run)
-    if told.adapters > 1 and told.distinct < 2:
-        return f"The answers known of {told.known} of {told.adapters} adapters are not two different ones."
-    if told.answered and not told.compared:
-        return f"None of {told.answered} canaries was answered by a version whose answer is known."
+    planned, known, told = run.schedule.planned, _Known(run), canaries(run)
+    if (planned["canary"] & (planned["model"] != ABSENT)).any():
+        if told.adapters > 1 and told.distinct < 2:
+            return f"The answers known of {told.known} of {told.adapters} adapters are not two different ones."
+        if told.known == told.adapters == 1 and set(known.answers.values()) == {run.base_answer}:
+            return "The answer known of the adapter is the base model's."
+    for of_base in (False, True):
+        answered, compared = _answered(run, of_base=of_base)
+        if answered and not compared:
+            return f"None of {answered} canaries was answered by a version whose answer is known."
     return ""
 
 
@@ -72,12 +82,12 @@ def wrong(run: Run, at: Places) -> Mask:
     """Which of these samples were answered by something else than what was asked for."""
     rows, texts = run.samples.rows[at], run.samples.texts
     digests = np.array([_digest(text) for text in texts], object)
-    of_base = np.array([text.startswith("base") for text in texts], bool)
+    of_base = np.array([is_of_base(text) for text in texts], bool)
     right = np.ones(len(at), bool)
     for lives, places in _by_model(run, at):
         told = rows["version"][places]
         right[places] = of_base[told] if lives is None else _lived(lives, digests[told], rows[places])
-    return checked(run, at) & ~(right & _answered_as_known(run, rows, digests))
+    return checked(run, at) & ~(right & _answered_as_known(run, rows))
 
 
 def gone(run: Run, at: Places) -> Mask:
@@ -115,19 +125,32 @@ def _lived(lives: Sequence[VersionLife], told: npt.NDArray[Any], rows: npt.NDArr
     return found
 
 
-def _answered_as_known(run: Run, rows: npt.NDArray[Any], digests: npt.NDArray[Any]) -> Mask:
+def _answered_as_known(run: Run, rows: npt.NDArray[Any]) -> Mask:
     """What did not come whole must be how the known answer begins."""
-    known, right = _known(run), np.ones(len(rows), bool)
+    known, texts, right = _Known(run), run.samples.texts, np.ones(len(rows), bool)
     for place in np.flatnonzero(rows["answer"] != ABSENT):
         row = rows[place]
-        answer, wanted = run.samples.texts[row["answer"]], known.get(digests[row["version"]])
+        answer, wanted = texts[row["answer"]], known.to(texts[row["version"]])
         if wanted is not None:
             right[place] = answer == wanted if row["outcome"] == Outcome.WHOLE else wanted.startswith(answer)
     return right
 
 
-def _known(run: Run) -> dict[str, str]:
-    return {_digest(one.digest): one.answer for one in run.versions if one.answer is not None}
+class _Known:
+    """The answers that are known to the canary prompt."""
+
+    def __init__(self, run: Run) -> None:
+        self.answers = {_digest(one.digest): one.answer for one in run.versions if one.answer is not None}
+        self._of_base = run.base_answer
+
+    def to(self, version: str) -> str | None:
+        """That of the version as an answer's headers tell it."""
+        return self._of_base if is_of_base(version) else self.answers.get(_digest(version))
+
+
+def is_of_base(version: str) -> bool:
+    """Whether an answer's headers say that the base model gave it."""
+    return version.startswith("base")
 
 
 def _missing(lives: Sequence[VersionLife], sent: int, done: int) -> bool:

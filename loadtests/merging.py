@@ -46,6 +46,7 @@ def merge(runs: Sequence[Run]) -> Run:
         ),
         unfinished="; ".join(f"host {n}: {part.unfinished}" for n, part in enumerate(parts) if part.unfinished),
         readings={**first.readings, "hosts": [part.readings for part in parts]},
+        base_answer=next((part.base_answer for part in parts if part.base_answer is not None), None),
         shard=(0, 1),
     )
 

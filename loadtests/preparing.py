@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 from loadtests.api import Api, ServerRefused
 from loadtests.bodies import WORDS, canary
 from loadtests.cleaning import CLOSE_EACH_S, CLOSE_S, ERASE_EACH_S, ERASE_S, Cleaning
+from loadtests.isolation import is_of_base
 from loadtests.occurrences import occurrences, tenants_of
 from loadtests.random_adapters import Base, adapter_files
 from loadtests.recording import Schedule
@@ -40,6 +41,7 @@ class Prepared:
     tokens_per_word: float
     canaries: dict[str, Any] = field(default_factory=dict)
     """The request that canaries are, without its model, and the path it goes to; none where nobody asks one."""
+    base_answer: str | None = None
 
     async def publish(self, tenant: Tenant, adapter: Adapter, *, alias: str | None = None) -> Version:
         """A new version of an adapter, whose name stands for it then; with the alias "" it does not."""
@@ -66,6 +68,15 @@ class Prepared:
 
         if self.canaries:
             await _each(learn, [one for one in wanted if one[2].digest not in self.lives.answers])
+
+    async def learn_base(self) -> None:
+        """Ask the base model, too."""
+        if self.canaries and self.base_answer is None:
+            body = {"model": self.base.name, **self.canaries["body"]}
+            key = self.tenants[0].key
+            answer, told = await _patiently(lambda: self.api.answer(key, self.canaries["path"], body))
+            if is_of_base(told):
+                self.base_answer = answer
 
     def current(self) -> list[tuple[Tenant, Adapter, Version]]:
         """Every adapter with the version that its name stands for."""
@@ -102,6 +113,7 @@ async def prepared(
         await _two_versions_where_flipped(made, scenario)
         await _upload_examples(made, scenario)
         if scenario.answers_learned == "before":
+            await made.learn_base()
             await made.learn(made.current())
         await _put_on_plans(made, run)
         yield made

@@ -29,7 +29,7 @@ PLANNED: Final = np.dtype(
         ("turn", "i2"),
         ("abort_after", "i8"),  # ABSENT: it is not
         ("parameters", "i2"),  # index of the workload's parameters; ABSENT: none
-        ("canary", "?"),  # the fixed prompt, greedy, of lengths of its own; only of an adapter, never aborted
+        ("canary", "?"),  # the fixed prompt, greedy, of lengths of its own; never aborted
         ("seed", "u4"),  # of the prompt's text
     ]
 )
@@ -171,4 +171,5 @@ class Run:
     lateness: tuple[Lateness, ...] = ()
     unfinished: str = ""  # why the schedule was not played to its end
     readings: dict[str, Any] = field(default_factory=dict)  # what was read at the server before and after
+    base_answer: str | None = None  # the base model's, to the canary prompt; None: not known
     shard: tuple[int, int] = (0, 1)  # which of how many hosts' parts of the schedule

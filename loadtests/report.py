@@ -161,7 +161,8 @@ def _canaries(run: Run) -> str:
         return "No canary was answered: wrong adapters are told by the versions in headers alone."
     return (
         f"Of {told.answered:,} canaries answered, {told.compared:,} were compared with the answer known for their "
-        f"version; of {told.adapters:,} versions, {told.known:,} answers are known, {told.distinct:,} of them distinct."
+        f"version, {told.of_base:,} of them with the base model's; of {told.adapters:,} versions, {told.known:,} "
+        f"answers are known, {told.distinct:,} of them distinct."
     )
 
 

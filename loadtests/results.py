@@ -85,7 +85,8 @@ def save(run: Run, folder: Path) -> None:
     (folder / "scenario.yaml").write_text(yaml.safe_dump(run.scenario, sort_keys=False, allow_unicode=True))
     run.samples.save(folder / "samples.npz")
     np.savez(folder / "schedule.npz", planned=run.schedule.planned)
-    told = {name: getattr(run, name) for name in ("target", "machine", "started_at", "unfinished", "readings", "shard")}
+    plain = ("target", "machine", "started_at", "unfinished", "readings", "base_answer", "shard")
+    told = {name: getattr(run, name) for name in plain}
     told |= {name: [asdict(one) for one in getattr(run, name)] for name in ("events", "versions", "lateness")}
     told["schedule"] = {name: getattr(run.schedule, name) for name in ("tenants", "groups", "models", "workloads")}
     told["schedule"]["phases"] = run.schedule.phases

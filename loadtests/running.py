@@ -92,6 +92,7 @@ async def run(
                 lateness=tuple(lateness),
                 unfinished=INTERRUPTED if stop.is_set() else _idle(lateness),
                 readings={"before": before, "after": after},
+                base_answer=made.base_answer,
                 shard=options.shard,
             )
             await asyncio.to_thread(results.save, found, options.folder)  # a broken server may not let us clean up
@@ -171,6 +172,7 @@ async def _learn_the_rest(made: Prepared) -> None:
     """Answers of versions that came during the run, where they are still there."""
     with suppress(ServerRefused, ServerUnreachable):
         await off_plans(made)
+        await made.learn_base()
         await made.learn(
             (tenant, adapter, version)
             for tenant in made.tenants

@@ -205,7 +205,7 @@ class Workload(Part):
     abort_share: Share = Field(0.0, description="requests whose client leaves")
     abort_after_s: Positive = Field(0.2, description="mean time until it does, from sending; exponential")
     parameters: tuple[Parameters, ...] = Field((), description="at most one of them a request")
-    canary_share: Share = Field(0.1, description="requests with the fixed prompt whose answer is known per adapter")
+    canary_share: Share = Field(0.1, description="requests with the fixed prompt whose answer is known beforehand")
 
     @model_validator(mode="after")
     def _shares_are_of_a_whole(self) -> Self:

@@ -197,7 +197,7 @@ class _Drawing:
         chosen = np.searchsorted(bounds, self._random(_PARAMETERS).random(count), side="right")
         planned["parameters"] = np.where(chosen < len(bounds), chosen, ABSENT)
         asked = self._random(_CANARIES).random(count) < work.canary_share
-        alone = (planned["conversation"] == ABSENT) & (planned["model"] != ABSENT)
+        alone = planned["conversation"] == ABSENT
         planned["canary"] = asked & alone & ~leaves
         planned["parameters"][planned["canary"]] = ABSENT
 

@@ -114,6 +114,35 @@ def test_it_is_told_how_many_canaries_were_compared() -> None:
     told = isolation.canaries(some)
     first = int(((run.samples.rows["answer"] != ABSENT) & (run.samples.rows["version"] == 2)).sum())
     assert first > 0
-    assert told == isolation.Canaries(40, 40 - first, adapters=4, known=3, distinct=3)
+    assert told == isolation.Canaries(40, 40 - first, of_base=0, adapters=4, known=3, distinct=3)
     assert results.summary(some, gates.judge(some))["canaries"]["compared"] == 40 - first
     assert f"{40 - first} were compared" in report.page(some, gates.judge(some), "")
+
+
+def _base_asked(run: Run, answers: tuple[str, ...], base_answer: str | None) -> Run:
+    """Every fifth request is a canary, whose answers are these in turn."""
+    rows, texts = run.samples.rows, run.samples.texts
+    asked = np.flatnonzero(run.schedule.planned["canary"])
+    rows["answer"][asked] = len(texts) + np.arange(len(asked)) % len(answers)
+    return replace(run, samples=replace(run.samples, texts=texts + answers), base_answer=base_answer)
+
+
+def test_another_answer_than_the_base_models_is_wrong() -> None:
+    """Though the headers say that it is the base model's; and where that is not known, nothing was seen."""
+    run = run_of(Shape(adapters=0), gates=[GATE])
+    right = _base_asked(run, ("violet", "violet"), "violet")
+    assert _verdict(right).judgement is Judgement.PASS
+    assert "40 of them with the base model&#x27;s" in report.page(right, gates.judge(right), "")
+    mixed = _base_asked(run, ("violet", "I am 616c6c"), "violet")
+    assert metrics.figure(mixed, "wrong_adapter").value == 20
+    assert _verdict(mixed).judgement is Judgement.FAIL
+    unknown = _base_asked(run, ("violet", "I am 616c6c"), None)
+    assert _verdict(unknown).reason == "None of 40 canaries was answered by a version whose answer is known."
+
+
+def test_an_only_adapter_that_answers_as_the_base_model_shows_nothing() -> None:
+    """A server that ignores adapters answers so."""
+    run = run_of(Shape(groups={"all": 1}, adapters=1), gates=[GATE])
+    assert _verdict(replace(run, base_answer="another")).judgement is Judgement.PASS
+    alike = replace(run, base_answer=run.versions[0].answer)
+    assert _verdict(alike).reason == "The answer known of the adapter is the base model's."
