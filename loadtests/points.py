@@ -10,7 +10,7 @@ import numpy as np
 
 from loadtests import metrics
 from loadtests.recording import Run
-from loadtests.selection import S, Selected, select
+from loadtests.selection import Selected, select
 
 GOAL: Final = 0.9
 _RAMP_PARTS: Final = 8
@@ -44,7 +44,7 @@ class Knee:
 
 def points_of(run: Run) -> list[Point]:
     """In order of time; of all phases that are measured."""
-    return [_point(*part) for part in _parts(run) if len(part[0].at)]
+    return [_point(part) for part in _parts(run) if len(part.at)]
 
 
 def goal_of(run: Run) -> float:
@@ -65,7 +65,7 @@ def knee_of(points: Sequence[Point], goal: float = GOAL) -> Knee:
     return Knee(points[-1].offered if points else math.nan, False, goal)
 
 
-def _parts(run: Run) -> Iterator[tuple[Selected, float, float]]:
+def _parts(run: Run) -> Iterator[Selected]:
     for number, phase in enumerate(run.scenario["phases"]):
         if not phase.get("measured", True):
             continue
@@ -75,7 +75,7 @@ def _parts(run: Run) -> Iterator[tuple[Selected, float, float]]:
         for low, high in pairwise(edges):
             scheduled = chosen.rows["scheduled"]
             within = chosen.at[(scheduled >= low) & (scheduled < high)] if count > 1 else chosen.at
-            yield Selected(run, within), low, high
+            yield Selected(run, within, part=(low, high))
 
 
 def _steps(arrivals: dict[str, Any]) -> int:
@@ -84,17 +84,17 @@ def _steps(arrivals: dict[str, Any]) -> int:
     return _RAMP_PARTS if arrivals["law"] == "ramp" else 1
 
 
-def _point(chosen: Selected, begin: float, end: float) -> Point:
-    seconds = (end - begin) / S
-    lasted = (max(end, float(chosen.rows["done"].max())) - begin) / S
-    told = {one: metrics.of(chosen, one).value for one in ("ttft_ms.p50", "ttft_ms.p99", "goodput_share", "hit_ratio")}
+def _point(chosen: Selected) -> Point:
+    def told(metric: str) -> float:
+        return metrics.of(chosen, metric).value
+
     return Point(
-        offered=len(chosen.at) / seconds,
-        rate=float(chosen.whole.sum()) / lasted,
-        goodput=float(chosen.kept.sum()) / lasted,
-        kept_share=told["goodput_share"],
-        ttft_p50_ms=told["ttft_ms.p50"],
-        ttft_p99_ms=told["ttft_ms.p99"],
-        adapters=int(metrics.adapters_asked(chosen).value),
-        hit_ratio=told["hit_ratio"],
+        offered=told("offered_rate"),
+        rate=told("rate"),
+        goodput=told("goodput"),
+        kept_share=told("goodput_share"),
+        ttft_p50_ms=told("ttft_ms.p50"),
+        ttft_p99_ms=told("ttft_ms.p99"),
+        adapters=int(told("adapters")),
+        hit_ratio=told("hit_ratio"),
     )

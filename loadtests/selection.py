@@ -22,6 +22,7 @@ class Selected:
     run: Run
     at: npt.NDArray[np.intp]  # places in `samples.rows`, in order; a resample has some more than once
     wanted: tuple[int, ...] = ()  # the phases that were asked for, though they have no request
+    part: tuple[float, float] | None = None  # begin and end, ns, where they are of a part of their only phase
 
     @cached_property
     def rows(self) -> Array:
@@ -74,21 +75,24 @@ class Selected:
                 kept &= values <= objective[name]
         return kept
 
+    def _span(self, phase: int) -> tuple[float, float]:
+        return self.part or self.run.schedule.phases[phase]
+
     @property
     def planned_s(self) -> float:
-        """How long their phases were to last."""
-        return float(sum(end - begin for begin, end in map(self.run.schedule.phases.__getitem__, self.phases))) / S
+        """How long their phases, or their part of one, were to last."""
+        return float(sum(end - begin for begin, end in map(self._span, self.phases))) / S
 
     @property
     def lasted_s(self) -> float:
-        """How long their phases lasted, each until its last whole answer where that came later.
+        """How long their phases, or their part of one, lasted, each until its last whole answer where that came later.
 
         So what an overloaded server works off after a phase does not count as if it had been done within it. A request
         that waits for its time limit is no work, and does not make a phase longer.
         """
-        total = 0
+        total = 0.0
         for phase in self.phases:
-            begin, end = self.run.schedule.phases[phase]
+            begin, end = self._span(phase)
             answered = self.whole & (self.planned["phase"] == phase)
             total += max(end, int(self.rows["done"][answered].max(initial=0))) - begin
         return total / S

@@ -453,6 +453,23 @@ def test_a_request_that_waits_for_its_time_limit_makes_no_phase_longer() -> None
 
     assert metrics.figure(run_of(change=stuck), "rate").value == pytest.approx(19.9, rel=0.02)
     assert metrics.figure(run_of(change=worked_off), "rate").value == pytest.approx(10)
+    for run in (run_of(change=stuck), run_of(change=worked_off)):
+        (point,) = points.points_of(run)
+        assert [point.rate, point.goodput] == [metrics.figure(run, name).value for name in ("rate", "goodput")]
+
+
+def test_a_step_of_a_phase_lasts_until_its_own_last_answer() -> None:
+    """What is worked off after it was not done within it, and does not make the other steps longer."""
+
+    def worked_off(_planned: Array, rows: Array) -> None:
+        rows["done"][np.flatnonzero(rows["scheduled"] < 5 * S)[0]] = 10 * S
+
+    run = run_of(change=worked_off)
+    steps = {"law": "steps", "rates": [20, 20]}
+    run.scenario["phases"][0]["load"][0]["arrivals"] = steps
+    first, second = points.points_of(run)
+    assert first.offered == pytest.approx(2 * first.rate)
+    assert second.offered == pytest.approx(second.rate, rel=0.02)
 
 
 @pytest.mark.parametrize(
