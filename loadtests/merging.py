@@ -2,6 +2,9 @@
 
 Each host's times are since its own begin. Those begins are one moment as far as the hosts' clocks agree, which is what
 a time of the merged run is true to; times within a request are one host's and as exact as ever.
+
+Each host had tenants of its own at the server, of the same names: in the merged run they are as many as there were,
+each named after its host, so that what is said of a tenant or an adapter is of one.
 """
 
 from collections.abc import Sequence
@@ -30,7 +33,7 @@ def merge(runs: Sequence[Run]) -> Run:
     Raises:
         CannotMerge: one is missing, is there twice, ran at another time, or is of another scenario or target.
     """
-    parts = _parts(runs)
+    parts = [_named_after_host(part) for part in _parts(runs)]
     first = parts[0]
     schedule, places = _schedule(parts)
     return replace(
@@ -40,7 +43,7 @@ def merge(runs: Sequence[Run]) -> Run:
         schedule=schedule,
         samples=merged([_placed(part.samples, own) for part, own in zip(parts, places, strict=True)]),
         events=tuple(sorted((event for part in parts for event in part.events), key=lambda event: event.at)),
-        versions=tuple(dict.fromkeys(life for part in parts for life in part.versions)),
+        versions=tuple(life for part in parts for life in part.versions),
         lateness=tuple(
             replace(one, process=number) for number, one in enumerate(one for part in parts for one in part.lateness)
         ),
@@ -71,6 +74,33 @@ def _parts(runs: Sequence[Run]) -> list[Run]:
         if run.target.get("url") != first.target.get("url"):
             raise CannotMerge(f"Part {run.shard[0]} asked {run.target.get('url')}, part 0 {first.target.get('url')}.")
     return parts
+
+
+def _named_after_host(part: Run) -> Run:
+    """With all hosts' tenants in its schedule, and its own the ones that asked."""
+    (host, count), schedule = part.shard, part.schedule
+    names = set(schedule.tenants)
+
+    def own(target: str) -> str:
+        return _of_host(host, target) if target.split("/")[0] in names else target
+
+    planned = schedule.planned.copy()
+    planned["tenant"] += host * len(schedule.tenants)
+    return replace(
+        part,
+        schedule=replace(
+            schedule,
+            planned=planned,
+            tenants=tuple(_of_host(number, name) for number in range(count) for name in schedule.tenants),
+            groups=schedule.groups * count,
+        ),
+        versions=tuple(replace(life, tenant=_of_host(host, life.tenant)) for life in part.versions),
+        events=tuple(replace(event, target=own(event.target)) for event in part.events),
+    )
+
+
+def _of_host(host: int, name: str) -> str:
+    return f"host-{host}/{name}"
 
 
 def _schedule(parts: Sequence[Run]) -> tuple[Schedule, list[npt.NDArray[np.int64]]]:

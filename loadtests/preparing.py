@@ -42,11 +42,13 @@ class Prepared:
     canaries: dict[str, Any] = field(default_factory=dict)
     """The request that canaries are, without its model, and the path it goes to; none where nobody asks one."""
     base_answer: str | None = None
+    host: int = 0
+    """Of several: adapters of the same name are others on each, so that one for the other would be seen."""
 
     async def publish(self, tenant: Tenant, adapter: Adapter, *, alias: str | None = None) -> Version:
         """A new version of an adapter, whose name stands for it then; with the alias "" it does not."""
         place = tenant.adapters.index(adapter)
-        seed = (tenant.place, place, adapter.seeds)
+        seed = (tenant.place, place, adapter.seeds, self.host)
         adapter.seeds += 1
         files = await asyncio.to_thread(adapter_files, self.base, seed=seed, rank=tenant.group.rank)
         query = "" if alias is None else f"?alias={alias}"
@@ -90,11 +92,12 @@ async def prepared(
     api: Api,
     operator_key: str,
     *,
+    host: int = 0,
     on_left: Callable[[Sequence[str]], None] = lambda left: None,
 ) -> AsyncIterator[Prepared]:
     """All that the scenario needs, until the block ends; then all of it is erased, keys revoked, tenants suspended.
 
-    `on_left` is told what could not be, by name.
+    `host`: which of several this is. `on_left` is told what could not be, by name.
 
     Raises:
         ScenarioInvalid: its canaries go two ways. ServerRefused, ServerUnreachable: the server will not have it.
@@ -108,7 +111,7 @@ async def prepared(
         )
         base = Base.of(await api.call(tenants[0].key, "GET", "/v1/base-model"))
         per_word = await _tokens_per_word(api, tenants[0].key, base)
-        made = Prepared(api, operator_key, base, tenants, Lives(), per_word, canaries)
+        made = Prepared(api, operator_key, base, tenants, Lives(), per_word, canaries, host=host)
         await _publish_all(made)
         await _two_versions_where_flipped(made, scenario)
         await _upload_examples(made, scenario)

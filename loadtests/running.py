@@ -72,7 +72,12 @@ async def run(
     async with Api(target.url) as api:
         on_step(f"making {len(schedule.tenants)} tenants and {len(schedule.models)} adapters")
         async with prepared(
-            scenario, schedule, api, target.operator_key, on_left=on_left if of_another else _forget
+            scenario,
+            schedule,
+            api,
+            target.operator_key,
+            host=options.shard[0],
+            on_left=on_left if of_another else _forget,
         ) as made:
             on_step(f"sending {len(schedule.planned)} requests in {schedule.end / 1e9:.0f} s")
             before = await _reading(target, api)

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from loadtests import metrics
 from loadtests.merging import CannotMerge, merge
 from loadtests.recording import ABSENT, SAMPLE, Event, Lateness, Outcome, Run, Samples, Schedule, VersionLife
 from loadtests.scenario import Scenario
 from loadtests.scheduling import schedule_of
 
+NAMES = ("adapter-0", "adapter-1")
 TOLD: dict[str, Any] = {
     "name": "several-hosts",
     "question": "Are the parts of several hosts one run?",
@@ -57,7 +59,7 @@ def part(number: int, count: int, **changes: Any) -> Run:
         started_at=f"2026-11-26T05:00:00.{number}00+00:00",
         schedule=schedule,
         samples=played(schedule),
-        events=(Event(1_000 - number, "publish", f"of host {number}"),),
+        events=(Event(1_000 - number, "publish", f"t-0/adapter-{number}"),),
         versions=(VersionLife("t-0", "adapter-0", "digest", 0, ABSENT, "an answer"),),
         lateness=(Lateness(0, 10, 20, 30, 0.5),),
         unfinished="it was interrupted" if number == 1 else "",
@@ -69,9 +71,11 @@ def test_merged_parts_are_the_one_run() -> None:
     """Every request stands once, in order of time, with its own times, chunks and texts."""
     alone = part(0, 1)
     together = merge([part(2, 3), part(0, 3), part(1, 3)])
-    timed, ours = (one.planned[one.planned["at"] != ABSENT] for one in (alone.schedule, together.schedule))
+    as_alone = together.schedule.planned.copy()
+    as_alone["tenant"] %= 3
+    timed, ours = (one[one["at"] != ABSENT] for one in (alone.schedule.planned, as_alone))
     assert ours.tobytes() == timed.tobytes()
-    assert {row.tobytes() for row in together.schedule.planned} == {row.tobytes() for row in alone.schedule.planned}
+    assert {row.tobytes() for row in as_alone} == {row.tobytes() for row in alone.schedule.planned}
     samples = together.samples
     seeds = together.schedule.planned["seed"]
     assert samples.rows["index"].tolist() == list(range(len(seeds)))
@@ -82,10 +86,10 @@ def test_merged_parts_are_the_one_run() -> None:
 
 
 def test_what_hosts_saw_is_kept() -> None:
-    """Events in order, each version once, each generator's lateness, and which host did not come to its end."""
+    """Events in order, each host's versions, each generator's lateness, and which host did not come to its end."""
     together = merge([part(0, 2), part(1, 2)])
-    assert [event.target for event in together.events] == ["of host 1", "of host 0"]
-    assert together.versions == part(0, 2).versions
+    assert [event.target for event in together.events] == ["host-1/t-0/adapter-1", "host-0/t-0/adapter-0"]
+    assert [life.tenant for life in together.versions] == ["host-0/t-0", "host-1/t-0"]
     assert [one.process for one in together.lateness] == [0, 1]
     assert together.unfinished == "host 1: it was interrupted"
     assert together.started_at == "2026-11-26T05:00:00.000+00:00"
@@ -107,3 +111,31 @@ def test_what_is_not_one_run_is_not_merged() -> None:
     ):
         with pytest.raises(CannotMerge, match=why):
             merge(parts)
+
+
+def test_a_tenant_of_a_merged_run_is_one_at_the_server() -> None:
+    """Not the two of the same name: one that is given nothing is seen, and so is an answer of the other's version."""
+    both = [part(0, 2), part(1, 2)]
+    for host, run in enumerate(both):
+        rows, planned = run.samples.rows, run.schedule.planned
+        rows["outcome"][(planned["tenant"] == 0) & (host == 0)] = Outcome.REFUSED
+        rows["status"], rows["done"] = 200, rows["sent"] + 1
+    lives = [
+        tuple(
+            VersionLife(f"t-{tenant}", name, f"of-{host}", 0, ABSENT, f"{host}")
+            for tenant in range(3)
+            for name in NAMES
+        )
+        for host in range(2)
+    ]
+    texts = [("", "1; sha256=of-0"), ("", "1; sha256=of-1")]
+    for host, run in enumerate(both):
+        run.samples.rows["version"], run.samples.rows["replica"] = 1, 0
+        both[host] = replace(run, versions=lives[host], samples=replace(run.samples, texts=texts[host]))
+    together = merge(both)
+    assert sorted(together.schedule.tenants) == [f"host-{host}/t-{tenant}" for host in range(2) for tenant in range(3)]
+    assert metrics.figure(together, "fairness.least_share").value == 0
+    assert metrics.figure(together, "adapters").value == 12
+    assert metrics.figure(together, "wrong_adapter").value == 0
+    both[1] = replace(both[1], samples=replace(both[1].samples, texts=texts[0]))
+    assert metrics.figure(merge(both), "wrong_adapter").value == len(both[1].samples.rows)
