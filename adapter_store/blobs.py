@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 PREFIX = "adapters"
 FOLDER_PART_BYTES = 1 << 20
 REMOTE_PART_BYTES = 5 << 20  # the least that S3 takes
-REMOTE_PARTS_AT_ONCE = 2  # a part waits for its answer; each holds 5 MiB, and a put may take 32 in all
+REMOTE_PARTS_AT_ONCE = 2  # a part waits for its answer; each holds 5 MiB, and an upload may take 32 in all
+SMALL_BYTES = 16 << 20  # up to here one at a time: the parts of an upload come two at once themselves
 READ_BYTES = 1 << 20
 PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -121,9 +122,9 @@ class Blobs:
 
     async def _put(self, key: str, content: Path | AsyncIterator[bytes]) -> None:
         with store_errors():
-            await _obstore().put_async(
-                self._store, key, content, chunk_size=self._part_bytes, max_concurrency=self._parts_at_once
-            )
+            is_small = isinstance(content, Path) and (await in_thread(content.stat)).st_size <= SMALL_BYTES
+            at_once = 1 if is_small else self._parts_at_once
+            await _obstore().put_async(self._store, key, content, chunk_size=self._part_bytes, max_concurrency=at_once)
             if self.folder is not None:
                 await in_thread(make_durable, self.folder, _path(self.folder, key))
 
