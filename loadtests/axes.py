@@ -21,13 +21,18 @@ def log_axis(axis: Any) -> None:
     (axis.axes.set_xscale if is_x else axis.axes.set_yscale)("log")
     low, high = axis.get_view_interval()
     between = (2, 5) if high < low * 100 else ()
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if _leading(value) in between else ""))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if _leading(value) in between else ""))
 
 
 def _leading(value: float) -> int:
     power: float = 10 ** math.floor(math.log10(value) + 1e-9)
     return round(value / power)
+
+
+def brief(value: float) -> str:
+    """A time in ms in three digits or more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def beside(axes: Any) -> None:

@@ -54,6 +54,8 @@ _STYLE: Final[Mapping[str, Any]] = {
     "figure.constrained_layout.use": True,
     "axes.unicode_minus": False,
 }
+_WIDTH: Final = 11.4
+"""Inches; as wide as the page, its letters are as large as the page's."""
 SERIES: Final = ("blue", "orange", "green", "purple", "red")
 
 
@@ -111,6 +113,6 @@ def _figure(chart: Chart, colours: Colours) -> Iterator[Figure]:
         "legend.labelcolor": colours["ink"],
     }
     with matplotlib.rc_context({**_STYLE, **inks}):
-        figure = Figure(figsize=(8.4, chart.height))
+        figure = Figure(figsize=(_WIDTH, chart.height))
         chart.draw(figure, colours)
         yield figure

@@ -9,21 +9,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from loadtests import metrics, statistics
-from loadtests.axes import beside, log_axis
+from loadtests.asking import groups_of, no_curve_of_adapters, no_curve_of_rates, tenants_met
+from loadtests.axes import beside, brief, log_axis
 from loadtests.charts import SERIES, Absent, Chart, Colours
 from loadtests.points import Knee, goal_of, knee_of, points_of
 from loadtests.recording import TIERS, Run
 from loadtests.selection import MS, Selected, select
 
-_NAMED: Final = 30  # tenants whose names fit below their bars
+_NAMED: Final = 30  # tenants whose names fit beside their bars
 
 
 def throughput(run: Run) -> Chart | Absent:
     """Throughput against time to first token, with the knee."""
     title = "Throughput against time to first token"
+    if reason := no_curve_of_rates(run):
+        return Absent(title, reason)
     points = sorted(points_of(run), key=lambda one: one.offered)
-    if len({round(one.offered, 1) for one in points}) < 2:
-        return Absent(title, "the run offered one load only")
+    if len(points) < 2:
+        return Absent(title, "one load only was sent")
     knee = knee_of(points, goal_of(run))
 
     def draw(figure: Figure, colours: Colours) -> None:
@@ -46,9 +49,11 @@ def throughput(run: Run) -> Chart | Absent:
 def goodput(run: Run) -> Chart | Absent:
     """Goodput against the offered rate."""
     title = "Goodput against offered rate"
+    if reason := no_curve_of_rates(run):
+        return Absent(title, reason)
     points = sorted(points_of(run), key=lambda one: one.offered)
-    if len({round(one.offered, 1) for one in points}) < 2:
-        return Absent(title, "the run offered one load only")
+    if len(points) < 2:
+        return Absent(title, "one load only was sent")
     knee = knee_of(points, goal_of(run))
 
     def draw(figure: Figure, colours: Colours) -> None:
@@ -71,34 +76,42 @@ def goodput(run: Run) -> Chart | Absent:
 
 
 def adapters(run: Run) -> Chart | Absent:
-    """Goodput against how many adapters are asked, with the line of the slots."""
-    title = "Goodput against adapters"
+    """Goodput, waiting and slot hits against how many adapters are asked, with the line of the slots."""
+    title = "Goodput, time to first token and slot hits against adapters"
     points = sorted((one for one in points_of(run) if one.adapters), key=lambda one: one.adapters)
     if len({one.adapters for one in points}) < 2:
         return Absent(title, "every phase asked equally many adapters")
+    if reason := no_curve_of_adapters(run):
+        return Absent(title, reason)
     slots = metrics.all_slots(run)
 
     def draw(figure: Figure, colours: Colours) -> None:
-        upper, lower = figure.subplots(2, sharex=True)
+        panels = figure.subplots(3, sharex=True)
         x = [one.adapters for one in points]
-        upper.plot(x, [one.offered for one in points], color=colours["muted"], linestyle=":", label="offered")
-        upper.plot(
-            x, [one.goodput for one in points], marker="o", markersize=4.5, color=colours["blue"], label="goodput"
-        )
-        lower.plot(x, [one.hit_ratio for one in points], marker="s", markersize=4.5, color=colours["green"])
-        upper.set(ylabel="requests/s", ylim=(0, None))
-        lower.set(xlabel="different adapters asked", ylabel="slot hit ratio", ylim=(0, 1.05))
-        lower.set_xscale("log", base=2)
-        lower.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        lower.set_xticks(sorted(set(x)))
-        lower.xaxis.set_minor_locator(NullLocator())
-        beside(upper)
-        if slots is not None:
-            _mark(upper, slots, f"{slots} slots", colours)
-            _mark(lower, slots, "", colours)
+        for axes, name, label, colour, marker in (
+            (panels[0], "offered", "offered", "muted", ""),
+            (panels[0], "goodput", "goodput", "blue", "o"),
+            (panels[1], "ttft_p50_ms", "TTFT p50", "blue", "o"),
+            (panels[1], "ttft_p99_ms", "TTFT p99", "orange", "s"),
+            (panels[2], "hit_ratio", "slot hits", "green", "s"),
+        ):
+            y, style = [getattr(one, name) for one in points], "-" if marker else ":"
+            axes.plot(x, y, marker=marker, markersize=4.5, linestyle=style, color=colours[colour], label=label)
+        log_axis(panels[1].yaxis)
+        panels[0].set(ylabel="requests/s", ylim=(0, None))
+        panels[1].set(ylabel="ms, from scheduled")
+        panels[2].set(xlabel="different adapters asked", ylabel="share of hits", ylim=(0, 1.05))
+        panels[2].set_xscale("log", base=2)
+        panels[2].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panels[2].set_xticks(sorted(set(x)))
+        panels[2].xaxis.set_minor_locator(NullLocator())
+        for place, axes in enumerate(panels):
+            beside(axes)
+            if slots is not None:
+                _mark(axes, slots, "" if place else f"{slots} slots", colours)
 
     note = "Right of the line more adapters are asked than all replicas' slots hold, so that some wait for a load."
-    return Chart("goodput-adapters", title, note, draw, height=3.8)
+    return Chart("goodput-adapters", title, note, draw, height=5.0)
 
 
 def cold_starts(run: Run) -> Chart | Absent:
@@ -118,7 +131,7 @@ def cold_starts(run: Run) -> Chart | Absent:
         for tier, colour in zip(TIERS[1:], ("muted", "blue", "green", "orange"), strict=True):
             if tier in values:
                 times = values[tier]
-                label = f"{tier}: {len(times):,} requests, p50 {_brief(statistics.percentile(times, 0.5))} ms"
+                label = f"{tier}: {len(times):,} requests, p50 {brief(statistics.percentile(times, 0.5))} ms"
                 share = np.arange(1, len(times) + 1) / len(times)
                 axes.step(*_thinned(times, share), where="post", color=colours[colour], label=label)
         log_axis(axes.xaxis)
@@ -137,40 +150,42 @@ def fairness(run: Run) -> Chart | Absent:
     tenants, parts = metrics.fair_parts(chosen)
     if len(tenants) < 2:
         return Absent(title, "only one tenant asked")
-    order = np.lexsort((parts, [run.schedule.groups[tenant] for tenant in tenants]))
+    if not tenants_met(chosen):
+        return Absent(title, "no two tenants asked in one phase")
+    names = groups_of(run)
+    order = np.lexsort((parts, np.array([names.index(run.schedule.groups[tenant]) for tenant in tenants])))
     tenants, parts = tenants[order], parts[order]
     groups = [run.schedule.groups[tenant] for tenant in tenants]
-    waits = [_wait(chosen, int(tenant)) for tenant in tenants]
+    waits = np.array([_waits(chosen, int(tenant)) for tenant in tenants])
 
     def draw(figure: Figure, colours: Colours) -> None:
-        upper, lower = figure.subplots(2, sharex=True)
-        middle, room = (len(tenants) - 1) / 2, max(len(tenants), 8) / 2 + 0.1
-        names = list(dict.fromkeys(groups))
-        for name, colour in zip(names, _repeated(len(names)), strict=True):
-            x = [place for place, group in enumerate(groups) if group == name]
-            upper.bar(x, parts[x], width=0.75, color=colours[colour], label=name)
-            lower.plot(x, [waits[place] for place in x], "o", markersize=4, color=colours[colour])
-        upper.axhline(1, color=colours["muted"], linestyle="--", linewidth=1)
-        upper.set(ylabel="served ÷ fair part", ylim=(0, max(1.15, float(parts.max()) * 1.05)))
-        lower.set(ylabel="response p99, ms")
-        log_axis(lower.yaxis)
-        for axes in (upper, lower):
-            axes.grid(visible=False, axis="x")
-            axes.set_xlim(middle - room, middle + room)
+        left, right = figure.subplots(1, 2, sharey=True)
+        there = [name for name in names if name in groups]
+        for name, colour in zip(there, _repeated(len(there)), strict=True):
+            y = np.flatnonzero([group == name for group in groups])
+            left.barh(y, parts[y], height=0.7, color=colours[colour])
+            right.plot(waits[y, 0], y, "o", markersize=4.5, markerfacecolor="none", color=colours[colour])
+            right.plot(waits[y, 1], y, "o", markersize=4.5, color=colours[colour], label=name)
+        left.axvline(1, color=colours["muted"], linestyle="--", linewidth=1)
+        left.set(xlabel="served ÷ fair part", xlim=(0, max(1.15, float(parts.max()) * 1.05)))
+        right.set(xlabel="response time, ms: p50 hollow, p99 filled")
+        log_axis(right.xaxis)
+        left.set(ylim=(len(tenants) - 0.4, -0.6))
+        for axes in (left, right):
+            axes.grid(visible=False, axis="y")
         if len(tenants) <= _NAMED:
-            labels = [run.schedule.tenants[tenant] for tenant in tenants]
-            lower.set_xticks(range(len(tenants)), labels, rotation=45, ha="right", rotation_mode="anchor")
+            left.set_yticks(range(len(tenants)), [run.schedule.tenants[tenant] for tenant in tenants])
         else:
-            lower.set(xlabel=f"{len(tenants)} tenants, by group and by what each was served")
-        if 1 < len(names) <= len(SERIES):
-            beside(upper)
+            left.set(ylabel=f"{len(tenants)} tenants, by group and by what each was served", yticks=[])
+        if 1 < len(there) <= len(SERIES):
+            beside(right)
 
     jain = statistics.jain(parts)
     note = (
         f"Jain's index {jain:.3f}, least part {float(parts.min()):.3f}. The fair part is max-min: nobody's is more "
         "than he asked for, and what one leaves the others share, so that a tenant held to his part stands at 1."
     )
-    return Chart("fairness", title, note, draw, height=4.2)
+    return Chart("fairness", title, note, draw, height=0.9 + 0.2 * min(max(4, len(tenants)), _NAMED))
 
 
 def objective_words(run: Run) -> str:
@@ -188,9 +203,10 @@ def _knee_note(knee: Knee) -> str:
     return f"The knee, {knee.rate:.3g} requests/s offered, is the load up to which {knee.level:.0%} keep the objective."
 
 
-def _wait(chosen: Selected, tenant: int) -> float:
+def _waits(chosen: Selected, tenant: int) -> tuple[float, float]:
     rows = chosen.rows[chosen.whole & (chosen.planned["tenant"] == tenant)]
-    return statistics.percentile((rows["done"] - rows["scheduled"]) / MS, 0.99)
+    times = (rows["done"] - rows["scheduled"]) / MS
+    return statistics.percentile(times, 0.5), statistics.percentile(times, 0.99)
 
 
 def _thinned(x: Any, y: Any, most: int = 400) -> tuple[Any, Any]:
@@ -216,9 +232,5 @@ def _objective(axes: Any, run: Run, name: str, colours: Colours, *, vertical: bo
     low, high = axes.get_xlim() if vertical else axes.get_ylim()
     if bound is not None and low <= bound <= high * 3:
         (axes.axvline if vertical else axes.axhline)(
-            bound, color=colours["muted"], linestyle="-.", linewidth=1, label=f"objective: {bound:g} ms"
+            bound, color=colours["muted"], linestyle="-.", linewidth=1, label=f"objective: {brief(bound)} ms"
         )
-
-
-def _brief(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

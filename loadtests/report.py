@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from loadtests import gates, isolation, results
+from loadtests.asking import groups_of
 from loadtests.gates import Judgement, Verdict
 from loadtests.recording import Run
 from loadtests.selection import S, Selected, offered, select
 
+_STACKS: Final = {"fake": "a stack of fake replicas", "cpu": "a stack of vLLM engines on this machine's CPU"}
 _EVENTS: Final = 60
 _ERRORS: Final = 20
 _WORDS: Final = {
@@ -22,25 +24,26 @@ _WORDS: Final = {
     gates.INCONCLUSIVE: ("inconclusive", "The run cannot say whether the server keeps what the scenario asks."),
 }
 _COLUMNS: Final = (
-    ("offered /s", "offered_rate"),
-    ("whole /s", "rate"),
-    ("goodput", "goodput_share"),
-    ("tokens /s", "tokens_per_s"),
-    ("TTFT p50 · p99", "ttft_ms.p50", "ttft_ms.p99"),
-    ("response p50 · p99", "response_ms.p50", "response_ms.p99"),
-    ("service p50 · p99", "service_ms.p50", "service_ms.p99"),
-    ("tokens apart p99", "itl_ms.p99"),
+    ("offered\nper s", "offered_rate"),
+    ("whole\nper s", "rate"),
+    ("goodput\nshare", "goodput_share"),
+    ("tokens\nper s", "tokens_per_s"),
+    ("TTFT, ms\np50 · p99", "ttft_ms.p50", "ttft_ms.p99"),
+    ("response, ms\np50 · p99", "response_ms.p50", "response_ms.p99"),
+    ("service, ms\np50 · p99", "service_ms.p50", "service_ms.p99"),
+    ("chunks apart,\nms, p99", "itl_ms.p99"),
     ("failed", "error_share"),
     ("refused", "refused_share"),
-    ("wrong adapter", "wrong_adapter"),
-    ("slot hits", "hit_ratio"),
+    ("wrong\nadapter", "wrong_adapter"),
+    ("slot\nhits", "hit_ratio"),
 )
 _SHARES: Final = ("goodput_share", "error_share", "refused_share", "hit_ratio")
 _GLOSSARY: Final = {
     "response time": "from when a request was scheduled until its last byte: what its user waited, however late "
     "the server let it be sent",
     "service time": "from when it was sent; a server that stops for a while looks well in it",
-    "TTFT": "time to first token: from scheduled to the first piece with content",
+    "TTFT": "time to first token: from scheduled to the first piece with content; of an answer "
+    "that is not streamed its end",
     "goodput": "answers that came whole and kept the scenario's objective",
     "wrong adapter": "answers that another adapter, or another version than the alias had, gave",
     "inconclusive": "too few samples, a late generator, or a schedule not played to its end; never green",
@@ -111,7 +114,7 @@ def _head(run: Run, verdicts: Sequence[Verdict]) -> str:
     where = " · ".join(
         str(one)
         for one in (
-            target.get("url") or target.get("kind"),
+            _STACKS.get(target.get("kind", ""), target.get("url")),
             target.get("model"),
             _counted(target.get("replicas"), "replica"),
             _counted(target.get("slots"), "slot") + (" each" if target.get("slots") else ""),
@@ -150,7 +153,10 @@ def _figures(run: Run) -> str:
         (label, *(" · ".join(_cell(name, figures[name]) for name in those) for _, *those in told))
         for label, figures in rows
     ]
-    note = "Times in ms. Response time runs from when a request was scheduled, service time from when it was sent."
+    note = (
+        "Response time runs from when a request was scheduled, service time from when it was sent. Answers and tokens "
+        "per second are until a phase's last answer came, where that was after its end."
+    )
     table = _table(("", *(label for label, *_ in told)), body, "figures")
     return _section("Figures", f"{table}<p class=quiet>{note} {escape(_canaries(run))}</p>")
 
@@ -167,7 +173,7 @@ def _canaries(run: Run) -> str:
 
 
 def _rows(run: Run) -> Iterator[tuple[str, Selected]]:
-    phases, groups = run.scenario["phases"], sorted(set(run.schedule.groups))
+    phases, groups = run.scenario["phases"], groups_of(run)
     yield "all that is measured", select(run)
     for phase in phases:
         if len(phases) > 1:
@@ -196,7 +202,8 @@ def _events(run: Run) -> str:
     ]
     rest = len(run.events) - len(rows)
     more = f"<p class=quiet>{rest:,} more are in run.json.</p>" if rest else ""
-    table = _table(("at", "what", "of", "took", "error"), rows) + more
+    told = 5 if any(one.error for one in run.events) else 4
+    table = _table(("at", "what", "of", "took", "error")[:told], (row[:told] for row in rows)) + more
     return _section(
         "What was done meanwhile",
         f"<details{'' if rest else ' open'}><summary>{len(run.events)} events</summary>{table}</details>",
@@ -210,11 +217,15 @@ def _about(run: Run) -> str:
     ]
     late = [(*row, f"{one.cpu_share:.0%}") for row, one in zip(late, run.lateness, strict=True)]
     header = ("generator", "late p50, ms", "late p99, ms", "most, ms", "processor")
-    facts = [(name, _plain(value)) for part in (run.target, run.machine) for name, value in part.items()]
+    facts = "".join(
+        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(_plain(value))}</dd></div>"
+        for part in (run.target, run.machine)
+        for name, value in part.items()
+    )
     words = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _GLOSSARY.items())
     return _section(
         "How it was measured",
-        (_table(header, late) if late else "") + _table(("target and machine", ""), facts) + f"<dl>{words}</dl>",
+        (_table(header, late) if late else "") + f"<dl class=facts>{facts}</dl><dl>{words}</dl>",
     )
 
 
@@ -249,14 +260,16 @@ def _number(value: float) -> str:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(f"{name} {one}" for name, one in value.items()) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     def cell(text: str) -> str:
         return text if isinstance(text, _Raw) else escape(text)
 
-    head = "".join(f"<th>{escape(one)}</th>" for one in header)
+    head = "".join(f"<th>{escape(one).replace(chr(10), '<br>')}</th>" for one in header)
     body = "".join(f"<tr>{''.join(f'<td>{cell(one)}</td>' for one in row)}</tr>" for row in rows)
     return f'<div class=wide><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 

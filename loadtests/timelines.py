@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from loadtests import metrics, statistics
-from loadtests.axes import beside, log_axis
-from loadtests.charts import Absent, Chart, Colours
+from loadtests.asking import groups_met, tenants_met
+from loadtests.axes import beside, brief, log_axis
+from loadtests.charts import SERIES, Absent, Chart, Colours
 from loadtests.recording import ABSENT, TIERS, Array, Outcome, Run
 from loadtests.selection import MS, S, Selected
 
@@ -41,6 +42,11 @@ class Bins:
         """In seconds."""
         return (np.arange(self.count) + 0.5) * self.width_s
 
+    @property
+    def edges(self) -> Array:
+        """In seconds, one more than there are stretches."""
+        return np.arange(self.count + 1) * self.width_s
+
 
 def bins_of(run: Run, most: int = _BINS) -> Bins:
     """Of a round width, so that there are `most` at most, and six requests in each in the mean."""
@@ -58,53 +64,80 @@ def timeline(run: Run) -> Chart | Absent:
     if not len(chosen.at):
         return Absent(title, "nothing was sent")
     lanes = list(dict.fromkeys(one.kind for one in run.events))
-    rows, place = chosen.rows, bins.places(chosen.rows["scheduled"])
-    refused = rows["outcome"] == Outcome.REFUSED
+    groups = groups_met(run)
+    groups = groups if len(groups) <= len(SERIES) else []  # more lines than can be told apart
 
     def draw(figure: Figure, colours: Colours) -> None:
-        ratios = [0.16 * len(lanes) + 0.12, 1, 1] if lanes else [1, 1]
+        ratios = [*([0.16 * len(lanes) + 0.12] if lanes else []), 1, 1, *([1] if groups else [])]
         panels = figure.subplots(len(ratios), sharex=True, height_ratios=ratios)
-        upper, lower = panels[-2:]
-        offered = np.bincount(place, minlength=bins.count) / bins.width_s
-        upper.fill_between(
-            bins.middles, offered, step="mid", color=colours["muted"], alpha=0.25, linewidth=0, label="offered"
-        )
-        for which, name, colour in (
-            (chosen.whole, "whole", "blue"),
-            (refused, "refused", "orange"),
-            (chosen.failed, "failed", "red"),
-        ):
-            if which.any():
-                rate = np.bincount(place[which], minlength=bins.count) / bins.width_s
-                rate = np.where(bins.middles <= run.schedule.end / S, rate, np.nan)
-                upper.step(bins.middles, rate, where="mid", color=colours[colour], label=name)
-        whole = rows[chosen.whole]
-        for begin, share, name, colour in (
-            ("scheduled", 0.5, "response p50", "blue"),
-            ("scheduled", 0.99, "response p99", "orange"),
-            ("sent", 0.99, "service p99", "green"),
-        ):
-            values = _by_bin(bins, whole["scheduled"], (whole["done"] - whole[begin]) / MS, share)
-            style = "--" if begin == "sent" else "-"
-            lower.plot(
-                bins.middles, values, color=colours[colour], label=name, linestyle=style, marker=".", markersize=3
-            )
+        under = panels[1:] if lanes else panels
+        _rates(under[0], chosen, bins, colours)
+        _times(under[1], chosen, bins, colours)
+        if groups:
+            _groups(under[2], chosen, bins, groups, colours)
         if lanes:
             _lanes(panels[0], run, lanes, colours)
-            _flags((upper, lower), run, colours)
+            _flags(under, run, colours)
         _phases(panels, run, colours)
-        log_axis(lower.yaxis)
-        last = max([run.schedule.end, *(one.at for one in run.events)]) / S
-        upper.set(ylabel="requests/s", ylim=(0, None), xlim=(-0.02 * last, 1.02 * last))
-        lower.set(ylabel="ms", xlabel="seconds since the begin, by when requests were scheduled")
-        beside(upper)
-        beside(lower)
+        last = max([bins.width_s * bins.count, *(one.at / S for one in run.events)])
+        under[0].set(xlim=(-0.01 * last, 1.01 * last))
+        under[-1].set(xlabel="seconds since the begin")
+        for axes in under:
+            beside(axes)
 
     note = (
-        f"In stretches of {bins.width_s:g} s. Response time runs from when a request was scheduled, service time from "
-        "when it was sent. A cross in a lane is an action that failed."
+        f"In stretches of {bins.width_s:g} s. Requests are offered when they were scheduled, whole, refused or failed "
+        "when they ended. Times are drawn at when their requests were scheduled; response time runs from then, service "
+        "time from when they were sent."
     )
-    return Chart("timeline", title, note, draw, height=3.9 + 0.2 * len(lanes))
+    note += " The lowest panel has each group's time to first token, a band from the median to p99." if groups else ""
+    note += " A cross in a lane is an action that failed." if any(one.error for one in run.events) else ""
+    return Chart("timeline", title, note, draw, height=3.7 + 0.2 * len(lanes) + (1.5 if groups else 0))
+
+
+def _rates(axes: Any, chosen: Selected, bins: Bins, colours: Colours) -> None:
+    rows = chosen.rows
+
+    def rate(times: Array) -> Array:
+        return np.bincount(bins.places(times), minlength=bins.count) / bins.width_s
+
+    axes.stairs(rate(rows["scheduled"]), bins.edges, fill=True, color=colours["muted"], alpha=0.25, label="offered")
+    for which, name, colour in (
+        (chosen.whole, "whole", "blue"),
+        (_refused(chosen), "refused", "orange"),
+        (chosen.failed, "failed", "red"),
+    ):
+        if which.any():
+            ended = np.maximum(rows["done"][which], rows["scheduled"][which])
+            axes.stairs(rate(ended), bins.edges, baseline=None, color=colours[colour], linewidth=1.6, label=name)
+    axes.set(ylabel="requests/s", ylim=(0, None))
+
+
+def _times(axes: Any, chosen: Selected, bins: Bins, colours: Colours) -> None:
+    whole = chosen.rows[chosen.whole]
+    for begin, share, name, colour in (
+        ("scheduled", 0.5, "response p50", "blue"),
+        ("scheduled", 0.99, "response p99", "orange"),
+        ("sent", 0.99, "service p99", "green"),
+    ):
+        values = _by_bin(bins, whole["scheduled"], (whole["done"] - whole[begin]) / MS, share)
+        style = "--" if begin == "sent" else "-"
+        axes.plot(bins.middles, values, color=colours[colour], label=name, linestyle=style, marker=".", markersize=3)
+    log_axis(axes.yaxis)
+    axes.set(ylabel="response, ms")
+
+
+def _groups(axes: Any, chosen: Selected, bins: Bins, groups: Sequence[str], colours: Colours) -> None:
+    """What each group of tenants waits for its first token."""
+    of_group = np.array(chosen.run.schedule.groups)[chosen.planned["tenant"]]
+    for group, colour in zip(groups, SERIES, strict=False):
+        rows = chosen.rows[chosen.whole & (chosen.rows["first"] != ABSENT) & (of_group == group)]
+        waits = (rows["first"] - rows["scheduled"]) / MS
+        median, most = (_by_bin(bins, rows["scheduled"], waits, share) for share in (0.5, 0.99))
+        axes.plot(bins.middles, median, color=colours[colour], marker=".", markersize=3, label=group)
+        axes.fill_between(bins.middles, median, most, color=colours[colour], alpha=0.18, linewidth=0)
+    log_axis(axes.yaxis)
+    axes.set(ylabel="first token, ms")
 
 
 def hit_ratio(run: Run) -> Chart | Absent:
@@ -152,6 +185,8 @@ def heat_map(run: Run) -> Chart | Absent:
     tenants, counts = np.unique(chosen.planned["tenant"], return_counts=True)
     if len(tenants) < 2:
         return Absent(title, "only one tenant asked")
+    if not tenants_met(chosen):
+        return Absent(title, "no two tenants asked in one phase")
     shown = np.sort(tenants[np.argsort(-counts, kind="stable")[:_TENANTS]])
     waits = np.array([_waits(chosen, bins, int(tenant)) for tenant in shown])
     if np.isnan(waits).all():
@@ -169,7 +204,13 @@ def heat_map(run: Run) -> Chart | Absent:
             bad = chosen.rows[(chosen.planned["tenant"] == tenant) & (chosen.failed | _refused(chosen))]
             axes.plot(bad["scheduled"] / S, np.full(len(bad), row), "x", markersize=3, color=colours["red"])
         _flags([axes], run, colours)
-        axes.set(xlim=(0, bins.count * bins.width_s), ylim=(len(shown) - 0.5, -0.5), xlabel="seconds since the begin")
+        _phases([axes], run, colours)
+        last = run.schedule.end / S
+        axes.set(
+            xlim=(0, bins.width_s * math.ceil(last / bins.width_s)),
+            ylim=(len(shown) - 0.5, -0.5),
+            xlabel="seconds since the begin",
+        )
         axes.set_yticks(range(len(shown)), [run.schedule.tenants[tenant] for tenant in shown], fontsize=8)
         axes.grid(visible=False)
         _scale(scale, low, high, colours)
@@ -207,6 +248,8 @@ def token_gaps(run: Run) -> Chart | Absent:
     note = "No request waited for an adapter's load."
     if len(loads):
         note = f"{len(loading):,} requests waited for an adapter's load; a mark below is when such a one was sent."
+    if (gaps < _LEAST_MS).any():
+        note += f" Chunks that came at once have no time between them, and are drawn at {_LEAST_MS:g} ms."
     return Chart("token-gaps", title, note, draw)
 
 
@@ -251,7 +294,7 @@ def _scale(axes: Any, low: float, high: float, colours: Colours) -> None:
     squares = [Rectangle((0, number), 1, 1) for number in range(len(steps))]
     axes.add_collection(_shaded(squares, _depth(steps, low, high).tolist(), colours))
     axes.set(xlim=(0, 1), ylim=(0, len(steps)), xticks=[])
-    axes.set_yticks([0.5, 6, 11.5], [f"{value:.3g}" for value in (low, math.sqrt(low * high), high)], fontsize=8)
+    axes.set_yticks([0.5, 6, 11.5], [brief(value) for value in (low, math.sqrt(low * high), high)], fontsize=8)
     axes.yaxis.tick_right()
     axes.set_title("ms", fontsize=8)
     axes.grid(visible=False)
@@ -261,7 +304,9 @@ def _lanes(axes: Any, run: Run, lanes: Sequence[str], colours: Colours) -> None:
     for one in run.events:
         colour, marker = (colours["red"], "x") if one.error else (colours["purple"], "v")
         axes.plot(one.at / S, lanes.index(one.kind), marker, markersize=5, color=colour)
-        axes.plot([one.at / S, (one.at + one.took) / S], [lanes.index(one.kind)] * 2, color=colour, linewidth=1.5)
+        axes.plot(
+            [one.at / S, (one.at + one.took) / S], [lanes.index(one.kind)] * 2, color=colour, linewidth=3, alpha=0.35
+        )
     axes.set_yticks(range(len(lanes)), lanes, fontsize=8.5)
     axes.set(ylim=(len(lanes) - 0.4, -0.6))
     axes.spines["left"].set_visible(False)
@@ -275,7 +320,9 @@ def _flags(panels: Sequence[Any], run: Run, colours: Colours) -> None:
 
 
 def _phases(panels: Sequence[Any], run: Run, colours: Colours) -> None:
-    """Their begins as lines, their names on top."""
+    """Their begins as lines, and the end of the last; their names on top."""
+    for axes in panels:
+        axes.axvline(run.schedule.end / S, color=colours["muted"], linewidth=0.8, linestyle=(0, (1, 2)))
     for number, ((begin, end), phase) in enumerate(zip(run.schedule.phases, run.scenario["phases"], strict=True)):
         for axes in panels:
             if number:

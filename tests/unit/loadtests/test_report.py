@@ -2,11 +2,15 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
 
 from loadtests import charts, curves, gates, points, report, timelines
 from loadtests.charts import Absent, Chart
@@ -39,11 +43,22 @@ def _overloaded(planned: Array, rows: Array) -> None:
 
 def _sweep() -> Run:
     run = run_of(Shape(phases=("low", "high", "over"), groups={"a": 2, "b": 1}), change=_overloaded, events=(KILL,))
+    for rate, phase in zip((10.0, 20.0, 40.0), run.scenario["phases"], strict=True):
+        for load in phase["load"]:
+            load["arrivals"]["rate"] = rate
     rows = run.samples.rows
     kept = rows["outcome"] != Outcome.UNSENT
     ends = (kept.cumsum() * 5)[kept].astype("u8")
     chunk_at = run.samples.chunk_at.reshape(-1, 5)[kept].ravel()
     return replace(run, samples=replace(run.samples, rows=rows[kept], chunk_ends=ends, chunk_at=chunk_at))
+
+
+def _more_adapters(planned: Array, rows: Array) -> None:
+    planned["model"][planned["phase"] == 0] = 0
+
+
+def _scaling() -> Run:
+    return run_of(Shape(phases=("few", "many")), change=_more_adapters)
 
 
 class Outline(HTMLParser):
@@ -70,7 +85,7 @@ def test_a_report_is_one_file_without_network_or_script(tmp_path: Path) -> None:
     assert all(one.startswith(("#", "data:")) for one in outline.references)
     assert not re.search(r"url\((?!#)|@import", page)
     assert "default-src 'none'" in page
-    assert outline.tags.count("figure") == len(CHARTS)
+    assert outline.tags.count("figure") == len(_drawn(run)) == len(CHARTS) - 1
     drawn = "".join(re.findall(r"<figure.*?</figure>", page, re.DOTALL))
     assert not re.search(r"#[0-9a-fA-F]{6}\b", drawn)
     assert set(re.findall(r"var\(--(\w+)\)", drawn)) <= set(charts.LIGHT)
@@ -132,6 +147,67 @@ def test_a_chart_without_data_says_why() -> None:
         "only one tenant asked",
         "only one tenant asked",
     ]
+
+
+@pytest.mark.parametrize("chart", [curves.throughput, curves.goodput])
+def test_a_curve_of_rates_goes_through_the_same_load_only(chart: Callable[[Run], Chart | Absent]) -> None:
+    """Not through what other tenants asked, nor through one rate that chance made two."""
+    assert isinstance(chart(_sweep()), Chart)
+    same = chart(run_of(Shape(phases=("calm", "churn"))))
+    assert isinstance(same, Absent)
+    assert same.reason == "the run offered one load only"
+    other = _sweep()
+    del other.scenario["phases"][0]["load"][1]  # the noisy one comes later
+    absent = chart(other)
+    assert isinstance(absent, Absent)
+    assert "different things" in absent.reason
+
+
+def test_a_curve_of_adapters_goes_through_one_rate_only() -> None:
+    """More requests ask more adapters, and wait longer for another reason."""
+    assert isinstance(curves.adapters(_scaling()), Chart)
+    absent = curves.adapters(_sweep())
+    assert isinstance(absent, Absent)
+    assert absent.reason == "the phases differ in more than in the adapters they ask"
+
+
+@pytest.mark.parametrize("chart", [curves.fairness, timelines.heat_map])
+def test_tenants_who_never_met_are_not_held_against_each_other(chart: Callable[[Run], Chart | Absent]) -> None:
+    """Each had the server for itself."""
+
+    def apart(planned: Array, _rows: Array) -> None:
+        planned["tenant"] = planned["phase"]
+
+    shape = Shape(phases=("one", "two"))
+    assert isinstance(chart(run_of(shape)), Chart)
+    absent = chart(run_of(shape, change=apart))
+    assert isinstance(absent, Absent)
+    assert absent.reason == "no two tenants asked in one phase"
+
+
+def test_what_failed_is_drawn_when_it_failed() -> None:
+    """Not when it was scheduled: nothing fails before the kill that it fails of."""
+
+    def broke(_planned: Array, rows: Array) -> None:
+        before = (rows["scheduled"] > 4 * S) & (rows["scheduled"] < 5 * S)
+        rows["outcome"][before], rows["done"][before] = Outcome.TRUNCATED, int(5.5 * S)
+
+    chart = timelines.timeline(run_of(change=broke))
+    assert isinstance(chart, Chart)
+    figure = Figure()
+    chart.draw(figure, charts.LIGHT)
+    failed = next(one for one in figure.axes[0].patches if one.get_label() == "failed")
+    assert isinstance(failed, StepPatch)
+    rates, edges, _ = failed.get_data()
+    assert [(edge, rate > 0) for edge, rate in zip(edges, rates, strict=False) if 4 <= edge < 6 and rate > 0] == [
+        (edges[np.searchsorted(edges, 5.5, side="right") - 1], True)
+    ]
+
+
+def test_groups_stand_in_the_scenarios_order() -> None:
+    """As their author told them, not by the alphabet."""
+    page = report.page(run_of(Shape(groups={"quiet": 2, "noisy": 1})), [], "")
+    assert 0 < page.index("\u2003quiet") < page.index("\u2003noisy")
 
 
 def test_a_run_that_came_to_nothing_has_a_report(tmp_path: Path) -> None:
