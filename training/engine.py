@@ -19,7 +19,6 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from training import adapter_weights, checkpoints, dpo, schedule
-from training.adapter_weights import Plan
 from training.dataset import IGNORED, Pair, Row
 from training.determinism import deterministic
 from training.failures import LossNotFinite, OutOfMemory, TrainingFailed
@@ -71,8 +70,8 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """What one run has in one pass. `weights` are as the layers take them (None: the base), `units` the tokens or pairs
-    of the run's whole step: the step is one mean over them, however it is cut into passes."""
+    """What one run has in one pass. `weights` are those that it is computed with (None: the base), `units` the tokens
+    or pairs of the run's whole step: the step is one mean over them, however it is cut into passes."""
 
     run: Run
     weights: Tensor | None
@@ -91,7 +90,6 @@ class _Step:
 
     run: Run
     passes: list[list[Item]]
-    weights: Tensor
     tokens: int = field(init=False)
     units: int = field(init=False)
     better_tokens: int = field(init=False, default=0)
@@ -107,7 +105,7 @@ class _Step:
 
     def share(self, turn: int) -> _Share:
         """What the step has in its pass of this number."""
-        return _Share(self.run, self.weights, block(self.passes[turn]), self.units, self.better_tokens)
+        return _Share(self.run, self.run.weights, block(self.passes[turn]), self.units, self.better_tokens)
 
     def add(self, sums: Tensor, gradient: Tensor) -> None:
         self.sums = sums if self.sums is None else self.sums + sums
@@ -115,30 +113,40 @@ class _Step:
 
 
 class _Group:
-    """Adapters of one shape, stacked (slots, size); their gradients come layer by layer."""
+    """Adapters of one shape, stacked (slots, size) with each `lora_B` times its scale, in the base's precision; their
+    gradients come layer by layer."""
 
-    def __init__(self, layout: Plan, stack: Tensor) -> None:
-        self._layout, self._stack = layout, stack
-        self._gradients: list[Tensor | None] = [None] * (2 * len(layout.places))
+    def __init__(self, shares: Sequence[_Share], weights: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self._layout = shares[0].run.layout
+        self._scales = [share.run.scales for share in shares]
+        self._stack = self._scaled(torch.stack(list(weights))).to(dtype)
+        self._gradients: list[Tensor | None] = [None] * len(self._layout.sizes)
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[str, Part]]:
         """Each layer's path with the adapters it is to serve on these tokens."""
-        count = len(self._layout.places)
-        for number, place in enumerate(self._layout.places):
-            halves = place.halves(self._stack)
-            yield place.module, Part(start, stop, *halves, self._gradients, (number, count + number))
+        places = self._layout.places
+        rows = (stop - start) // len(self._stack)
+        for number, (place, a, b) in enumerate(zip(places, *self._layout.halves(self._stack), strict=True)):
+            yield place.module, Part(start, rows, a, b, self._gradients, (number, len(places) + number))
 
     def flat_gradients(self) -> Tensor:
-        """(slots, size), of the weights as the layers take them; zero where nothing came."""
-        slots, places = len(self._stack), self._layout.places
-        widths = [p.width * p.fan_in for p in places] + [p.fan_out * p.width for p in places]
-        return torch.cat(
-            [
-                self._stack.new_zeros(slots, width) if found is None else found.view(slots, width)
-                for found, width in zip(self._gradients, widths, strict=True)
-            ],
-            dim=1,
-        ).float()
+        """(slots, size), of the adapters' own weights; zero where nothing came."""
+        slots = len(self._stack)
+        found = [
+            self._stack.new_zeros(slots, size) if gradient is None else gradient.view(slots, size)
+            for gradient, size in zip(self._gradients, self._layout.sizes, strict=True)
+        ]
+        return self._scaled(torch.cat(found, dim=1).float())
+
+    def _scaled(self, stack: Tensor) -> Tensor:
+        """The same, its outer halves now times the adapters' scales: all at once where these are one number."""
+        outer = stack[:, self._layout.inner :]
+        if len(set(self._scales)) == 1:
+            outer.mul_(self._scales[0])
+        else:
+            for row, scale in zip(outer, self._scales, strict=True):
+                row.mul_(scale)
+        return stack
 
 
 class Engine:
@@ -197,7 +205,7 @@ class Engine:
             weights = adapter_weights.warm(layout, hp.seed, spec.warm_start)
         run = Run(spec, layout, weights.to(self.device), longest=self.longest, base=self._base)
         if spec.method == "dpo" and spec.warm_start is not None:
-            run.reference = _as_served(run, self._head.dtype)
+            run.reference = run.weights.clone()
         return run
 
     def resume(self, spec: Spec, folder: Path) -> Run:
@@ -236,7 +244,7 @@ class Engine:
         pairs = [halves(row) for row in rows]
         width = run.spec.hyperparameters.batch_size
         passes = [side_by_side(pairs[at : at + width]) for at in range(0, len(pairs), width)]
-        whole = _Step(run, passes, _as_served(run, self._head.dtype))
+        whole = _Step(run, passes)
         if not whole.tokens:
             raise ValueError("nothing in these rows is to be told")
         with self._prepared([run]), torch.no_grad():
@@ -249,11 +257,10 @@ class Engine:
 
     def tell(self, run: Run, rows: Sequence[Row]) -> list[Telling]:
         """How the run tells each row as it is now; changes nothing. Each row must have something to be told."""
-        weights = _as_served(run, self._head.dtype)
         told: list[Telling] = []
         with self._prepared([run]), torch.no_grad():
             for group in _groups([row.input_ids for row in rows]):
-                share = _Share(run, weights, block([item([rows[at]]) for at in group]), 1)
+                share = _Share(run, run.weights, block([item([rows[at]]) for at in group]), 1)
                 laid = self._laid([share])
                 with self._serving([share], laid):
                     losses, hits = token_losses(self._hidden(laid), self._head, laid.trained, laid.targets)
@@ -269,7 +276,6 @@ class Engine:
 
         Each token takes a pass over all of the row: no second model is in memory, and no cache of one.
         """
-        weights = _as_served(run, self._head.dtype)
         answers: list[list[int]] = [[] for _ in prompts]
         with self._prepared([run]), torch.no_grad():
             for group in _groups(prompts):
@@ -280,15 +286,15 @@ class Engine:
                     rows = [row for row in rows if len(row) < self.longest]
                     if not rows:
                         break
-                    following = self._next(run, weights, rows)
+                    following = self._next(run, rows)
                     for at, token in zip(going, following, strict=True):
                         answers[at].append(token)
                     going = [at for at, token in zip(going, following, strict=True) if token not in ends]
         return [answer[:-1] if answer and answer[-1] in ends else answer for answer in answers]
 
-    def _next(self, run: Run, weights: Tensor, rows: Sequence[list[int]]) -> list[int]:
+    def _next(self, run: Run, rows: Sequence[list[int]]) -> list[int]:
         """The likeliest token after each row."""
-        share = _Share(run, weights, block([item([Row(row, [IGNORED] * len(row))]) for row in rows]), 1)
+        share = _Share(run, run.weights, block([item([Row(row, [IGNORED] * len(row))]) for row in rows]), 1)
         laid = self._laid([share])
         last = [at * share.block.length + len(row) - 1 for at, row in enumerate(rows)]
         with self._serving([share], laid):
@@ -311,7 +317,7 @@ class Engine:
 
     def _differentiated(self, runs: Sequence[Run]) -> list["_Step"]:
         """Each run's next step with its gradient; without one where there is not the memory for it, even alone."""
-        steps = [_Step(run, run.micro_batches(), _as_served(run, self._head.dtype)) for run in runs]
+        steps = [_Step(run, run.micro_batches()) for run in runs]
         try:
             for turn in range(max(len(step.passes) for step in steps)):
                 taking = [step for step in steps if turn < len(step.passes)]
@@ -325,7 +331,7 @@ class Engine:
             return steps
         # outside of the handler, whose traceback would hold on to the tensors
         if len(runs) == 1:
-            return [_Step(runs[0], steps[0].passes, steps[0].weights)]
+            return [_Step(runs[0], steps[0].passes)]
         del steps
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -383,7 +389,7 @@ class Engine:
             weights = [share.weights for share in grouped if share.weights is not None]
             if not weights:
                 continue
-            group = _Group(grouped[0].run.layout, torch.stack(weights))
+            group = _Group(grouped, weights, self._head.dtype)
             groups.append(group)
             for module, part in group.parts(starts[0], starts[-1] + grouped[-1].block.tokens):
                 parts.setdefault(module, []).append(part)
@@ -401,16 +407,14 @@ class Engine:
         moving = []
         for step, report in zip(steps, reports, strict=True):
             if report.error is None and step.gradient is not None:
-                most = step.run.spec.hyperparameters.max_grad_norm
-                if report.grad_norm > most:
-                    step.gradient.mul_(most / (report.grad_norm + 1e-6))  # torch's clip_grad_norm_
-                moving.append((step.run, step.gradient, report.learning_rate))
+                moving.append((step.run, step.gradient, report))
                 step.run.step = report.step
+        _clip(moving)
         _adamw(moving)
-        return [
-            report if report.error is not None else replace(report, validation=self._validated(step.run))
-            for step, report in zip(steps, reports, strict=True)
-        ]
+        for at, (step, report) in enumerate(zip(steps, reports, strict=True)):
+            if report.error is None and (found := self._validated(step.run)) is not None:
+                reports[at] = replace(report, validation=found)
+        return reports
 
     def _judged(self, step: _Step, figures: Sequence[float] | None) -> StepReport:
         """What is to be told of the step; a run that cannot go on is marked."""
@@ -466,13 +470,6 @@ def _levelled(shares: Sequence[_Share]) -> list[_Share]:
     return [replace(share, block=block) for share, block in zip(shares, blocks, strict=True)]
 
 
-def _as_served(run: Run, dtype: torch.dtype) -> Tensor:
-    """The weights with each `lora_B` times its scale, in the base's precision."""
-    served = run.weights.clone()
-    served[run.layout.inner :].mul_(run.scales)
-    return served.to(dtype)
-
-
 def _sums(
     shares: Sequence[_Share], counts: Sequence[int], losses: Tensor, hits: Tensor, references: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
@@ -522,31 +519,45 @@ def _totals(values: Tensor, counts: Sequence[int]) -> Tensor:
 
 def _figures(steps: Sequence[_Step]) -> list[list[float] | None]:
     """Loss, hits and the gradient's length of each step that has them, read at once: reading waits for the device."""
-    found = []
-    for step in steps:
-        if step.gradient is not None and step.sums is not None:
-            step.gradient[step.run.layout.inner :].mul_(step.run.scales)
-            found.append((step.sums, torch.linalg.vector_norm(step.gradient)))
+    found = [(step.sums, step.gradient) for step in steps if step.sums is not None and step.gradient is not None]
     if not found:
         return [None] * len(steps)
-    sums, lengths = (torch.stack(column) for column in zip(*found, strict=True))
-    read = iter(torch.column_stack((sums, lengths)).tolist())
+    sums, gradients = zip(*found, strict=True)
+    lengths = torch._foreach_norm(gradients)
+    read = iter(torch.column_stack((torch.stack(sums), torch.stack(lengths))).tolist())
     return [None if step.gradient is None else next(read) for step in steps]
 
 
-def _adamw(moving: Sequence[tuple[Run, Tensor, float]]) -> None:
+def _clip(moving: Sequence[tuple[Run, Tensor, StepReport]]) -> None:
+    """Shorten the gradients that are too long, as torch's clip_grad_norm_ does."""
+    long: list[Tensor] = []
+    factors: list[float] = []
+    for run, gradient, report in moving:
+        most = run.spec.hyperparameters.max_grad_norm
+        if report.grad_norm > most:
+            long.append(gradient)
+            factors.append(most / (report.grad_norm + 1e-6))
+    if long:
+        torch._foreach_mul_(long, factors)
+
+
+def _adamw(moving: Sequence[tuple[Run, Tensor, StepReport]]) -> None:
     """The fused kernel on each run's whole vector, or on its halves where `lora_B` has a rate of its own (LoRA+); one
     call for all that share rate and decay."""
-    calls: dict[tuple[float, float], list[list[Tensor]]] = {}
-    for run, gradient, rate in moving:
-        hp, inner = run.spec.hyperparameters, run.layout.inner
-        halves = [(slice(0, inner), rate), (slice(inner, None), rate * hp.loraplus_ratio)]
+    if not moving:
+        return
+    numbers = [float(report.step) for _, _, report in moving]
+    calls: dict[tuple[float, float], list[Sequence[Tensor]]] = {}
+    for (run, gradient, report), step in zip(
+        moving, torch.tensor(numbers, device=moving[0][1].device).unbind(), strict=True
+    ):
+        hp, inner, rate = run.spec.hyperparameters, run.layout.inner, report.learning_rate
+        vectors = (run.weights, gradient, *run.moments)
         if hp.loraplus_ratio == 1:
-            halves = [(slice(None), rate)]
-        step = torch.tensor(float(run.step), device=gradient.device)
-        for half, own_rate in halves:
-            vectors = [vector[half] for vector in (run.weights, gradient, *run.moments)]
-            calls.setdefault((own_rate, hp.weight_decay), []).append([*vectors, step])
+            calls.setdefault((rate, hp.weight_decay), []).append((*vectors, step))
+            continue
+        for half, own in ((slice(0, inner), rate), (slice(inner, None), rate * hp.loraplus_ratio)):
+            calls.setdefault((own, hp.weight_decay), []).append((*(vector[half] for vector in vectors), step))
     for (rate, decay), called in calls.items():
         weights, gradients, first, second, steps = (list(column) for column in zip(*called, strict=True))
         torch._fused_adamw_(

@@ -118,7 +118,7 @@ class Run:
     def digest(self) -> str:
         """Of all that decides the bytes but the base's own weights."""
         spec = self.spec
-        parts = [self._base, spec.method, spec.hyperparameters.model_dump_json()]
+        parts = [adapter_weights.LAYOUT, self._base, spec.method, spec.hyperparameters.model_dump_json()]
         parts += [json.dumps([asdict(row) for row in rows]) for rows in (spec.rows, spec.validation)]
         if spec.warm_start is not None:
             parts.append(hashlib.sha256((spec.warm_start / adapter_weights.WEIGHTS).read_bytes()).hexdigest())

@@ -22,25 +22,24 @@ Weight = Callable[[], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Adapters of one layer on tokens `start` to `stop`: (slots, width, fan_in), (slots, fan_out, width).
+    """Adapters of one layer on the tokens from `start` on, `rows` for each.
 
-    The outer halves come multiplied by the adapters' scales. What the layer's backward pass finds is put into
-    `gradients`, the group's, under `number` and the number of its outer half.
+    `a` is (slots, width, fan_in), `b` (slots, width, fan_out): turned, and multiplied by the adapters' scales. What the
+    layer's backward pass finds is put into `gradients`, the group's, under `number` and the number of its outer half.
     """
 
     start: int
-    stop: int
+    rows: int
     a: Tensor
     b: Tensor
     gradients: list[Tensor | None]
     number: tuple[int, int]
 
     def of(self, tokens: Tensor) -> Tensor:
-        """(slots, tokens of each, features), a view of (1, tokens, features)."""
-        slots, features = self.a.shape[0], tokens.shape[-1]
-        each = (self.stop - self.start) // slots * features
+        """(slots, rows, features), a view of (1, tokens, features)."""
+        slots, rows, features = self.a.shape[0], self.rows, tokens.shape[-1]
         begin = tokens.storage_offset() + self.start * features
-        return tokens.as_strided((slots, each // features, features), (each, features, 1), begin)
+        return tokens.as_strided((slots, rows, features), (rows * features, features, 1), begin)
 
 
 class _Adapted(torch.autograd.Function):
@@ -51,9 +50,9 @@ class _Adapted(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, anchor: Tensor, parts: Sequence[Part]
     ) -> Tensor:
         x, y = x.contiguous(), linear(x, weight(), bias)
-        inner = [torch.bmm(part.of(x), part.a.transpose(1, 2)) for part in parts]
+        inner = [torch.bmm(part.a, part.of(x).transpose(1, 2)) for part in parts]
         for part, h in zip(parts, inner, strict=True):
-            part.of(y).baddbmm_(h, part.b.transpose(1, 2))
+            part.of(y).baddbmm_(h.transpose(1, 2), part.b)
         ctx.save_for_backward(x, *inner)
         ctx.weight, ctx.parts = weight, parts
         return y
@@ -65,11 +64,11 @@ class _Adapted(torch.autograd.Function):
         grad_x = grad @ ctx.weight() if ctx.needs_input_grad[0] else None
         for part, h in zip(ctx.parts, inner, strict=True):
             grad_y = part.of(grad)
-            grad_h = torch.bmm(grad_y, part.b)
-            _add(part.gradients, part.number[0], torch.bmm(grad_h.transpose(1, 2), part.of(x)))
-            _add(part.gradients, part.number[1], torch.bmm(grad_y.transpose(1, 2), h))
+            grad_h = torch.bmm(part.b, grad_y.transpose(1, 2))
+            _add(part.gradients, part.number[0], torch.bmm(grad_h, part.of(x)))
+            _add(part.gradients, part.number[1], torch.bmm(h, grad_y))
             if grad_x is not None:
-                part.of(grad_x).baddbmm_(grad_h, part.a)
+                part.of(grad_x).baddbmm_(grad_h.transpose(1, 2), part.a)
         return grad_x, None, None, None, None
 
 
