@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,18 @@ def test_runs_side_by_side_are_what_they_are_alone(base: Path, rows: Rows, threa
         alone, _ = trained(engine, spec)
         assert torch.equal(run.weights, alone.weights)
         assert all(torch.equal(*moments) for moments in zip(run.moments, alone.moments, strict=True))
+
+
+def test_stacked_adapters_keep_their_own_scales(engine: Engine, rows: Rows) -> None:
+    """Same rows, so one stack; one scale for all of a run's layers, another, and one for each layer."""
+    changes: list[dict[str, Any]] = [{}, {"lora_alpha": 3}, {"alpha_pattern": {"o_proj": 3}}]
+    specs = [spec(rows(0), max_steps=3, gradient_accumulation_steps=2, batch_size=2, **change) for change in changes]
+    runs = [engine.begin(spec) for spec in specs]
+    while not runs[0].done:
+        engine.step(runs)
+    for run, spec_ in zip(runs, specs, strict=True):
+        assert torch.equal(run.weights, trained(engine, spec_)[0].weights)
+    assert not any(torch.equal(one.weights, other.weights) for one, other in combinations(runs, 2))
 
 
 def test_one_runs_data_changes_no_other_run(engine: Engine, rows: Rows) -> None:
