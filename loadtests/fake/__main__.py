@@ -98,6 +98,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--load-ms", type=float, default=50.0)
     parser.add_argument("--activate-ms", type=float, default=5.0)
     parser.add_argument("--mix-up-every", type=int, default=0, help="each so-manieth answer is another adapter's")
+    parser.add_argument("--serve-the-gone", action="store_true", help="answers are made though their clients left")
     return parser.parse_args()
 
 
@@ -123,6 +124,7 @@ async def main(told: argparse.Namespace) -> None:
         keep_requests=False,
     )
     fake.mix_up_every = told.mix_up_every
+    fake.faults.serves_the_gone = told.serve_the_gone
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -58,6 +58,8 @@ class Faults:
     load_wrong: int = 0
     """So many loads from now on answer golden prompts with other weights than they were given."""
     golden_nan: bool = False
+    serves_the_gone: bool = False
+    """Answers are made to their end, though nobody reads them."""
     status: int | None = None
     status_body: bytes = b'{"error":{"message":"internal /secret/path a-0000","code":500}}'
     event_delay_s: float = 0.0
@@ -567,11 +569,11 @@ class FakeReplica:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def on_token(number: int) -> None:
-            if _is_gone(reader):
+            if not _is_gone(reader):
+                tell(number)
+            elif not self.faults.serves_the_gone:
                 self.cancelled += 1
                 engine.abort(sequence)
-            else:
-                tell(number)
 
         new = served.prompt_tokens - served.cached_tokens
         sequence = Sequence(name, served.priority, new, tokens, on_token, done)
@@ -579,6 +581,8 @@ class FakeReplica:
         gone = asyncio.ensure_future(_until_gone(reader))
         try:
             await asyncio.wait({gone, done}, return_when=asyncio.FIRST_COMPLETED)
+            if self.faults.serves_the_gone:
+                await done
             if not done.done():
                 if not sequence.aborted:
                     self.cancelled += 1

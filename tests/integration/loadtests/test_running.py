@@ -48,6 +48,16 @@ async def test_answers_of_another_adapter_are_found_on_any_server(tmp_path: Path
     assert [one["suspended_at"] is not None for one in tenants] == [True] * 3
 
 
+async def test_a_server_that_goes_on_for_clients_who_left_is_found(tmp_path: Path) -> None:
+    """Its places are taken by answers that nobody reads, and those who stay wait."""
+    scenario = read(Path("client-abort"), profile="short")
+    async with fake_stack(scenario.stack, tmp_path / "stack", more=("--serve-the-gone",)) as stack:
+        found = await run(scenario, stack, Options(tmp_path))
+    verdicts = gates.judge(found)
+    assert gates.exit_code(verdicts, found) == gates.FAILED, verdicts
+    assert {one.metric for one in verdicts if one.judgement == "fail"} <= {"goodput_share", "ttft_ms.p50"}
+
+
 async def test_versions_may_answer_as_long_as_they_live(tmp_path: Path) -> None:
     """Publications during traffic: every answer's version is one that the name stood for, and both ones answered."""
     scenario = one_name_that_moves()
