@@ -35,6 +35,10 @@ def job_create(
     beta: Annotated[float | None, typer.Option(help="DPO's; default: auto.")] = None,
     seed: Annotated[int | None, typer.Option(help="Decides first weights and order; default: drawn.")] = None,
     rank: Annotated[int | None, typer.Option(help="Inner width of the adapter.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="nf4: train on the base in four bits (QLoRA).")] = None,
+    sft_weight: Annotated[
+        float | None, typer.Option(help="DPO: what the better answers' loss counts beside the preference; default: 0.")
+    ] = None,
     start: Annotated[str | None, typer.Option("--from", help="A version to go on from, as name@3.")] = None,
     alias: Annotated[str | None, typer.Option(help="What is to stand for the result.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow it until it is over.")] = False,
@@ -44,13 +48,14 @@ def job_create(
 ) -> None:
     """Put a job into the queue."""
     numbers = {"n_epochs": epochs, "batch_size": batch_size, "learning_rate_multiplier": rate, "beta": beta}
+    own = {"rank": rank, "quantization": quantization, "sft_weight": sft_weight, "from": start, "alias": alias}
     asked = {
         "training_file": training_file,
         "validation_file": validation_file,
         "suffix": suffix,
         "seed": seed,
         "method": {"type": method, method: {"hyperparameters": _given(numbers)}},
-        "tailor": _given({"rank": rank, "from": start, "alias": alias}),
+        "tailor": _given(own),
     }
     with told():
         client = tenant_client(url, key)

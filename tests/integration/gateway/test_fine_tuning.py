@@ -3,6 +3,7 @@
 import asyncio
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -452,15 +453,23 @@ async def test_a_file_that_a_job_needs_stays(acme: Tenant, openai: AsyncOpenAI, 
     assert (await acme.client.delete(f"/v1/files/{file_id}")).is_success
 
 
+async def job_command(gateway: Gateway, tenant: Tenant, *words: str, code: int = 0) -> str:
+    arguments = ["job", *words, "--url", gateway.url, "--key", tenant.key]
+    result = await asyncio.to_thread(CliRunner().invoke, command, arguments)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+async def test_the_command_asks_for_options_of_our_own(gateway: Gateway, acme: Tenant, openai: AsyncOpenAI) -> None:
+    pairs = await upload(openai, PAIRS)
+    asked = ["create", pairs, "--method", "dpo", "--sft-weight", "0.5", "--quantization", "nf4", "--json"]
+    made = json.loads(await job_command(gateway, acme, *asked))
+    assert made["tailor"]["options"] == {"sft_weight": 0.5, "quantization": "nf4"}
+
+
 async def test_the_command(gateway: Gateway, acme: Tenant, file_id: str, trainer: Trainer) -> None:
     """`tailor job`: made, paused, resumed, followed to its end, listed with its checkpoint and story."""
-
-    async def tailor(*words: str, code: int = 0) -> str:
-        arguments = ["job", *words, "--url", gateway.url, "--key", acme.key]
-        result = await asyncio.to_thread(CliRunner().invoke, command, arguments)
-        assert result.exit_code == code, result.output
-        return result.output
-
+    tailor = partial(job_command, gateway, acme)
     made = json.loads(await tailor("create", file_id, "--suffix", "bot", "--epochs", "2", "--rank", "8", "--json"))
     assert (made["hyperparameters"]["n_epochs"], made["tailor"]["recipe"]["rank"]) == (2, 8)
     assert "paused" in await tailor("pause", made["id"])
