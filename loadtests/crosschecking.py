@@ -216,7 +216,9 @@ def row(figure: str, ours: Sequence[float], theirs: Sequence[float]) -> Row:
 
 
 def seen(samples: Samples) -> Seen:
-    """As `vllm bench serve` counts: TTFT from sending; requests over the time from the first's sending to the last end.
+    """As `vllm bench serve` counts: TTFT from sending to the first piece, whether it has text or none yet.
+
+    Requests are over the time from the first's sending to the last end.
 
     Raises:
         CannotPlay: no request was answered.
@@ -226,7 +228,7 @@ def seen(samples: Samples) -> Seen:
     if not len(whole):
         raise CannotPlay("no request was answered: " + ", ".join(sorted({samples.texts[one] for one in rows["error"]})))
     return Seen(
-        float(np.median(whole["first"] - whole["sent"])) / 1e6,
+        float(np.median(whole["token"] - whole["sent"])) / 1e6,
         float(len(whole) / (whole["done"].max() - whole["sent"].min()) * 1e9),
         len(rows) - len(whole),
     )

@@ -60,6 +60,7 @@ SAMPLE: Final = np.dtype(
         ("sent", "i8"),
         ("headers", "i8"),
         ("first", "i8"),  # the first piece with content
+        ("token", "i8"),  # the first piece of an answer; half a letter is a token, and no text yet
         ("last", "i8"),  # the last piece with content
         ("done", "i8"),
         ("status", "i2"),  # HTTP; ABSENT where none came

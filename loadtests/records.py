@@ -12,7 +12,7 @@ import numpy.typing as npt
 from loadtests.client import Exchange
 from loadtests.recording import ABSENT, SAMPLE, TIERS, Array, Outcome, Samples
 
-_ROW: Final = struct.Struct("<Iqqqqqqh2BI9i")
+_ROW: Final = struct.Struct("<Iqqqqqqqh2BI9i")
 assert _ROW.size == SAMPLE.itemsize
 _TIMING: Final = re.compile(rb'(\w+);(?:dur=([\d.]+)|desc="([a-z]+)")')
 _TEXTS: Final = ("version", "replica", "answer", "error")
@@ -36,7 +36,15 @@ class Records:
         tier, queue_us, load_us = read_timing(timing) if timing is not None else (0, ABSENT, ABSENT)
         times = [
             ABSENT if at == ABSENT else at - begin
-            for at in (scheduled, exchange.sent, exchange.headers, exchange.first, exchange.last, exchange.done)
+            for at in (
+                scheduled,
+                exchange.sent,
+                exchange.headers,
+                exchange.first,
+                exchange.first if exchange.token == ABSENT else exchange.token,
+                exchange.last,
+                exchange.done,
+            )
         ]
         self._rows += _ROW.pack(
             index,

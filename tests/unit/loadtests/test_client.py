@@ -43,6 +43,24 @@ def test_a_stream_that_brought_nothing_is_not_whole(body: bytes, outcome: Outcom
     assert (exchange.outcome, exchange.first) == (outcome, first)
 
 
+def test_a_token_that_is_no_text_yet_has_a_time_of_its_own() -> None:
+    """Half a letter: other tools count it as the first token, while a user sees nothing."""
+    half = b'data: {"choices":[{"text":""}]}\n\n'
+    exchange = Exchange(0, b"", lambda _: None, scheduled=0)
+    exchange.sent = 0
+    exchange.kept[b"content-type"] = b"text/event-stream"
+    exchange.head_came(200, 1_000)
+    for at, piece in enumerate((half, half, TEXT, half + DONE), 2):
+        exchange.body_came(piece, at * 1_000)
+    exchange.body_ended(6_000)
+    records = Records()
+    records.add(exchange, 0, 0)
+    records.add(_read(TEXT + half + DONE), 1, 0)
+    rows = records.since_last()[0]
+    assert rows["token"].tolist() == [2_000, 2_000]
+    assert rows["first"].tolist() == [4_000, 2_000]
+
+
 @pytest.mark.parametrize(
     ("message", "tokens", "outcome"),
     [("", 0, Outcome.TRUNCATED), ("", 1, Outcome.WHOLE), ("red", 0, Outcome.WHOLE)],

@@ -47,7 +47,8 @@ def test_figures_are_counted_as_the_other_tool_counts_them() -> None:
     rows = np.zeros(4, SAMPLE)
     rows["scheduled"] = 0
     rows["sent"] = np.arange(4) * 100 * MS
-    rows["first"] = rows["sent"] + np.array([10, 20, 30, 0]) * MS
+    rows["token"] = rows["sent"] + np.array([10, 20, 30, 0]) * MS
+    rows["first"] = rows["token"] + 5 * MS  # half a letter is a token
     rows["done"] = rows["sent"] + 100 * MS
     rows["outcome"][3], rows["first"][3] = Outcome.TIMEOUT, ABSENT
     told = seen(Samples(rows, np.zeros(4, np.uint64), np.zeros(0, np.uint32), ("",)))
