@@ -93,8 +93,9 @@ def svg(chart: Chart) -> str:
 
 
 def png(chart: Chart, path: Path) -> None:
-    """As a picture, on white."""
+    """As a picture, on white, with its title: it goes where no page says what it is."""
     with _figure(chart, LIGHT) as figure:
+        figure.suptitle(chart.title, x=0.005, ha="left", fontsize=11, fontweight="bold")
         figure.savefig(path, format="png", dpi=150, facecolor=LIGHT["surface"])
 
 
