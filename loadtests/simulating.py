@@ -91,12 +91,11 @@ class _Sharing:
             if self._running[tenant] or self._waiting[tenant]:
                 self._seen[tenant] = now
 
-    def may_start(self, tenant: int) -> bool:
-        """Where it may not, it waits, and so floods."""
-        if self._may_start(tenant):
-            return True
-        self._note_flood(tenant)
-        return False
+    def wait(self, tenant: int) -> None:
+        """A request of it could not start, for whatever reason: it floods."""
+        if tenant not in self._floods:
+            self._floods.add(tenant)
+            self._peaks = (self._peaks[0], self._calm)
 
     def start(self, tenant: int) -> None:
         self._waiting[tenant] -= 1
@@ -104,7 +103,7 @@ class _Sharing:
         self._in_flight += 1
         if tenant not in self._floods:
             if self._running[tenant] > self._part(tenant):
-                self._note_flood(tenant)
+                self.wait(tenant)
             else:
                 self._peaks = (max(self._peaks[0], self._calm), max(self._peaks[1], self._calm))
 
@@ -122,18 +121,13 @@ class _Sharing:
     def _spare(self) -> float:
         return 1 + math.sqrt(self._peaks[0])
 
-    def _note_flood(self, tenant: int) -> None:
-        if tenant not in self._floods:
-            self._floods.add(tenant)
-            self._peaks = (self._peaks[0], self._calm)
-
     def _share(self) -> float:
         return self._places / max(1, len(self._seen))
 
     def _part(self, tenant: int) -> float:
         return max(1.0, self._share(), (self._places - self._peaks[0] - self._spare) / len(self._floods | {tenant}))
 
-    def _may_start(self, tenant: int) -> bool:
+    def may_start(self, tenant: int) -> bool:
         running, left = self._running[tenant], self._places - self._in_flight
         if len(self._seen) < 2 or running < max(1, int(self._share())):
             return True
@@ -189,6 +183,8 @@ class _Replica:
             prompts += int(load.prompt_tokens[index])
             if line := self.lines.get((tenant, adapter)):
                 heapq.heappush(heads, (line[0], (tenant, adapter)))
+        for tenant, _ in self.lines:
+            self.sharing.wait(tenant)
         engine = self.engine
         decoding = engine.step_s + engine.per_sequence_s * len(self.running)
         return decoding + engine.per_prompt_token_s * prompts + stall
