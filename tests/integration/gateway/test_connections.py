@@ -171,10 +171,9 @@ async def test_a_request_for_several_answers_takes_as_many_places(
     gateway = await run_gateway(replica)
     acme = await gateway.tenant("acme")
     (member,) = gateway.parts.pool.members()
-    replica.faults.latency_s = 0.3
+    replica.faults.latency_s = 1.0
     asking = [asyncio.create_task(acme.ask(BASE, n=4)) for _ in range(2)]
-    await until(lambda: member.replica.gate.in_flight == 4)
-    assert member.replica.gate.waiting == 1
+    await until(lambda: (member.replica.gate.in_flight, member.replica.gate.waiting) == (4, 1))
     assert {(await task).status_code for task in asking} == {200}
     assert member.replica.gate.in_flight == 0
 

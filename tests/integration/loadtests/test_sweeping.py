@@ -128,7 +128,7 @@ def test_a_crosscheck_that_is_interrupted_has_said_what_it_measured(tmp_path: Pa
 def test_the_knee_of_two_replicas_is_foretold_by_one(tailor: Tailor, tmp_path: Path) -> None:
     """Within 15 % of what is then measured."""
     for replicas in (1, 2):
-        words = ("--from", 4 * replicas, "--stack", "fake", "--out", tmp_path / str(replicas))
+        words = ("--from", 4 * replicas, "--duration-s", 40, "--stack", "fake", "--out", tmp_path / str(replicas))
         code, told = tailor("sweep", written(tmp_path, replicas=replicas), *words)
         assert code == 0, told
     model = Model(results.load(tmp_path / "1"), Room(4, 16, 8), Objective(ttft_ms=1_000))
