@@ -122,8 +122,9 @@ class Blobs:
 
     async def _put(self, key: str, content: Path | AsyncIterator[bytes]) -> None:
         with store_errors():
-            is_small = isinstance(content, Path) and (await in_thread(content.stat)).st_size <= SMALL_BYTES
-            at_once = 1 if is_small else self._parts_at_once
+            at_once = self._parts_at_once
+            if at_once > 1 and isinstance(content, Path) and (await in_thread(content.stat)).st_size <= SMALL_BYTES:
+                at_once = 1
             await _obstore().put_async(self._store, key, content, chunk_size=self._part_bytes, max_concurrency=at_once)
             if self.folder is not None:
                 await in_thread(make_durable, self.folder, _path(self.folder, key))
