@@ -1,16 +1,18 @@
 """Our figures beside those of `vllm bench serve` for the same load of the same server: they should be the same.
 
-Both send prompts of the same words in the same lengths to `/v1/completions`, in turns: once a fixed time apart, for the
-time to first token, and once by so many callers who each wait for their answer, for the throughput. Prompts are never
-asked twice, so that no prefix cache favours the second.
+Both ask at the same time, each half of the load, so that whatever else server and machine do meets both alike: once a
+fixed time apart, for the time to first token, and once by so many callers who each wait for their answer, for the
+throughput. Ours asks from before theirs begins until after it has ended, and what lies between is compared: of both
+the same stretch of time. Prompts are of the same words and lengths and never asked twice, so that no prefix cache
+favours the second.
 """
 
+import asyncio
 import json
 import os
-import statistics
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,9 +22,10 @@ from loadtests.bodies import Bodies, Planned
 from loadtests.children import WITH_PARENT, Child
 from loadtests.figures import Bound, Row
 from loadtests.playing import CannotPlay, Keys, Server, play
-from loadtests.recording import Outcome, Samples, Schedule
+from loadtests.recording import Outcome, Samples
 from loadtests.scenario import Scenario
 from loadtests.scheduling import schedule_of
+from loadtests.statistics import Floats, block_resamples, interval
 
 BOUNDS: Final = {
     "ttft_p50_off": Bound(0.05, None, "lower", "TTFT p50 paced, off from `vllm bench serve`'s"),
@@ -34,7 +37,9 @@ _BENCH: Final = (
     "import argparse; from vllm.benchmarks.serve import add_cli_args, main; "
     "parser = argparse.ArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
 )
-_WARM_UP: Final = 16
+_SPARE_S: Final = 600.0
+"""Ours goes on for so much longer than theirs should take, unless theirs has ended: it takes its time to begin."""
+_STRETCH_S: Final = 2.0
 HIGH: Final = 1_000_000_000
 UNLIMITED: Final = {
     "requests_per_minute": HIGH,
@@ -45,23 +50,27 @@ UNLIMITED: Final = {
 
 
 class CannotCompare(Exception):
-    """`vllm bench serve` does not run here; the text has its last words."""
+    """`vllm bench serve` does not run here, with its last words, or the tools did not ask at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What both send."""
+    """What each of the two sends: half of what the server gets."""
 
     requests: int = 200
-    rate: float = 10.0
-    callers: int = 8
+    rate: float = 2.0
+    callers: int = 4
     prompt_tokens: int = 64
     output_tokens: int = 16
 
     def scenario(self, *, paced: bool, seed: int) -> Scenario:
-        """As one of ours; the phase of waiting callers is longer than they need."""
-        law = {"law": "constant", "rate": self.rate} if paced else {"law": "closed", "callers": self.callers}
-        duration_s = self.requests / self.rate if paced else 600
+        """Ours, which lasts until it is stopped.
+
+        Paced, it is slower by one request in all of theirs: the times at which it asks slide past theirs by one gap, so
+        that each of the two is as often close behind the other.
+        """
+        slide = self.requests / (self.requests + 1)
+        law = {"law": "constant", "rate": self.rate * slide} if paced else {"law": "closed", "callers": self.callers}
         return Scenario.model_validate(
             {
                 "name": "crosscheck",
@@ -80,7 +89,7 @@ class Load:
                 "phases": [
                     {
                         "name": "only",
-                        "duration_s": duration_s,
+                        "duration_s": self.requests / self.rate + _SPARE_S,
                         "load": [{"tenants": "caller", "workload": "plain", "arrivals": law}],
                     }
                 ],
@@ -88,19 +97,37 @@ class Load:
             }
         )
 
-    def schedule(self, told: Scenario) -> Schedule:
-        """Exactly so many requests."""
-        whole = schedule_of(told)
-        return replace(whole, planned=whole.planned[: self.requests])
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """A tool's requests that were answered, in s of the monotonic clock, which all processes of a machine share."""
+
+    sent: Floats
+    token: Floats
+    """When the first piece came, whether it had text or none yet."""
+    done: Floats
+    failed: int
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What a tool saw of one load."""
+class Together:
+    """What both have seen while both asked; of each a row a request: when in it, and a figure of it.
 
-    ttft_p50_ms: float
-    requests_per_s: float
+    That is its TTFT in ms; of callers who wait, how much of it lay within, so that one on the edge counts in part.
+    """
+
+    ours: Floats
+    theirs: Floats
+    lasted_s: float
     failed: int
+
+    def blocks(self) -> list[Floats]:
+        """Short stretches of it: a row a request, whose it is (0 ours, 1 theirs) and its figure."""
+        rows = np.concatenate(
+            [np.column_stack((np.full(len(one), tool), one)) for tool, one in enumerate((self.ours, self.theirs))]
+        )
+        stretch = rows[:, 1] // _STRETCH_S
+        return [rows[stretch == number][:, [0, 2]] for number in np.unique(stretch)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,22 +141,45 @@ class Check:
     folder: Path
     other: Sequence[str] = (*WITH_PARENT, sys.executable, "-c", _BENCH)
 
-    async def ours(self, *, paced: bool, seed: int, load: Load | None = None) -> Seen:
-        """Our figures."""
-        sends = load or self.load
-        told = sends.scenario(paced=paced, seed=seed)
+    async def both(self, *, paced: bool, seed: int) -> Together:
+        """Of one load, asked by both at once.
+
+        Raises:
+            CannotCompare, CannotPlay: one of them does not run.
+        """
+        begun, stop = asyncio.Event(), asyncio.Event()
+        try:
+            async with asyncio.TaskGroup() as group:
+                ours = group.create_task(self._ours(paced, seed, begun, stop))
+                await begun.wait()
+                theirs = await self.theirs(paced=paced, seed=seed + 1)
+                stop.set()
+        except* (CannotCompare, CannotPlay) as errors:
+            raise errors.exceptions[0] from None
+        return together(ours.result(), theirs, paced=paced)
+
+    async def _ours(self, paced: bool, seed: int, begun: asyncio.Event, stop: asyncio.Event) -> Requests:
+        told = self.load.scenario(paced=paced, seed=seed)
+        begins: list[int] = []
+
+        def begin(at_ns: int) -> None:
+            begins.append(at_ns)
+            begun.set()
+
         samples, _ = await play(
-            sends.schedule(told),
+            schedule_of(told),
             scenario=told,
             server=self.server,
             keys=Keys([self.key]),
             processes=1,
             folder=self.folder,
+            on_begin=begin,
+            stop=stop,
         )
-        return seen(samples)
+        return answered(samples, begins[0])
 
-    async def theirs(self, *, paced: bool, seed: int) -> Seen:
-        """Those of `vllm bench serve`.
+    async def theirs(self, *, paced: bool, seed: int) -> Requests:
+        """What `vllm bench serve` wrote down.
 
         Raises:
             CannotCompare: it fails.
@@ -144,8 +194,7 @@ class Check:
             child.kill_all()
         if code:
             raise CannotCompare(f"vllm bench serve failed: {child.last_words()}")
-        told: dict[str, Any] = json.loads((self.folder / "bench.json").read_text())
-        return Seen(told["median_ttft_ms"], told["request_throughput"], self.load.requests - told["completed"])
+        return answered_by_bench(json.loads((self.folder / "bench.json").read_text()))
 
     def write_prompts(self, seed: int) -> None:
         """For the other tool, as our requests of that seed would have them."""
@@ -158,7 +207,7 @@ class Check:
             host="",
             tokens_per_word=self.server.tokens_per_word,
         )
-        rows = (Planned._make(row.item()) for row in self.load.schedule(told).planned)
+        rows = (Planned._make(row.item()) for row in schedule_of(told).planned[: self.load.requests])
         lines = [
             json.dumps({"prompt": bodies.prompt(row).decode(), "output_tokens": row.output_tokens}) for row in rows
         ]
@@ -183,52 +232,113 @@ class Check:
         }
         pace = {"request-rate": load.rate, "burstiness": "inf"} if paced else {"max-concurrency": load.callers}
         named = [word for name, value in (told | pace).items() for word in (f"--{name}", str(value))]
-        return [*named, "--skip-chat-template", "--disable-shuffle", "--disable-tqdm", "--save-result"]
+        return [
+            *named,
+            "--skip-chat-template",
+            "--disable-shuffle",
+            "--disable-tqdm",
+            "--save-result",
+            "--save-detailed",
+        ]
 
     async def rows(self, rounds: int, on_seen: Callable[[str], None] = lambda text: None) -> AsyncIterator[Row]:
-        """The figures: medians of so many rounds, in which the tools take turns; `on_seen` is told of each turn.
+        """The figures, of all rounds' requests together; `on_seen` is told of each round.
 
         Raises:
             CannotCompare, CannotPlay: one of them does not run.
         """
-        await self.ours(paced=True, seed=1, load=replace(self.load, requests=_WARM_UP))
         failed = 0
         for paced, figure in ((True, "ttft_p50_off"), (False, "requests_per_s_off")):
-            ours: list[float] = []
-            theirs: list[float] = []
+            seen: list[Together] = []
             for number in range(rounds):
-                seed = 10 + 4 * number + 2 * paced
-                for turn in (0, 1) if number % 2 == 0 else (1, 0):
-                    one = await (self.ours if turn == 0 else self.theirs)(paced=paced, seed=seed + turn)
-                    value, unit = (one.ttft_p50_ms, "ms TTFT p50") if paced else (one.requests_per_s, "requests/s")
-                    (ours, theirs)[turn].append(value)
-                    failed += one.failed
-                    on_seen(f"round {number + 1}, {('ours', 'theirs')[turn]}: {value:.4g} {unit}")
-            yield row(figure, ours, theirs)
+                seen.append(await self.both(paced=paced, seed=10 + 4 * number + 2 * paced))
+                ours, theirs = of_round(figure, seen[-1])
+                unit = "ms TTFT p50" if paced else "requests/s"
+                on_seen(f"round {number + 1}: ours {ours:.4g}, theirs {theirs:.4g} {unit}")
+            failed += sum(one.failed for one in seen)
+            yield row(figure, seen)
         yield Row("failed_requests", failed, BOUNDS["failed_requests"], {})
 
 
-def row(figure: str, ours: Sequence[float], theirs: Sequence[float]) -> Row:
-    """How far the medians are from each other, over theirs."""
-    off = abs(statistics.median(ours) / statistics.median(theirs) - 1)
-    told = {name: [round(one, 3) for one in each] for name, each in (("ours", ours), ("theirs", theirs))}
-    return Row(figure, off, BOUNDS[figure], dict(told))
+def row(figure: str, seen: Sequence[Together]) -> Row:
+    """How far the two are apart, over theirs, with the 95 % interval of ours over theirs by chance alone.
+
+    The interval is by bootstrap over short stretches of time, in each of which both were there.
+    """
+    blocks = [block for one in seen for block in one.blocks()]
+    chance = interval([_ratio(figure, rows) for rows in block_resamples(blocks)])
+    each = np.round([of_round(figure, one) for one in seen], 3)
+    ratio = _ratio(figure, np.concatenate(blocks))
+    told = {"ratio": round(ratio, 4), "interval": [round(end, 4) for end in chance]}
+    return Row(
+        figure, abs(ratio - 1), BOUNDS[figure], {"ours": each[:, 0].tolist(), "theirs": each[:, 1].tolist(), **told}
+    )
 
 
-def seen(samples: Samples) -> Seen:
-    """As `vllm bench serve` counts: TTFT from sending to the first piece, whether it has text or none yet.
+def of_round(figure: str, one: Together) -> tuple[float, float]:
+    """Ours and theirs of one round."""
+    if figure == "ttft_p50_off":
+        return float(np.median(one.ours[:, 1])), float(np.median(one.theirs[:, 1]))
+    return float(one.ours[:, 1].sum()) / one.lasted_s, float(one.theirs[:, 1].sum()) / one.lasted_s
 
-    Requests are over the time from the first's sending to the last end.
+
+def _ratio(figure: str, rows: Floats) -> float:
+    ours, theirs = (rows[rows[:, 0] == tool, 1] for tool in (0, 1))
+    if figure == "ttft_p50_off":
+        return float(np.median(ours) / np.median(theirs))
+    return float(ours.sum() / theirs.sum())  # in the same time
+
+
+def together(ours: Requests, theirs: Requests, *, paced: bool) -> Together:
+    """What was asked between theirs' first request and its last: after that its callers have nothing left to ask.
+
+    Raises:
+        CannotCompare: ours did not ask all that time.
+    """
+    begin, end = theirs.sent.min(), theirs.sent.max()
+    if not ours.sent.min() <= begin < end <= ours.done.max():
+        raise CannotCompare("The two did not ask at the same time: more --requests, or a server that is less slow.")
+    figures = _ttfts if paced else _shares
+    return Together(
+        figures(ours, begin, end), figures(theirs, begin, end), float(end - begin), ours.failed + theirs.failed
+    )
+
+
+def _ttfts(of: Requests, begin: float, end: float) -> Floats:
+    ttfts: Floats = np.column_stack((of.sent - begin, (of.token - of.sent) * 1_000))
+    return ttfts[(begin <= of.sent) & (of.sent <= end)]
+
+
+def _shares(of: Requests, begin: float, end: float) -> Floats:
+    """How much of each request lay between the two."""
+    last: Floats = np.minimum(of.done, end)
+    within_s: Floats = last - np.maximum(of.sent, begin)
+    shares: Floats = np.column_stack((last - begin, within_s / (of.done - of.sent)))
+    return shares[within_s > 0]
+
+
+def answered(samples: Samples, begin_ns: int) -> Requests:
+    """Ours.
 
     Raises:
         CannotPlay: no request was answered.
     """
-    rows = samples.rows
+    rows = samples.rows[samples.rows["outcome"] != Outcome.UNSENT]
     whole = rows[rows["outcome"] == Outcome.WHOLE]
     if not len(whole):
         raise CannotPlay("no request was answered: " + ", ".join(sorted({samples.texts[one] for one in rows["error"]})))
-    return Seen(
-        float(np.median(whole["token"] - whole["sent"])) / 1e6,
-        float(len(whole) / (whole["done"].max() - whole["sent"].min()) * 1e9),
-        len(rows) - len(whole),
-    )
+    sent, token, done = ((begin_ns + whole[name]) / 1e9 for name in ("sent", "token", "done"))
+    return Requests(sent, token, done, len(rows) - len(whole))
+
+
+def answered_by_bench(told: dict[str, Any]) -> Requests:
+    """Theirs, from what `--save-detailed` saves; its clock, `time.perf_counter`, is the monotonic one.
+
+    Raises:
+        CannotCompare: no request was answered.
+    """
+    whole = np.array(told["ttfts"]) > 0  # of one that failed it is 0
+    if not whole.any():
+        raise CannotCompare("vllm bench serve had no answer: " + ", ".join(sorted(set(told["errors"]))))
+    sent, ttft, lasted = (np.array(told[name])[whole] for name in ("start_times", "ttfts", "latencies"))
+    return Requests(sent, sent + ttft, sent + lasted, len(whole) - int(whole.sum()))

@@ -46,14 +46,14 @@ def crosscheck(
     model: Annotated[str, typer.Option(help="Of --target: the model's name.")] = "",
     stack: Annotated[Stack, typer.Option(help="Without --target.")] = Stack.FAKE,
     base_model: Annotated[Path | None, typer.Option(help="Of the stack: folder of a base model.")] = None,
-    requests: Annotated[int, typer.Option(min=20, help="Of each turn.")] = 200,
-    rate: Annotated[float, typer.Option(min=0.1, help="Requests per second, for the time to first token.")] = 10.0,
-    callers: Annotated[int, typer.Option(min=1, help="Who wait for their answers, for the throughput.")] = 8,
+    requests: Annotated[int, typer.Option(min=20, help="Of each tool, for each of the two figures of a round.")] = 200,
+    rate: Annotated[float, typer.Option(min=0.1, help="Each tool's per second, for the time to first token.")] = 2.0,
+    callers: Annotated[int, typer.Option(min=1, help="Each tool's, who wait for their answers: throughput.")] = 4,
     prompt_tokens: Annotated[int, typer.Option(min=4)] = 64,
     output_tokens: Annotated[int, typer.Option(min=2)] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="In each the tools take turns.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="In each both tools ask at the same time.")] = 3,
 ) -> None:
-    """Our TTFT p50 and throughput beside another tool's, of the same load.
+    """Our TTFT p50 and throughput beside another tool's, both asking the server at the same time.
 
     Exit code 1: more than 5 % off. 3: it was interrupted after something was measured.
     """
@@ -67,15 +67,15 @@ def crosscheck(
     load = Load(requests, rate, callers, prompt_tokens, output_tokens)
     with told(), own_folder() as folder:
         given = None if target is None else (Server(target, model), api_key)
-        turns: list[str] = []
+        compared: list[str] = []
         try:
-            rows = asyncio.run(_crosscheck(load, given, tokenizer, stack, base_model, rounds, folder, turns))
+            rows = asyncio.run(_crosscheck(load, given, tokenizer, stack, base_model, rounds, folder, compared))
         except CannotCompare as error:
             cannot(str(error))
         except asyncio.CancelledError:
-            if not turns:
+            if not compared:
                 raise
-            typer.echo(f"tailor: it was interrupted after {len(turns)} of {4 * rounds} turns", err=True)
+            typer.echo(f"tailor: it was interrupted after {len(compared)} of {2 * rounds} comparisons", err=True)
             raise typer.Exit(INCONCLUSIVE) from None
     raise typer.Exit(exit_code(rows))
 
@@ -88,17 +88,18 @@ async def _crosscheck(
     base_model: Path | None,
     rounds: int,
     folder: Path,
-    turns: list[str],
+    compared: list[str],
 ) -> "list[Row]":
-    """The figures; `turns` grows while they are measured."""
+    """The figures; `compared` grows while they are measured."""
     from loadtests.api import Api
     from loadtests.crosschecking import Check
     from loadtests.figures import tell
     from loadtests.playing import Server
     from loadtests.preparing import prepared
+    from loadtests.scheduling import schedule_of
 
     def seen(text: str) -> None:
-        turns.append(text)
+        compared.append(text)
         typer.echo(text, err=True)
 
     async def rows(check: Check) -> "list[Row]":
@@ -115,7 +116,7 @@ async def _crosscheck(
     async with (
         stack_or_target(plain, None, stack, base_model, folder) as target,
         Api(target.url) as api,
-        prepared(plain, load.schedule(plain), api, target.operator_key) as made,
+        prepared(plain, schedule_of(plain), api, target.operator_key) as made,
     ):
         server = Server(target.url, made.base.name, made.tokens_per_word)
         return await rows(Check(server, made.tenants[0].key, tokenizer, load, folder))

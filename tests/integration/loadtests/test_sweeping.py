@@ -1,7 +1,6 @@
 """The knee of a stack of fakes, found by `tailor loadtest sweep`, and what `tailor loadtest plan` makes of it."""
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,18 +108,6 @@ def test_a_sweep_that_is_interrupted_keeps_what_it_measured(tmp_path: Path) -> N
     assert run.unfinished
     assert [phase["name"] for phase in run.scenario["phases"]] == ["rate-3"]
     assert "<testsuite" in (tmp_path / "out" / "junit.xml").read_text()
-
-
-def test_a_crosscheck_that_is_interrupted_has_said_what_it_measured(tmp_path: Path) -> None:
-    """Ctrl-C after the first turn: exit code 3, and neither a stack nor the other tool is left."""
-    words = ("--tokenizer", tmp_path, "--requests", 20, "--rate", 40)
-    with tool("crosscheck", "vllm", *words) as check:
-        assert check.says("round 1, ours: ")
-        check.process.send_signal(signal.SIGINT)
-        said = check.last_words()
-        assert check.left() == []
-    assert check.process.returncode == gates.INCONCLUSIVE, said
-    assert "interrupted after 1 of 12 turns" in said
 
 
 @pytest.mark.full
