@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from loadtests.recording import Array, Run, Samples, Schedule
+from loadtests.recording import PLANNED, SAMPLE, Array, Run, Samples, Schedule
 from loadtests.records import merged
 from loadtests.scheduling import order_of
 
@@ -69,11 +69,22 @@ def _parts(runs: Sequence[Run]) -> list[Run]:
         apart_s = (max(begins) - min(begins)).total_seconds()
         raise CannotMerge(f"The parts began {apart_s:.1f} s apart: run them at once, with the same --start-at.")
     for run in parts:
+        if strange := _strange(run):
+            raise CannotMerge(
+                f"Part {run.shard[0]} was written by another version of this tool, which tells more or less of a "
+                f"request ({strange}): run every host's with this one."
+            )
         if run.scenario != first.scenario:
             raise CannotMerge(f"Part {run.shard[0]} is of another scenario, profile or seed than part 0.")
         if run.target.get("url") != first.target.get("url"):
             raise CannotMerge(f"Part {run.shard[0]} asked {run.target.get('url')}, part 0 {first.target.get('url')}.")
     return parts
+
+
+def _strange(run: Run) -> str:
+    """What its samples or its schedule tell that ours do not, or the other way round."""
+    told = {*(run.samples.rows.dtype.names or ()), *(run.schedule.planned.dtype.names or ())}
+    return ", ".join(sorted(told ^ {*(SAMPLE.names or ()), *(PLANNED.names or ())}))
 
 
 def _named_after_host(part: Run) -> Run:

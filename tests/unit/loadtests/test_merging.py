@@ -67,6 +67,12 @@ def part(number: int, count: int, **changes: Any) -> Run:
     )
 
 
+def of_before(run: Run) -> Run:
+    """As a version wrote it that did not know when the first token came."""
+    rows = run.samples.rows[[name for name in SAMPLE.names or () if name != "token"]]
+    return replace(run, samples=replace(run.samples, rows=rows))
+
+
 def test_merged_parts_are_the_one_run() -> None:
     """Every request stands once, in order of time, with its own times, chunks and texts."""
     alone = part(0, 1)
@@ -107,6 +113,8 @@ def test_what_is_not_one_run_is_not_merged() -> None:
         ([part(0, 2), part(1, 3)], "0/2, 1/3"),
         ([part(0, 2), part(1, 2, seed=2)], "another scenario, profile or seed"),
         ([part(0, 2), other], "other:8000"),
+        ([part(0, 2), of_before(part(1, 2))], "another version of this tool.*token"),
+        ([of_before(part(0, 2)), of_before(part(1, 2))], "Part 0 was written by another version"),
         ([part(0, 2), replace(part(1, 2), started_at="2026-11-26T05:00:06.000+00:00")], "--start-at"),
     ):
         with pytest.raises(CannotMerge, match=why):
