@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from training.hyperparameters import Hyperparameters, first_match
 FINGERPRINT_KEY = "tailor.base_fingerprint"  # in the metadata of the safetensors file
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LAYOUT = "lora_B turned"  # of the vector: a checkpoint of another is not read
+LAYOUT = "lora_B turned, times its scale"  # of the vector: a checkpoint of another is not read
 LANES = 8
 """Ranks are padded with zeros to a multiple of this, so that runs of ranks 5 and 8 share one multiplication. Zeros
 stay zero: neither half of a padded lane gets a gradient while the other is zero."""
@@ -30,8 +31,11 @@ stay zero: neither half of a padded lane gets a gradient while the other is zero
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One adapted linear layer: `lora_A` is (width, fan_in) from `a` on, `lora_B` from `b` on, and lies there turned,
-    as (width, fan_out): a product whose rows are as short as a rank takes up to five times as long on a CPU."""
+    """One adapted linear layer: `lora_A` is (width, fan_in) from `a` on, `lora_B` from `b` on.
+
+    `lora_B` lies there turned, as (width, fan_out): a product whose rows are as short as a rank takes up to five times
+    as long on a CPU. And times `scale`, as the layers take it, so that no step has to multiply all of them.
+    """
 
     module: str
     fan_in: int
@@ -46,7 +50,7 @@ class Place:
         return -(-self.rank // LANES) * LANES
 
     def halves(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """`lora_A` and the turned `lora_B` of (size,), as views."""
+        """`lora_A` and the turned and scaled `lora_B` of (size,), as views."""
         return (
             flat[self.a : self.a + self.width * self.fan_in].view(self.width, self.fan_in),
             flat[self.b : self.b + self.width * self.fan_out].view(self.width, self.fan_out),
@@ -80,12 +84,15 @@ class Plan:
             [piece.view(slots, place.width, -1) for piece, place in zip(pieces[count:], self.places, strict=True)],
         )
 
-    def scales(self, device: torch.device) -> Tensor | float:
-        """What `lora_B` is multiplied by, one for all, or for each of its floats."""
-        different = {place.scale for place in self.places}
-        if len(different) == 1:
-            return different.pop()
-        return torch.cat([torch.full((place.fan_out * place.width,), place.scale) for place in self.places]).to(device)
+    @cached_property
+    def pieces(self) -> list[tuple[int, float]]:
+        """(floats, how many times their weights they are), from the start on: inner halves, then outer ones."""
+        outer = groupby(self.places, lambda place: place.scale)
+        return [(self.inner, 1.0)] + [(sum(p.width * p.fan_out for p in places), scale) for scale, places in outer]
+
+    def pieces_of(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """Of (size,), as views."""
+        return vector.split_with_sizes([floats for floats, _ in self.pieces])
 
 
 def plan(linears: Mapping[str, tuple[int, int]], hp: Hyperparameters) -> Plan:
@@ -151,7 +158,7 @@ def warm(layout: Plan, seed: int, folder: Path) -> Tensor:
             )
         own_a, own_b = place.halves(flat)
         own_a[:rank] = a.float()
-        own_b[:rank] = b.float().t() * (_scale_of(config, place.module, rank) / place.scale)
+        own_b[:rank] = b.float().t() * _scale_of(config, place.module, rank)
     if tensors:
         raise TrainingFailed(
             f"the adapter to start from also adapts {next(iter(tensors))}, which this run does not: add it to "
@@ -170,7 +177,7 @@ def write(layout: Plan, flat: Tensor, folder: Path, hp: Hyperparameters, base: s
     for place in layout.places:
         a, b = place.halves(flat)
         tensors[f"{PREFIX}{place.module}.lora_A.weight"] = a[: place.rank].clone()
-        tensors[f"{PREFIX}{place.module}.lora_B.weight"] = b[: place.rank].t().contiguous()
+        tensors[f"{PREFIX}{place.module}.lora_B.weight"] = (b[: place.rank].t() / place.scale).contiguous()
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise TrainingFailed(f"weights are not finite after the last step, {broken[0]} among them")
     metadata = {"format": "pt"}

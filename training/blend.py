@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from training.dataset import Row
@@ -61,14 +62,15 @@ def blend(
     """
     asked = [Questions(engine, tokenizer, rows) for rows in (task, general)]
     run = as_run(engine, adapter, task[0])
-    whole = run.scales
+    outer = run.weights[run.layout.inner :]
+    whole = outer.clone()
     found: dict[float, Point] = {}
 
     def ask(factor: float) -> None:
         factor = round(factor, DECIMALS)
         if factor in found:
             return
-        run.scales = whole * factor
+        torch.mul(whole, factor, out=outer)
         found[factor] = Point(factor, *(questions.scored(run).exact_match for questions in asked))
         on_point(found[factor])
 

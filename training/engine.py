@@ -113,13 +113,11 @@ class _Step:
 
 
 class _Group:
-    """Adapters of one shape, stacked (slots, size) with each `lora_B` times its scale, in the base's precision; their
-    gradients come layer by layer."""
+    """Adapters of one shape, stacked (slots, size), in the base's precision; their gradients come layer by layer."""
 
     def __init__(self, shares: Sequence[_Share], weights: Sequence[Tensor], dtype: torch.dtype) -> None:
         self._layout = shares[0].run.layout
-        self._scales = [share.run.scales for share in shares]
-        self._stack = self._scaled(torch.stack(list(weights))).to(dtype)
+        self._stack = torch.stack(list(weights)).to(dtype)
         self._gradients: list[Tensor | None] = [None] * len(self._layout.sizes)
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[str, Part]]:
@@ -130,23 +128,13 @@ class _Group:
             yield place.module, Part(start, rows, a, b, self._gradients, (number, len(places) + number))
 
     def flat_gradients(self) -> Tensor:
-        """(slots, size), of the adapters' own weights; zero where nothing came."""
+        """(slots, size); zero where nothing came."""
         slots = len(self._stack)
         found = [
             self._stack.new_zeros(slots, size) if gradient is None else gradient.view(slots, size)
             for gradient, size in zip(self._gradients, self._layout.sizes, strict=True)
         ]
-        return self._scaled(torch.cat(found, dim=1).float())
-
-    def _scaled(self, stack: Tensor) -> Tensor:
-        """The same, its outer halves now times the adapters' scales: all at once where these are one number."""
-        outer = stack[:, self._layout.inner :]
-        if len(set(self._scales)) == 1:
-            outer.mul_(self._scales[0])
-        else:
-            for row, scale in zip(outer, self._scales, strict=True):
-                row.mul_(scale)
-        return stack
+        return torch.cat(found, dim=1).float()
 
 
 class Engine:
@@ -519,13 +507,21 @@ def _totals(values: Tensor, counts: Sequence[int]) -> Tensor:
 
 def _figures(steps: Sequence[_Step]) -> list[list[float] | None]:
     """Loss, hits and the gradient's length of each step that has them, read at once: reading waits for the device."""
-    found = [(step.sums, step.gradient) for step in steps if step.sums is not None and step.gradient is not None]
+    found = [
+        (step.run, step.sums, step.gradient) for step in steps if step.sums is not None and step.gradient is not None
+    ]
     if not found:
         return [None] * len(steps)
-    sums, gradients = zip(*found, strict=True)
-    lengths = torch._foreach_norm(gradients)
-    read = iter(torch.column_stack((torch.stack(sums), torch.stack(lengths))).tolist())
-    return [None if step.gradient is None else next(read) for step in steps]
+    lengths = torch._foreach_norm([piece for run, _, gradient in found for piece in run.layout.pieces_of(gradient)])
+    read = iter(torch.cat((*(sums for _, sums, _ in found), torch.stack(lengths))).tolist())
+    sums = [[next(read), next(read)] for _ in found]
+    told = iter([[*own, _length(run, read)] for (run, *_), own in zip(found, sums, strict=True)])
+    return [None if step.gradient is None else next(told) for step in steps]
+
+
+def _length(run: Run, pieces: Iterator[float]) -> float:
+    """Of the gradient, from its next pieces' lengths: a weight that is kept times four has a fourth of its gradient."""
+    return math.hypot(*[scale * next(pieces) for _, scale in run.layout.pieces])
 
 
 def _clip(moving: Sequence[tuple[Run, Tensor, StepReport]]) -> None:
@@ -542,27 +538,28 @@ def _clip(moving: Sequence[tuple[Run, Tensor, StepReport]]) -> None:
 
 
 def _adamw(moving: Sequence[tuple[Run, Tensor, StepReport]]) -> None:
-    """The fused kernel on each run's whole vector, or on its halves where `lora_B` has a rate of its own (LoRA+); one
-    call for all that share rate and decay."""
+    """The fused kernel on each run's vectors, piece by piece; one call for all that share rate, decay and epsilon.
+
+    What is kept times its scale moves by as many times the rate. Its gradient is as many times smaller, which leaves
+    AdamW's quotient as it is but for epsilon. `lora_B` has a rate of its own with LoRA+.
+    """
     if not moving:
         return
     numbers = [float(report.step) for _, _, report in moving]
-    calls: dict[tuple[float, float], list[Sequence[Tensor]]] = {}
+    calls: dict[tuple[float, float, float], list[Sequence[Tensor]]] = {}
     for (run, gradient, report), step in zip(
         moving, torch.tensor(numbers, device=moving[0][1].device).unbind(), strict=True
     ):
-        hp, inner, rate = run.spec.hyperparameters, run.layout.inner, report.learning_rate
-        vectors = (run.weights, gradient, *run.moments)
-        if hp.loraplus_ratio == 1:
-            calls.setdefault((rate, hp.weight_decay), []).append((*vectors, step))
-            continue
-        for half, own in ((slice(0, inner), rate), (slice(inner, None), rate * hp.loraplus_ratio)):
-            calls.setdefault((own, hp.weight_decay), []).append((*(vector[half] for vector in vectors), step))
-    for (rate, decay), called in calls.items():
-        weights, gradients, first, second, steps = (list(column) for column in zip(*called, strict=True))
+        hp, gradients = run.spec.hyperparameters, run.layout.pieces_of(gradient)
+        for at, ((_, scale), *piece) in enumerate(zip(run.layout.pieces, gradients, *run.pieces, strict=True)):
+            rate = report.learning_rate * (hp.loraplus_ratio if at else 1) * scale
+            shared = rate, hp.weight_decay / scale, EPSILON / scale
+            calls.setdefault(shared, []).append((*piece, step))
+    for (rate, decay, epsilon), called in calls.items():
+        pieces, weights, first, second, steps = (list(column) for column in zip(*called, strict=True))
         torch._fused_adamw_(
-            weights, gradients, first, second, [], steps,
-            lr=rate, beta1=BETA1, beta2=BETA2, weight_decay=decay, eps=EPSILON, amsgrad=False, maximize=False,
+            weights, pieces, first, second, [], steps,
+            lr=rate, beta1=BETA1, beta2=BETA2, weight_decay=decay, eps=epsilon, amsgrad=False, maximize=False,
         )  # fmt: skip
 
 

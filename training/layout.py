@@ -17,6 +17,8 @@ from training.dataset import IGNORED, Row
 
 ROUND_TO = 8
 """Lengths are rounded up to a multiple of this: runs whose rows differ by a word share a shape."""
+LEAST_LENGTH = 24
+"""And shorter ones to this: a few tokens more cost a third of what one more shape in each layer does."""
 
 Numbers = NDArray[np.int64]
 
@@ -63,7 +65,7 @@ class Block:
 
 def block(items: Sequence[Item]) -> Block:
     longest = max(len(item.input_ids) for item in items)
-    return Block(items, -(-longest // ROUND_TO) * ROUND_TO)
+    return Block(items, max(LEAST_LENGTH, -(-longest // ROUND_TO) * ROUND_TO))
 
 
 def levelled(blocks: Sequence[Block], kinds: Sequence[Hashable]) -> list[Block]:

@@ -46,7 +46,6 @@ class Run:
     def __init__(self, spec: Spec, layout: Plan, weights: Tensor, *, longest: int, base: str) -> None:
         self.spec = spec
         self.layout = layout
-        self.scales = layout.scales(weights.device)
         self._base = base
         self._drawn = drawn(spec.rows, spec.hyperparameters, longest)
         self.total_steps = schedule.step_count(len(self._drawn), spec.hyperparameters)
@@ -54,6 +53,8 @@ class Run:
         self.weights = weights
         self.reference: Tensor | None = None  # dpo: the adapter that it goes on from, as the layers take it
         self.moments = (torch.zeros_like(weights), torch.zeros_like(weights))
+        self.pieces = [layout.pieces_of(vector) for vector in (weights, *self.moments)]
+        """Of weights and moments, which only ever change in place."""
         self.best: Best | None = None
         self.worse = 0  # validations in a row that were not better
         self.stopped = False

@@ -93,7 +93,7 @@ def test_accumulated_gradients_equal_those_of_the_full_batch(engine: Engine, row
 def test_levelled_runs_learn_the_same_up_to_rounding(engine: Engine, base: Path) -> None:
     """Padding to one length, as on a GPU, makes fewer kernels of unequal runs, and changes no result."""
     level = Engine(base, threads=1, level=True)
-    short, long = [Row([7] * 9, [7] * 9)] * 4, [Row([*range(5, 25)], [*range(5, 25)])] * 4
+    short, long = [Row([7] * 9, [7] * 9)] * 4, [Row([*range(5, 35)], [*range(5, 35)])] * 4
     specs = [spec(some, seed=seed, max_steps=3) for seed, some in enumerate((short, long))]
     ended, widths = [], []
     for one in (engine, level):
@@ -104,7 +104,7 @@ def test_levelled_runs_learn_the_same_up_to_rounding(engine: Engine, base: Path)
         ended.append(runs)
         widths.append(seen)
     assert all(difference(a.weights, b.weights) < 1e-5 for a, b in zip(*ended, strict=True))
-    assert widths == [{4 * 16 + 4 * 24}, {8 * 24}]
+    assert widths == [{4 * 24 + 4 * 32}, {8 * 32}]
 
 
 @contextmanager

@@ -293,6 +293,7 @@ def preference_arguments(hp: Hyperparameters) -> dict[str, Any]:
     ("method", "epochs", "changes"),
     [
         ("supervised", 9, {}),
+        ("supervised", 2, {"alpha_pattern": {"down_proj": 3}, "rank_pattern": {"q_proj": 2}}),
         ("dpo", 2, {}),
         ("dpo", 2, {"sft_weight": 0.5, "batch_size": 4, "gradient_accumulation_steps": 1}),  # TRL means each pass alone
         pytest.param("dpo", 9, {}, marks=pytest.mark.full),
@@ -301,7 +302,7 @@ def preference_arguments(hp: Hyperparameters) -> dict[str, Any]:
 def test_every_steps_loss_equals_trls(
     method: Literal["supervised", "dpo"],
     epochs: int,
-    changes: dict[str, float],
+    changes: dict[str, Any],
     model_folder: Path,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
