@@ -1,5 +1,7 @@
 """The load generator's own figures: how they are made of what was written down, and that a freeze shows."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,20 @@ import numpy as np
 import pytest
 
 from loadtests.recording import ABSENT, SAMPLE, Outcome, Samples
-from loadtests.selftest import FULL, QUICK, Bench, Effort, failed, p99_ms, rate_of, ttft_errors_ms
+from loadtests.selftest import (
+    FULL,
+    QUICK,
+    Bench,
+    Effort,
+    Turn,
+    failed,
+    late_ms,
+    p99_ms,
+    paced_rows,
+    quiet,
+    rate_of,
+    ttft_errors_ms,
+)
 
 MS = 1_000_000
 SHORT = replace(QUICK, busy_s=0.5, paced_s=1, run_s=3, frozen_s=1.2)
@@ -17,7 +32,7 @@ SHORT = replace(QUICK, busy_s=0.5, paced_s=1, run_s=3, frozen_s=1.2)
 def samples(answers: Sequence[str]) -> Samples:
     """Whole requests of 10 ms, the first content after 5, one every ms."""
     rows = np.zeros(len(answers), SAMPLE)
-    rows["sent"] = np.arange(len(answers)) * MS
+    rows["sent"] = rows["scheduled"] = np.arange(len(answers)) * MS
     rows["first"] = rows["sent"] + 5 * MS
     rows["done"] = rows["sent"] + 10 * MS
     rows["answer"] = np.arange(len(answers)) + 1
@@ -42,11 +57,35 @@ def test_a_rate_counts_whole_answers_alone() -> None:
 
 async def test_times_are_close_to_the_servers_own(tmp_path: Path) -> None:
     """On a machine that does other things as well; what a quiet one does is in docs/benchmarks.md."""
-    told, (late,) = await Bench(tmp_path).paced(SHORT)
-    errors = ttft_errors_ms(told)
-    assert len(errors) == len(told.rows) > 60
+    (turn,) = await Bench(tmp_path).paced(SHORT)
+    errors = ttft_errors_ms(turn.samples)
+    assert len(errors) == len(turn.samples.rows) > 60
     assert 0 < np.median(errors) < 10
-    assert late.p50_us < 10_000
+    assert np.median(late_ms(turn.samples)) < 10
+    assert 0 <= turn.others < 1
+
+
+def test_errors_are_told_of_the_turns_in_which_nobody_took_the_cores() -> None:
+    """Of all where somebody always did: then that is what this machine can do."""
+    calm, taken = (Turn(samples([f"@{MS} @{stamp * MS} "]), others) for stamp, others in ((5, 0.001), (2, 0.2)))
+    error, late = paced_rows([taken, calm])
+    assert error.value == pytest.approx(1)
+    assert error.detail["quiet_turns"] == 1
+    assert error.detail["each_p99_ms"] == [4, 1]
+    assert error.detail["others_share"] == [0.2, 0.001]
+    assert late.value == 0
+    assert next(paced_rows([taken])).value == pytest.approx(4)
+
+
+async def test_turns_are_played_until_enough_were_quiet(tmp_path: Path) -> None:
+    """A process that takes a core makes them loud, and their number is bounded."""
+    effort = replace(SHORT, paced_s=0.3, quiet_turns=1, most_turns=2)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        turns = await Bench(tmp_path).paced(effort)
+        other.kill()
+    assert len(turns) == 2
+    assert not quiet(turns)
+    assert min(turn.others for turn in turns) > 0.1
 
 
 @pytest.mark.parametrize(
