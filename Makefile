@@ -11,6 +11,9 @@ INSTALLED := $(VENV)/.installed-$(ENGINE)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # tests start hundreds of processes, which need not translate the same sources each time
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
+# in so many processes at once; each takes up to 2 GB, the real vLLM 3 GB
+TEST_PROCESSES ?= 2
+SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install compile compile-if-possible demo test test-full bench-gateway bench-store bench-training bench-loadtest lint check format lock clean promtool
@@ -45,8 +48,8 @@ demo: $(INSTALLED)  ## two tenants, one base model, end to end on a real engine
 	mkdir -p .tailor && touch .tailor/.install-counted; \
 	TAILOR_HOME=.tailor TAILOR_DEMO_INSTALL_S=$$install $(BIN)/tailor demo
 
-test: compile-if-possible promtool  ## all tests but the full-scale ones; starts one real vLLM
-	$(PYTEST)
+test: compile-if-possible promtool  ## all tests but the full-scale ones, two at a time; starts one real vLLM
+	$(PYTEST) $(SIDE_BY_SIDE)
 
 test-full: compile-if-possible promtool  ## the full-scale counts too: hours
 	$(PYTEST) -m 'full or not full'
@@ -86,7 +89,7 @@ lint: $(INSTALLED)  ## format, lint, types, import rules
 	$(BIN)/lint-imports
 
 check: lint promtool  ## lint and the unit tests, interpreted
-	TAILOR_INTERPRETED=1 $(PYTEST) -q tests/unit
+	TAILOR_INTERPRETED=1 $(PYTEST) $(SIDE_BY_SIDE) -q tests/unit
 
 format: $(INSTALLED)  ## write the format and what the linter can mend
 	$(BIN)/ruff format .

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -21,12 +20,6 @@ START_S = 60.0
 def plain_client(**options: Any) -> httpx.AsyncClient:
     """A client for `http://`: to read the system's certificates would take 20 ms of each."""
     return httpx.AsyncClient(verify=False, **options)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    return port
 
 
 @dataclass

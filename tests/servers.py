@@ -19,6 +19,7 @@ import httpx
 from sqlalchemy import text
 
 from gateway.database import open_engine
+from tests.ports import free_port
 
 START_S = 30.0
 
@@ -134,8 +135,7 @@ class S3Server:
 
     def __init__(self, folder: Path) -> None:
         self._log = folder / "s3.log"
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port: int = free.getsockname()[1]
+        self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -36,7 +36,8 @@ import psutil
 
 from gateway.push import PARTS_AT_ONCE
 from tests.bad_adapters import write_base
-from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key
+from tests.gateways import GatewayProcess, gateway_settings, new_key
+from tests.ports import free_port
 
 ROUNDS: Final = 3
 BLOCK: Final = 16 << 20

@@ -1,18 +1,17 @@
 """The gateway of the integration tests, clients that mend nothing, and the figures that were seen."""
 
 from collections.abc import AsyncIterator, Callable
-from typing import Final
 
 import pytest
 
 from tests.chaos.client import Client
+from tests.conftest import FIGURE
 from tests.integration.gateway.conftest import base, base_folder, run_gateway, run_replica
 
 __all__ = ["base", "base_folder", "run_gateway", "run_replica"]
 
 NewClient = Callable[[str], Client]
 Figure = Callable[[str], None]
-FIGURES: Final = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture
@@ -30,11 +29,7 @@ async def new_client() -> AsyncIterator[NewClient]:
 
 
 @pytest.fixture
-def figure(pytestconfig: pytest.Config) -> Figure:
+def figure(request: pytest.FixtureRequest) -> Figure:
     """Shows a figure at the end of the run, whether it was within its bound or not."""
-    return pytestconfig.stash.setdefault(FIGURES, []).append
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for line in config.stash.get(FIGURES, []):
-        terminalreporter.write_line(line)
+    told = request.node.user_properties  # these come from the process that ran the test, too
+    return lambda line: told.append((FIGURE, line))

@@ -23,8 +23,9 @@ from loadtests.fake.replica import FakeReplica, Served
 from tests.bad_adapters import write_good
 from tests.chaos.client import Client, request
 from tests.chaos.conftest import Figure, NewClient
-from tests.gateways import GatewayProcess, free_port, gateway_settings, until_ready
+from tests.gateways import GatewayProcess, gateway_settings, until_ready
 from tests.integration.gateway.conftest import BASE
+from tests.ports import free_port
 from tests.servers import redis_server
 
 TENANTS = 50

@@ -15,8 +15,8 @@ from tests.bad_adapters import write_good
 from tests.chaos.client import DIALECTS, Answer, Client, Hung
 from tests.chaos.conftest import Figure, NewClient
 from tests.chaos.replica_process import ReplicaProcess, replica_process
-from tests.gateways import free_port
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, Tenant
+from tests.ports import free_port
 
 CLIENTS = 12
 TENANTS = 3

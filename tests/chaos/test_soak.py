@@ -21,8 +21,9 @@ from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
 from tests.chaos.client import DIALECTS, Client, request
 from tests.chaos.conftest import Figure, NewClient
-from tests.gateways import GatewayProcess, free_port, gateway_settings, until_ready
+from tests.gateways import GatewayProcess, gateway_settings, until_ready
 from tests.integration.gateway.conftest import BASE
+from tests.ports import free_port
 
 SOAK_S = float(os.environ.get("SOAK_S", "3600"))
 WARM_UP = 0.2

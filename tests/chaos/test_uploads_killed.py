@@ -15,7 +15,8 @@ import pytest
 
 from adapter_store.bundle import BUNDLE_FILES
 from tests.bad_adapters import write_base, write_good
-from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key
+from tests.gateways import GatewayProcess, gateway_settings, new_key
+from tests.ports import free_port
 
 PART_BYTES = 1_024
 

@@ -1,7 +1,6 @@
 """What the gateway process carries, and how soon it is ready."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import psutil
 import pytest
 
 from tests.bad_adapters import write_base
+from tests.ports import free_port
 
 HEAVY = ("torch", "peft", "vllm", "transformers", "numpy", "safetensors", "typer", "httpx")
 MEMORY_LIMIT_MIB = 80  # 77 measured, compiled; traces (1 more) and load (8 more) bring it to 86 of the 90 allowed
@@ -118,8 +118,7 @@ class _gateway:  # noqa: N801  reads as a verb in `with`
     """A gateway process, until the block ends."""
 
     def __init__(self, home: Path, base: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         self._url = f"http://127.0.0.1:{port}/health"
         settings = {"TAILOR_HOME": str(home), "TAILOR_BASE_MODEL": str(base), "TAILOR_PORT": str(port)}
         kept = {name: value for name, value in os.environ.items() if not name.startswith("TAILOR_")}

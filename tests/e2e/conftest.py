@@ -23,6 +23,7 @@ import pytest
 
 from gateway.local_training import cached_tiny_base
 from gateway.progress_bar import progress_bar
+from tests.ports import free_port
 from tests.random_adapters import save_random_adapter
 
 PROJECT = Path(__file__).parents[2]
@@ -136,12 +137,10 @@ def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def real_stack(tiny_base: Path, home: Path, ready_s: float = READY_S, /, **more: str) -> Iterator[RealStack]:
     """`tailor up` on ports of its own, until the block ends."""
     output = home.parent / "up.log"
-    with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
-        port, operator_port = free.getsockname()[1], other.getsockname()[1]
     settings = {
         "TAILOR_HOME": str(home),
-        "TAILOR_PORT": str(port),
-        "TAILOR_OPERATOR_PORT": str(operator_port),
+        "TAILOR_PORT": str(port := free_port()),
+        "TAILOR_OPERATOR_PORT": str(free_port()),
         "TAILOR_MAX_MODEL_LEN": str(MAX_MODEL_LEN),
         **more,
     }

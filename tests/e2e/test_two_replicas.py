@@ -19,7 +19,8 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import RealStack, real_stack
-from tests.gateways import GatewayProcess, free_port, until_ready
+from tests.gateways import GatewayProcess, until_ready
+from tests.ports import free_port
 from training.evaluation import Answerer
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1_200)]

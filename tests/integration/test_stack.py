@@ -16,7 +16,8 @@ import pytest
 from adapter_store.base_model import BaseModel
 from loadtests.fake.replica import TOKEN
 from tests.bad_adapters import write_base
-from tests.gateways import Load, free_port, new_key, until_ready
+from tests.gateways import Load, new_key, until_ready
+from tests.ports import free_port
 from tests.storage import clean_environment
 
 MODEL = "base"

@@ -21,13 +21,13 @@ from tests.gateways import (
     GatewayProcess,
     Load,
     chat,
-    free_port,
     gateway_settings,
     is_whole,
     new_key,
     stream,
     until_ready,
 )
+from tests.ports import free_port
 from tests.servers import redis_server
 from tests.waiting import until
 

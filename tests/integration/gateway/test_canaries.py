@@ -21,9 +21,10 @@ import pytest
 
 from loadtests.fake.replica import FakeReplica, Faults
 from tests.bad_adapters import Tensor, pack, write_good
-from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key, until_ready
+from tests.gateways import GatewayProcess, gateway_settings, new_key, until_ready
 from tests.integration.gateway.conftest import BASE, RunReplica
 from tests.integration.gateway.test_telemetry import SPAN_ID, TRACE_ID, Collector
+from tests.ports import free_port
 
 KINDS: Final = (
     "key", "prompt", "system", "tool", "argument", "schema", "metadata", "user", "cachekey", "stop", "value", "header",

@@ -19,10 +19,11 @@ from adapter_store.transactions import reading
 from gateway.cli import app as command
 from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
-from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key
+from tests.gateways import GatewayProcess, gateway_settings, new_key
 from tests.gateways import until_ready as process_ready
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of
 from tests.integration.gateway.test_tenancy import run_command
+from tests.ports import free_port
 from tests.storage import settings_at, shelf_of
 from tests.waiting import until
 

@@ -17,10 +17,11 @@ import pytest
 
 from tests.bad_adapters import write_base
 from tests.bench.uploads import PeakMemory
-from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key
+from tests.gateways import GatewayProcess, gateway_settings, new_key
 from tests.hostile_uploads import ESCAPE, HOSTILE_NAMES, MULTIPART, form, mutated
 from tests.integration.gateway.test_files import jsonl
 from tests.integration.gateway.test_hostile_uploads import client_of, files
+from tests.ports import free_port
 from tests.storage import settings_at
 
 MOST_CPU_S = 2.0

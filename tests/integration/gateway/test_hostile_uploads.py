@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tests.bad_adapters import write_base, write_good
-from tests.gateways import GatewayProcess, free_port, gateway_settings, new_key
+from tests.gateways import GatewayProcess, gateway_settings, new_key
 from tests.hostile_uploads import (
     ESCAPE,
     PART_BYTES,
@@ -33,6 +33,7 @@ from tests.hostile_uploads import (
     hostile_weights,
     two_files,
 )
+from tests.ports import free_port
 
 LIMIT_BYTES = 4 << 20
 MOST_CPU_S = 2.0

@@ -26,8 +26,8 @@ from gateway.telemetry.asgi import Counted
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.observation import Observation
 from gateway.telemetry.tracing import Tracing, open_tracing
-from tests.gateways import free_port
 from tests.integration.gateway.conftest import RunGateway, RunReplica
+from tests.ports import free_port
 
 CHAT = "/v1/chat/completions"
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
