@@ -24,7 +24,7 @@ async def moving(stack: RealStack, adapters: list[Path]) -> AsyncIterator[httpx.
     """A tenant with versions 1 to 3 of `mover`."""
     key = stack.new_tenant("moving")
     for folder in adapters[:3]:
-        stack.tailor("adapter", "push", str(folder), "--name", "mover", key=key)
+        stack.push(folder, "mover", key)
     async with httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {key}"}, timeout=120) as client:
         yield client
 

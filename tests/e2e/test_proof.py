@@ -39,16 +39,13 @@ async def test_proof_of_effect_on_a_real_engine(stack: RealStack, adapters: list
     """A zero adapter is flagged and a random one proved; the fingerprint is PEFT's answer, and equal after a reload."""
     key = stack.new_tenant("prover")
 
-    def push(folder: Path, name: str) -> None:
-        stack.tailor("adapter", "push", str(folder), "--name", name, key=key)
-
     def proof(name: str, *options: str) -> dict[str, Any]:
         told = stack.tailor("adapter", "proof", name, "--wait", "60", "--json", *options, key=key)
         found: dict[str, Any] = json.loads(told)
         return found
 
-    push(without_effect(adapters[0], tmp_path / "zero"), "zero")
-    push(adapters[0], "random")
+    stack.push(without_effect(adapters[0], tmp_path / "zero"), "zero", key)
+    stack.push(adapters[0], "random", key)
     zero, random = await asyncio.to_thread(proof, "zero"), await asyncio.to_thread(proof, "random")
     assert (zero["status"], zero["reason"]) == ("no_effect", None)
     assert zero["max_logprob_difference"] <= 1e-5
@@ -62,8 +59,8 @@ async def test_proof_of_effect_on_a_real_engine(stack: RealStack, adapters: list
         asked = {"messages": [{"role": "user", "content": "What is your name?"}], "temperature": 0, "max_tokens": 8}
         right = (await client.post("/v1/chat/completions", json={"model": "random", **asked})).json()["choices"]
         for number in range(MORE_THAN_THE_HOST_HOLDS):  # true unloads: these take its place in the engine
-            push(adapters[number + 1], f"other-{number}")
-            await asyncio.to_thread(proof, f"other-{number}")
+            await asyncio.to_thread(stack.push, adapters[number + 1], f"other-{number}", key)
+            await proof_over(client, f"other-{number}")
         again = await client.post("/v1/chat/completions", json={"model": "random", **asked})
         assert 'adapter;desc="cold"' in again.headers["server-timing"]
         assert again.json()["choices"] == right
@@ -75,6 +72,12 @@ async def test_proof_of_effect_on_a_real_engine(stack: RealStack, adapters: list
     second = await fingerprint(stack, "random")
     assert proofs.token_hash(first.answers) == proofs.token_hash(second.answers)
     print(f"the same version, loaded again: {proofs.difference(first.answers, second.answers):.2g} apart")  # noqa: T201
+
+
+async def proof_over(client: httpx.AsyncClient, name: str) -> None:
+    async with asyncio.timeout(60):
+        while (await client.get(f"/v1/adapters/{name}/versions/1/proof")).json()["status"] == "pending":
+            await asyncio.sleep(0.05)
 
 
 async def fingerprint(stack: RealStack, name: str) -> proofs.Fingerprint:

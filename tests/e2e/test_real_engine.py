@@ -74,10 +74,10 @@ async def _customer(stack: RealStack, name: str) -> AsyncIterator[Customer]:
 
 @pytest.fixture(scope="session")
 def published(stack: RealStack, acme: Customer, adapters: list[Path]) -> list[str]:
-    """Four adapters of acme's, published by the command."""
+    """Four adapters of acme's."""
     names = [f"bot-{number}" for number in range(4)]
     for name, folder in zip(names, adapters, strict=False):
-        stack.tailor("adapter", "push", str(folder), "--name", name, key=acme.key)
+        stack.push(folder, name, acme.key)
     return names
 
 
