@@ -23,7 +23,7 @@ MOST_PIPELINED: Final = 16
 BODY_S: Final = 300.0
 PIECE_BYTES: Final = 65_536
 LOOK_S: Final = 5.0
-LAST_CALL_S: Final = 5.0
+LAST_CALL_S: Final = 5  # an int, as uvicorn declares the limit that it becomes: compiled code takes no other
 
 
 class ClientGone(Exception):
@@ -345,7 +345,7 @@ class FrontProtocol(HttpToolsProtocol):
         client's next request half way, and whether that was served nobody would know.
         """
         self._drains = True
-        self.timeout_keep_alive = min(self.timeout_keep_alive, LAST_CALL_S)  # type: ignore[assignment]
+        self.timeout_keep_alive = min(self.timeout_keep_alive, LAST_CALL_S)
         cycle: Any = self.cycle
         begun = cycle is not None and (cycle.begun if isinstance(cycle, Exchange) else cycle.response_started)
         if cycle is not None and not begun:  # else its head has promised to keep the connection

@@ -216,22 +216,25 @@ async def test_a_stream_gets_its_time_and_then_a_well_formed_end(new_gateway: Ne
 
 
 async def test_an_idle_connection_gets_one_more_answer(new_gateway: NewGateway) -> None:
-    """Its client cannot know that the server ends; it learns it from `connection: close`."""
-    gateway = await started(new_gateway())
+    """Its client cannot know that the server ends; it learns it from `connection: close`. One that stays silent is
+    closed, long before the time for draining is over."""
+    gateway = await started(new_gateway(drain_s="120"))
     key = await new_key(gateway.url, gateway.operator_key())
     headers = {"authorization": f"Bearer {key}"}
-    async with httpx.AsyncClient(base_url=gateway.url, headers=headers) as client:
-        first = await client.post("/v1/chat/completions", json=chat(MODEL))
-        assert first.headers.get("connection") != "close"
-        gateway.signal(signal.SIGTERM)
-        await until(lambda: refuses(gateway.port))
-        async with asyncio.timeout(10):  # connections that are there learn it a tenth of a second later
-            while (last := await client.post("/v1/chat/completions", json=chat(MODEL))).headers.get(
-                "connection"
-            ) is None:
-                assert last.status_code == 200
-        assert (last.status_code, last.headers["connection"]) == (200, "close")
-    await gateway.ended()
+    with socket.create_connection(("127.0.0.1", gateway.port)) as silent:
+        async with httpx.AsyncClient(base_url=gateway.url, headers=headers) as client:
+            first = await client.post("/v1/chat/completions", json=chat(MODEL))
+            assert first.headers.get("connection") != "close"
+            gateway.signal(signal.SIGTERM)
+            await until(lambda: refuses(gateway.port))
+            async with asyncio.timeout(10):  # connections that are there learn it a tenth of a second later
+                while (last := await client.post("/v1/chat/completions", json=chat(MODEL))).headers.get(
+                    "connection"
+                ) is None:
+                    assert last.status_code == 200
+            assert (last.status_code, last.headers["connection"]) == (200, "close")
+        assert await asyncio.to_thread(read_all, silent) == b""
+    await gateway.ended(30)
 
 
 async def test_a_drain_is_announced_before_it_begins(new_gateway: NewGateway) -> None:
