@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from adapter_store.base_model import BaseModel
 from adapter_store.bounded_json import JsonInvalid, parse
-from adapter_store.bundle import CONFIG_FILE
+from adapter_store.bundle_files import CONFIG_FILE
 from adapter_store.faults import Bounds, FaultCode, Faults, brief, listing
 
 T = TypeVar("T")

@@ -17,6 +17,9 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapter_store.bundle_files import BUNDLE_FILES as BUNDLE_FILES
+from adapter_store.bundle_files import CONFIG_FILE as CONFIG_FILE
+from adapter_store.bundle_files import WEIGHTS_FILE as WEIGHTS_FILE
 from adapter_store.errors import (
     BundleIncomplete,
     BundleTooLarge,
@@ -28,9 +31,6 @@ from adapter_store.threads import in_thread
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-BUNDLE_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 WRITE_BYTES = 1 << 20
 HASH_PIECES = 32
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

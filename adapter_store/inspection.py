@@ -20,7 +20,7 @@ from adapter_store.adapter_config import (
     read_members,
 )
 from adapter_store.base_model import BaseModel
-from adapter_store.bundle import CONFIG_FILE, WEIGHTS_FILE
+from adapter_store.bundle_files import CONFIG_FILE, WEIGHTS_FILE
 from adapter_store.faults import Bounds, Fault, FaultCode, Faults, Inspection, listing
 from adapter_store.safetensors_header import Header, HeaderInvalid, TensorEntry, read_header
 
