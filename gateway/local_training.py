@@ -96,6 +96,9 @@ def blend_adapter(
 
 def build_tiny_base(out: Path, seed: int, on_progress: OnProgress) -> dict[str, Any]:
     """Build the tiny base into the new folder `out`."""
+    from training.output_folder import refuse_taken
+
+    refuse_taken(out)
     _quiet()
     from training.tiny_base import build
 

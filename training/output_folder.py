@@ -16,6 +16,16 @@ class OutputExists(Exception):
         self.out = out
 
 
+def refuse_taken(out: Path) -> None:
+    """Alone, for who would first import torch, for seconds.
+
+    Raises:
+        OutputExists: `out` is there.
+    """
+    if os.path.lexists(out):
+        raise OutputExists(out)
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder beside `out` that becomes `out` when the block ends well and vanishes if it fails.
@@ -24,8 +34,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         OutputExists: before the block runs if `out` is there, or after it if `out` appeared meanwhile.
     """
     out = out.absolute()
-    if os.path.lexists(out):
-        raise OutputExists(out)
+    refuse_taken(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
