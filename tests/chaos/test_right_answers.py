@@ -146,7 +146,7 @@ async def change_names(names: list[Name], seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "count", [5_000, pytest.param(1_000_000, marks=[pytest.mark.full, pytest.mark.timeout(6 * 3_600)])]
+    "count", [3_000, pytest.param(1_000_000, marks=[pytest.mark.full, pytest.mark.timeout(6 * 3_600)])]
 )
 async def test_every_answer_comes_from_what_its_name_stood_for(
     run_gateway: RunGateway,

@@ -18,8 +18,8 @@ import pytest
 pytestmark = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="traces system calls of Linux on x86-64"
 )
-QUICK_POINTS = 16
-QUICK_TROUBLES = 6
+QUICK_POINTS = 8
+QUICK_TROUBLES = 4
 FULL_POINTS = 500
 
 
@@ -35,7 +35,7 @@ async def sweep(folder: Path, *options: str) -> dict[str, Any]:
 
 
 async def test_what_was_acknowledged_survives(tmp_path: Path) -> None:
-    """16 of the more than 500 points, one kind of loss at each in turn; and all kinds of loss at the end."""
+    """8 of the more than 500 points, one kind of loss at each in turn; and all kinds of loss at the end."""
     found = await sweep(tmp_path, "--points", str(QUICK_POINTS))
     assert found["faults"] == []
     assert (found["points"], found["states"]) == (QUICK_POINTS, QUICK_POINTS)
@@ -52,7 +52,7 @@ async def test_what_was_acknowledged_survives_at_every_point(tmp_path: Path) -> 
 
 
 async def test_what_fails_is_refused_whole_and_recovers_by_itself(tmp_path: Path) -> None:
-    """D2: no space, EIO or a read-only disk at 6 of the points, for one operation or for thirty.
+    """D2: no space, EIO or a read-only disk at 4 of the points, for one operation or for thirty.
 
     Each is told as StorageError (507 or 503), leaves all or nothing, and succeeds when it is repeated afterwards, in
     the same process.

@@ -1,17 +1,21 @@
-"""Every shipped scenario, run in its short form against a real gateway in front of fake replicas."""
+"""The shipped scenarios, run in their short form against a real gateway in front of fake replicas."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from loadtests import gates
 from loadtests.running import Options, run
 from loadtests.scenario import SHIPPED, read
+from loadtests.scheduling import schedule_of
 from tests.integration.loadtests.stacks import Stacks, shared_stacks
 from tests.small_base import SMALL
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+MORE_OF_THE_SAME = {"adapter-scaling", "base-vs-lora", "burst", "long-context-mix", "soak", "sweep-knee"}
+"""Other loads by the same means as the rest."""
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +24,30 @@ async def stacks(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stac
         yield stacks
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (name in MORE_OF_THE_SAME)) for name in NAMES]
+)
 async def test_a_scenario_is_green(
     name: str, stacks: Stacks, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Its short profile keeps all its gates, and nothing about the run is in doubt."""
+    """Its short profile keeps all its gates, and nothing about the run is in doubt. Ten by default, in full sixteen."""
     scenario = read(Path(name), profile="short")
     base = trainable(tmp_path_factory.mktemp("bases")) if scenario.stack.worker else None
     found = await run(scenario, await stacks.stack(scenario.stack, base=base), Options(tmp_path))
     verdicts = gates.judge(found)
     assert gates.exit_code(verdicts, found) == gates.PASSED, verdicts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scenario_says_what_can_be_sent(name: str) -> None:
+    """In each of its profiles: requests of every phase that is measured."""
+    profiles = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text()).get("profiles", {})
+    assert "short" in profiles
+    for profile in profiles:
+        scenario = read(Path(name), profile=profile)
+        planned = schedule_of(scenario).planned
+        measured = {number for number, phase in enumerate(scenario.phases) if phase.measured and phase.load}
+        assert measured <= set(planned["phase"]), profile
 
 
 def trainable(folder: Path) -> Path:
