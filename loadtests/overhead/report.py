@@ -15,7 +15,12 @@ BOUNDS: Final = {
         90, 60, "lower", "resident memory of a worker, MiB: the larger of at readiness and after load"
     ),
     "start_to_ready_s": Bound(3, 1.5, "lower", "start to ready, s: from exec to the first 200 of /ready"),
-    "resolve_admit_cpu_ratio": Bound(1.10, None, "lower", "CPU of resolve + admit, 100,000 adapters ÷ 10"),
+    "resolve_admit_cpu_ratio": Bound(
+        1.10, None, "lower", "CPU of resolve + admit, requests for ten of 100,000 adapters ÷ of 10"
+    ),
+    "request_cpu_ratio": Bound(
+        1.10, None, "lower", "CPU of a request, spread over 2,000 of 100,000 adapters ÷ over 10"
+    ),
     "resolve_admit_rss_mib": Bound(
         150, None, "lower", "resident memory of 100,000 adapters, 10,000 tenants, 20,000 keys, MiB"
     ),

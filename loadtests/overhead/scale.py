@@ -1,7 +1,8 @@
 """Resolve + admit with many adapters: alone in a loop, and as part of whole requests.
 
-The loop lives with the tests, since it imports what it measures. It is the worst that there is: nothing but those
-lookups, over everything there is. A whole request goes over HTTP to a gateway on the same database.
+The loop lives with the tests, since it imports what it measures. The same requests with few and with many adapters show
+what their number alone costs. Requests spread over all of them meet memory that no cache has: half of a loop of nothing
+but lookups, and a small part of a whole request, over HTTP to a gateway on the same database.
 """
 
 import asyncio
@@ -30,7 +31,11 @@ ROOT: Final = Path(__file__).parents[2]
 SMALL: Final = ("10", "1", "2")  # adapters, tenants, keys
 LARGE: Final = ("100000", "10000", "20000")
 TRAFFIC: Final = ("uniform", "zipf")
+FEW: Final = "ten"
+"""Traffic for ten adapters, however many there are."""
 WHOLE_REQUESTS: Final = 1_000
+TURNS: Final = 3
+"""Of whole requests in a round: short ones, of which one is more likely to be undisturbed."""
 MOST_ASKED: Final = 2_000
 """Adapters that whole requests ask for: as many as an engine with much memory holds. More would be loads."""
 
@@ -70,22 +75,31 @@ def scale_rows(*, rounds: int) -> list[Row]:
             one.run("fill", fingerprint)
         with ExitStack() as looping:
             small, large = (looping.enter_context(_measured(one)) for one in filled)
-            least = {traffic: _least(small.cpu_us, large.cpu_us, traffic, rounds) for traffic in TRAFFIC}
-        whole = whole_requests(base, fingerprint, filled, rounds)
-        uniform, zipf = (least[traffic] for traffic in TRAFFIC)
+            least = {traffic: _least(small.cpu_us, large.cpu_us, traffic, rounds) for traffic in (FEW, *TRAFFIC)}
+        whole = whole_requests(base, fingerprint, filled, TURNS * rounds)
         return [
             row(
-                "resolve_admit_cpu_ratio", uniform[1] / uniform[0], traffic="uniform",
-                cpu_us_with_10=round(uniform[0], 2), cpu_us_with_100000=round(uniform[1], 2),
-                ratio_in_zipf_traffic=round(zipf[1] / zipf[0], 3),
-                whole_requests={
-                    traffic: {"ratio": round(many / few, 3), "cpu_us_with_10": round(few, 1),
-                              "cpu_us_with_100000": round(many, 1)}
-                    for traffic, (few, many) in whole.items()
-                },
+                "resolve_admit_cpu_ratio", _ratio(least[FEW]), **_each(least[FEW]),
+                spread={traffic: _with_ratio(least[traffic]) for traffic in TRAFFIC},
+            ),
+            row(
+                "request_cpu_ratio", _ratio(whole["uniform"]), **_each(whole["uniform"]),
+                zipf=_with_ratio(whole["zipf"]),
             ),
             row("resolve_admit_rss_mib", large.rss_mib, with_10=round(small.rss_mib, 2)),
         ]  # fmt: skip
+
+
+def _ratio(least: Sequence[float]) -> float:
+    return least[1] / least[0]
+
+
+def _each(least: Sequence[float]) -> dict[str, float]:
+    return {"cpu_us_with_10": round(least[0], 2), "cpu_us_with_100000": round(least[1], 2)}
+
+
+def _with_ratio(least: Sequence[float]) -> dict[str, float]:
+    return {"ratio": round(_ratio(least), 3)} | _each(least)
 
 
 def whole_requests(base: Path, fingerprint: str, filled: "Sequence[Filled]", rounds: int) -> dict[str, list[float]]:

@@ -7,8 +7,9 @@
 The fingerprint is that of the adapters' base model. `requests` prints {"uniform": …, "zipf": …}, each some thousands of
 pairs of key and model, for at most so many adapters.
 
-`measure` prints {"rss_mib": growth by what the caches hold}, then {"cpu_us": per request} for each line on stdin, over
-requests for adapters in random order. Keys and names are made anew for each request, as a socket would bring them.
+`measure` prints {"rss_mib": growth by what the caches hold}, then {"cpu_us": per request} for each line on stdin, which
+says what traffic (`ten`, `uniform`, `zipf`): requests for adapters in random order. Keys and names are made anew for
+each request, as a socket would bring them.
 """
 
 import asyncio
@@ -50,6 +51,7 @@ from gateway.tenants import ApiKey
 FINGERPRINT = "f" * 64
 REQUESTS = 20_000
 REQUESTS_OVER_HTTP = 6_000
+TEN = 10
 SCATTER = 7_919  # prime: neighbours in popularity are no neighbours in memory
 AT_ONCE = 250  # requests made up at a time: few enough to be in the processor's cache, as bytes off a socket are
 FILLED = 5_000
@@ -75,9 +77,10 @@ class Size:
     def request(self, chosen: random.Random, traffic: str) -> tuple[bytes, str]:
         """Authorization and model of a tenant's request for one of its adapters.
 
-        Traffic `uniform` asks for all equally often, `zipf` for the nth most popular in proportion to 1/n.
+        Traffic `uniform` asks for all equally often, `zipf` for the nth most popular in proportion to 1/n, `ten` for
+        ten of them, which are of ten tenants where there are as many.
         """
-        asked = min(self.adapters, self.asked or self.adapters)
+        asked = min(self.adapters, TEN if traffic == "ten" else self.asked or self.adapters)
         rank = int(asked ** chosen.random()) - 1 if traffic == "zipf" else chosen.randrange(asked)
         adapter = rank * SCATTER % self.adapters
         key = adapter % self.tenants + self.tenants * chosen.randrange(self.keys // self.tenants)
