@@ -1,4 +1,4 @@
-"""The shipped scenarios, run in their short form against a real gateway in front of fake replicas."""
+"""Every shipped scenario, run in their short form against a real gateway in front of fake replicas."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,8 +14,6 @@ from tests.integration.loadtests.stacks import Stacks, shared_stacks
 from tests.small_base import SMALL
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
-MORE_OF_THE_SAME = {"adapter-scaling", "base-vs-lora", "burst", "long-context-mix", "soak", "sweep-knee"}
-"""Other loads by the same means as the rest."""
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +22,11 @@ async def stacks(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stac
         yield stacks
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.full] * (name in MORE_OF_THE_SAME)) for name in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 async def test_a_scenario_is_green(
     name: str, stacks: Stacks, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Its short profile keeps all its gates, and nothing about the run is in doubt. Ten by default, in full sixteen."""
+    """Its short profile keeps all its gates, and nothing about the run is in doubt."""
     scenario = read(Path(name), profile="short")
     base = trainable(tmp_path_factory.mktemp("bases")) if scenario.stack.worker else None
     found = await run(scenario, await stacks.stack(scenario.stack, base=base), Options(tmp_path))
