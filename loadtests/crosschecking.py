@@ -111,23 +111,20 @@ class Requests:
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """What both have seen while both asked; of each a row a request: when in it, and a figure of it.
+    """What both have seen while both asked."""
 
-    That is its TTFT in ms; of callers who wait, how much of it lay within, so that one on the edge counts in part.
+    ours: float  # TTFT p50 in ms, or requests/s
+    theirs: float
+    rows: Floats
+    """When in it, ours, theirs. Paced: the TTFT of each of theirs and of that of ours which was sent next to it. Else
+    how much of a request lay within, so that one on the edge counts in part, and 0 for the tool that it is not of.
     """
-
-    ours: Floats
-    theirs: Floats
-    lasted_s: float
     failed: int
 
     def blocks(self) -> list[Floats]:
-        """Short stretches of it: a row a request, whose it is (0 ours, 1 theirs) and its figure."""
-        rows = np.concatenate(
-            [np.column_stack((np.full(len(one), tool), one)) for tool, one in enumerate((self.ours, self.theirs))]
-        )
-        stretch = rows[:, 1] // _STRETCH_S
-        return [rows[stretch == number][:, [0, 2]] for number in np.unique(stretch)]
+        """Short stretches of it: ours, theirs."""
+        stretch = self.rows[:, 0] // _STRETCH_S
+        return [self.rows[stretch == number][:, 1:] for number in np.unique(stretch)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,41 +249,40 @@ class Check:
             seen: list[Together] = []
             for number in range(rounds):
                 seen.append(await self.both(paced=paced, seed=10 + 4 * number + 2 * paced))
-                ours, theirs = of_round(figure, seen[-1])
                 unit = "ms TTFT p50" if paced else "requests/s"
-                on_seen(f"round {number + 1}: ours {ours:.4g}, theirs {theirs:.4g} {unit}")
+                on_seen(f"round {number + 1}: ours {seen[-1].ours:.4g}, theirs {seen[-1].theirs:.4g} {unit}")
             failed += sum(one.failed for one in seen)
             yield row(figure, seen)
         yield Row("failed_requests", failed, BOUNDS["failed_requests"], {})
 
 
 def row(figure: str, seen: Sequence[Together]) -> Row:
-    """How far the two are apart, over theirs, with the 95 % interval of ours over theirs by chance alone.
+    """How far ours is from theirs, over theirs, with the 95 % interval of ours over theirs by chance alone.
 
-    The interval is by bootstrap over short stretches of time, in each of which both were there.
+    Of TTFTs that is the median of the ratios of requests that were sent next to each other. The ratio of the two
+    medians is not known as well: between moments of a busy server TTFTs differ tenfold, at one moment hardly. The
+    interval is by bootstrap over short stretches of time, in each of which both were there.
     """
     blocks = [block for one in seen for block in one.blocks()]
-    chance = interval([_ratio(figure, rows) for rows in block_resamples(blocks)])
-    each = np.round([of_round(figure, one) for one in seen], 3)
-    ratio = _ratio(figure, np.concatenate(blocks))
-    told = {"ratio": round(ratio, 4), "interval": [round(end, 4) for end in chance]}
+    ratio_of = _paired if figure == "ttft_p50_off" else _summed
+    ratio = ratio_of(np.concatenate(blocks))
+    chance = interval([ratio_of(rows) for rows in block_resamples(blocks)])
+    told = {name: [round(getattr(one, name), 3) for one in seen] for name in ("ours", "theirs")}
     return Row(
-        figure, abs(ratio - 1), BOUNDS[figure], {"ours": each[:, 0].tolist(), "theirs": each[:, 1].tolist(), **told}
+        figure,
+        abs(ratio - 1),
+        BOUNDS[figure],
+        {**told, "ratio": round(ratio, 4), "interval": [round(end, 4) for end in chance]},
     )
 
 
-def of_round(figure: str, one: Together) -> tuple[float, float]:
-    """Ours and theirs of one round."""
-    if figure == "ttft_p50_off":
-        return float(np.median(one.ours[:, 1])), float(np.median(one.theirs[:, 1]))
-    return float(one.ours[:, 1].sum()) / one.lasted_s, float(one.theirs[:, 1].sum()) / one.lasted_s
+def _paired(rows: Floats) -> float:
+    return float(np.median(rows[:, 0] / rows[:, 1]))
 
 
-def _ratio(figure: str, rows: Floats) -> float:
-    ours, theirs = (rows[rows[:, 0] == tool, 1] for tool in (0, 1))
-    if figure == "ttft_p50_off":
-        return float(np.median(ours) / np.median(theirs))
-    return float(ours.sum() / theirs.sum())  # in the same time
+def _summed(rows: Floats) -> float:
+    ours, theirs = rows.sum(axis=0)
+    return float(ours / theirs)
 
 
 def together(ours: Requests, theirs: Requests, *, paced: bool) -> Together:
@@ -298,23 +294,29 @@ def together(ours: Requests, theirs: Requests, *, paced: bool) -> Together:
     begin, end = theirs.sent.min(), theirs.sent.max()
     if not ours.sent.min() <= begin < end <= ours.done.max():
         raise CannotCompare("The two did not ask at the same time: more --requests, or a server that is less slow.")
-    figures = _ttfts if paced else _shares
-    return Together(
-        figures(ours, begin, end), figures(theirs, begin, end), float(end - begin), ours.failed + theirs.failed
-    )
+    told = _paced if paced else _waiting
+    return Together(*told(ours, theirs, begin, end), ours.failed + theirs.failed)
 
 
-def _ttfts(of: Requests, begin: float, end: float) -> Floats:
-    ttfts: Floats = np.column_stack((of.sent - begin, (of.token - of.sent) * 1_000))
-    return ttfts[(begin <= of.sent) & (of.sent <= end)]
+def _paced(ours: Requests, theirs: Requests, begin: float, end: float) -> tuple[float, float, Floats]:
+    next_to = np.abs(ours.sent[:, None] - theirs.sent).argmin(axis=0)
+    mine, other = (1_000 * (one.token - one.sent) for one in (ours, theirs))
+    within = (begin <= ours.sent) & (ours.sent <= end)
+    rows = np.column_stack((theirs.sent - begin, mine[next_to], other))
+    return float(np.median(mine[within])), float(np.median(other)), rows
 
 
-def _shares(of: Requests, begin: float, end: float) -> Floats:
-    """How much of each request lay between the two."""
-    last: Floats = np.minimum(of.done, end)
-    within_s: Floats = last - np.maximum(of.sent, begin)
-    shares: Floats = np.column_stack((last - begin, within_s / (of.done - of.sent)))
-    return shares[within_s > 0]
+def _waiting(ours: Requests, theirs: Requests, begin: float, end: float) -> tuple[float, float, Floats]:
+    rows = []
+    for tool, one in enumerate((ours, theirs), start=1):
+        last = np.minimum(one.done, end)
+        within_s = last - np.maximum(one.sent, begin)
+        own = np.zeros((len(last), 3))
+        own[:, 0], own[:, tool] = last - begin, within_s / (one.done - one.sent)
+        rows.append(own[within_s > 0])
+    both = np.concatenate(rows)
+    mine, other = both[:, 1:].sum(axis=0) / (end - begin)
+    return float(mine), float(other), both
 
 
 def answered(samples: Samples, begin_ns: int) -> Requests:
