@@ -15,6 +15,7 @@ from typing import Any
 from adapter_store.process import die_with_parent
 from loadtests.fake.engine import EngineModel
 from loadtests.fake.replica import FakeReplica
+from loadtests.fake.speech import Speech
 
 BLOCK_TOKENS = 16
 BLOCKS = 65_536
@@ -44,7 +45,10 @@ class StandaloneReplica(FakeReplica):
     """A fake that is told what to do over HTTP and keeps nothing of the requests that it has served."""
 
     mix_up_every = 0
+    break_every = 0
+    break_with = 400
     _spoken = 0
+    _asked = 0
     _cache = PrefixCache()
 
     def cached_tokens(self, name: str | None, body: dict[str, Any]) -> int:
@@ -62,6 +66,20 @@ class StandaloneReplica(FakeReplica):
     def whole_text(self, text: str, tokens: int) -> str:
         """The same as a stream's tokens say."""
         return text + "." * (tokens - 1)
+
+    async def _generate_with(
+        self,
+        speech: Speech,
+        name: str | None,
+        body: dict[str, Any],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self._asked += body.get("temperature") != 0  # else it is a canary, and no answer would be known
+        if self.break_every and self._asked >= self.break_every:
+            self._asked = 0
+            return self._bytes(writer, self.break_with, self.faults.status_body)
+        return await super()._generate_with(speech, name, body, reader, writer)
 
     async def _answer(
         self,
@@ -98,6 +116,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--load-ms", type=float, default=50.0)
     parser.add_argument("--activate-ms", type=float, default=5.0)
     parser.add_argument("--mix-up-every", type=int, default=0, help="each so-manieth answer is another adapter's")
+    parser.add_argument("--break-every", type=int, default=0, help="each so-manieth request is refused")
+    parser.add_argument("--break-with", type=int, default=400, help="the status that it is refused with")
     parser.add_argument("--serve-the-gone", action="store_true", help="answers are made though their clients left")
     return parser.parse_args()
 
@@ -124,6 +144,7 @@ async def main(told: argparse.Namespace) -> None:
         keep_requests=False,
     )
     fake.mix_up_every = told.mix_up_every
+    fake.break_every, fake.break_with = told.break_every, told.break_with
     fake.faults.serves_the_gone = told.serve_the_gone
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
