@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,13 +15,14 @@ from typing import Any, Final
 
 import httpx
 import numpy as np
+import pytest
 import yaml
 
 from loadtests import gates, metrics, results
 from loadtests.api import Api
 from loadtests.cleaning import Cleaning
 from loadtests.fake_stack import FakeStack, fake_stack
-from loadtests.folders import own_folder
+from loadtests.folders import PREFIX, own_folder
 from loadtests.recording import Outcome
 from loadtests.running import Options, run
 from loadtests.scenario import ActionKind, Scenario, read
@@ -300,6 +302,28 @@ def test_a_run_that_is_killed_takes_its_processes_along(tmp_path: Path) -> None:
     assert len(list(temporary.iterdir())) == 1
     with own_folder(temporary) as own:
         assert list(temporary.iterdir()) == [own]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_real_engines_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    """SIGKILL in the middle: no process of vLLM's or ours and no port is left, and folders go at the next start."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    words = ("smoke", "--profile", "cpu", "--stack", "cpu", "--out", tmp_path / "out")
+    with tool("run", *words, TMPDIR=str(temporary)) as killed:
+        assert killed.says(" sent")
+        assert any("EngineCore" in one or "adapter_store.agent" in one for one in killed.alive())
+        ports = killed.ports()
+        assert ports
+        killed.process.kill()
+        killed.process.wait()
+        assert killed.left() == []
+    for port in ports:
+        with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=5):
+            pass
+    with own_folder(temporary) as own:
+        assert [one for one in temporary.iterdir() if one.name.startswith(PREFIX)] == [own]
 
 
 def test_what_cannot_be_run_ends_with_2(tmp_path: Path) -> None:

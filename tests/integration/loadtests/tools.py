@@ -1,12 +1,13 @@
 """The tool as a process of its own, and whatever it starts, to be interrupted and killed."""
 
 import os
+import re
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,16 @@ class Tool:
         stop = time.monotonic() + within_s
         while (found := self.alive()) and time.monotonic() < stop:
             time.sleep(0.05)
+        return found
+
+    def ports(self) -> set[int]:
+        """On which its stack is told to listen."""
+        found = set()
+        for one in PROC.iterdir():
+            with suppress(OSError):
+                told = (one / "environ").read_bytes() if one.name.isdigit() else b""
+                if self.mark.encode() in told:
+                    found |= {int(port) for port in re.findall(rb"\0TAILOR_(?:OPERATOR_)?PORT=(\d+)", told)}
         return found
 
     def alive(self) -> list[str]:
