@@ -11,8 +11,8 @@ INSTALLED := $(VENV)/.installed-$(ENGINE)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # tests start hundreds of processes, which need not translate the same sources each time
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
-# in so many processes at once; each takes up to 2 GB, the real vLLM 3 GB
-TEST_PROCESSES ?= 2
+# so many at once keep two cores busy, for some of the tests wait; a process takes 1 GB, the real vLLM 3 GB
+TEST_PROCESSES ?= 3
 SIDE_BY_SIDE := -n $(TEST_PROCESSES) --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -48,7 +48,7 @@ demo: $(INSTALLED)  ## two tenants, one base model, end to end on a real engine
 	mkdir -p .tailor && touch .tailor/.install-counted; \
 	TAILOR_HOME=.tailor TAILOR_DEMO_INSTALL_S=$$install $(BIN)/tailor demo
 
-test: compile-if-possible promtool  ## all tests but the full-scale ones, two at a time; starts one real vLLM
+test: compile-if-possible promtool  ## all tests but the full-scale ones, three at a time; starts one real vLLM
 	$(PYTEST) $(SIDE_BY_SIDE)
 
 test-full: compile-if-possible promtool  ## the full-scale counts too: hours

@@ -1,4 +1,4 @@
-"""Which process runs which tests, where a run has several (`-n 2 --dist loadfile`)."""
+"""Which process runs which tests, where a run has several (`-n 3 --dist loadfile`)."""
 
 import pytest
 from xdist.remote import Producer

@@ -21,7 +21,7 @@ from sqlalchemy import text
 from gateway.database import open_engine
 from tests.ports import free_port
 
-START_S = 30.0
+START_S = 120.0
 
 
 class RedisServer:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from gateway.replicas.supervisor import Child, Command
-from tests.waiting import until
+from tests.waiting import is_gone, until
 
 # a child with a child of its own, as an engine's API server has
 FAMILY = """
@@ -45,7 +45,7 @@ async def test_stopping_takes_the_whole_family(family: Child) -> None:
     """What the child has started goes with it."""
     await until(lambda: len(pids(family)) == 1)
     await family.stop()
-    await until(lambda: not psutil.pid_exists(pids(family)[0]))
+    await until(lambda: is_gone(pids(family)[0]))
 
 
 async def test_a_child_that_dies_is_started_again_without_its_orphans(family: Child) -> None:
@@ -55,7 +55,7 @@ async def test_a_child_that_dies_is_started_again_without_its_orphans(family: Ch
     os.kill(family.pid, signal.SIGKILL)
     await until(lambda: len(pids(family)) == 2)
     assert family.restarts == 1
-    await until(lambda: not psutil.pid_exists(pids(family)[0]))
+    await until(lambda: is_gone(pids(family)[0]))
 
 
 async def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ async def test_a_restart_is_no_death(family: Child) -> None:
     await until(lambda: len(pids(family)) == 2)
     assert family.pid != before
     assert family.restarts == 0
-    await until(lambda: not psutil.pid_exists(pids(family)[0]))
+    await until(lambda: is_gone(pids(family)[0]))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from tests.gateways import (
 )
 from tests.ports import free_port
 from tests.servers import redis_server
-from tests.waiting import until
+from tests.waiting import is_gone, until
 
 MODEL = "base"
 
@@ -155,7 +155,7 @@ async def test_workers_end_with_their_parent(new_gateway: NewGateway, redis_url:
         workers = gateway.children()
         gateway.signal(number)
         await gateway.ended()
-        await until(lambda pids=workers: not any(Path(f"/proc/{pid}").exists() for pid in pids))  # type: ignore[misc]
+        await until(lambda pids=workers: all(map(is_gone, pids)))  # type: ignore[misc]
         with socket.create_server(("127.0.0.1", gateway.port)):
             pass
 
