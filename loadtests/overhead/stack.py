@@ -1,6 +1,8 @@
 """What is measured, started: the mock, nginx in front of it, and a real gateway with a tenant, a key and an adapter."""
 
+import itertools
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -81,9 +83,25 @@ class Start:
     cpu_s: float
 
 
+def _ports() -> Iterator[int]:
+    """In turn, from anywhere, below those that Linux gives to connections: one of these may be taken meanwhile."""
+    ports = range(30_000, 32_768)
+    at = secrets.randbelow(len(ports))  # another load test may be under way
+    return itertools.cycle((*ports[at:], *ports[:at]))
+
+
+_PORTS: Final = _ports()
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """One that nobody listens on, and that is not told again soon."""
+    while True:
+        port = next(_PORTS)
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue
 
 
 @contextmanager

@@ -1,0 +1,16 @@
+"""Ports of the stacks that a load test starts."""
+
+import socket
+from pathlib import Path
+
+from loadtests.overhead.stack import free_port
+
+
+def test_a_port_is_nobody_elses_when_its_process_starts() -> None:
+    """Neither another process's of the same stack nor, by Linux's choice, a connection's."""
+    with socket.create_server(("127.0.0.1", free_port())) as taken:
+        found = [free_port() for _ in range(20)]
+        assert taken.getsockname()[1] not in found
+    assert len(set(found)) == 20
+    given_to_connections = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    assert max(found) < int(given_to_connections[0])
