@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ _BENCH: Final = (
 )
 _SPARE_S: Final = 600.0
 """Ours goes on for so much longer than theirs should take, unless theirs has ended: it takes its time to begin."""
+_BEFORE_S: Final = 0.5
+"""Ours has sent its first request for certain when theirs is started."""
 _STRETCH_S: Final = 2.0
 HIGH: Final = 1_000_000_000
 UNLIMITED: Final = {
@@ -144,25 +147,20 @@ class Check:
         Raises:
             CannotCompare, CannotPlay: one of them does not run.
         """
-        begun, stop = asyncio.Event(), asyncio.Event()
+        begins: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        stop = asyncio.Event()
         try:
             async with asyncio.TaskGroup() as group:
-                ours = group.create_task(self._ours(paced, seed, begun, stop))
-                await begun.wait()
+                ours = group.create_task(self._ours(paced, seed, begins, stop))
+                await asyncio.sleep((await begins - time.monotonic_ns()) / 1e9 + _BEFORE_S)
                 theirs = await self.theirs(paced=paced, seed=seed + 1)
                 stop.set()
         except* (CannotCompare, CannotPlay) as errors:
             raise errors.exceptions[0] from None
         return together(ours.result(), theirs, paced=paced)
 
-    async def _ours(self, paced: bool, seed: int, begun: asyncio.Event, stop: asyncio.Event) -> Requests:
+    async def _ours(self, paced: bool, seed: int, begins: "asyncio.Future[int]", stop: asyncio.Event) -> Requests:
         told = self.load.scenario(paced=paced, seed=seed)
-        begins: list[int] = []
-
-        def begin(at_ns: int) -> None:
-            begins.append(at_ns)
-            begun.set()
-
         samples, _ = await play(
             schedule_of(told),
             scenario=told,
@@ -170,10 +168,10 @@ class Check:
             keys=Keys([self.key]),
             processes=1,
             folder=self.folder,
-            on_begin=begin,
+            on_begin=begins.set_result,
             stop=stop,
         )
-        return answered(samples, begins[0])
+        return answered(samples, begins.result())
 
     async def theirs(self, *, paced: bool, seed: int) -> Requests:
         """What `vllm bench serve` wrote down.
