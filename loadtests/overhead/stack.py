@@ -1,11 +1,8 @@
 """What is measured, started: the mock, nginx in front of it, and a real gateway with a tenant, a key and an adapter."""
 
-import itertools
 import os
-import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +17,7 @@ import httpx
 from loadtests.overhead.client import Target
 from loadtests.overhead.model_files import adapter_files, write_base
 from loadtests.overhead.processes import cpu_ns, on_core
+from loadtests.ports import Ports
 
 ADAPTER: Final = "support"
 TOKEN: Final = "token-of-the-overhead-benchmark"  # noqa: S105  of a replica that is a mock
@@ -83,25 +81,7 @@ class Start:
     cpu_s: float
 
 
-def _ports() -> Iterator[int]:
-    """In turn, from anywhere, below those that Linux gives to connections: one of these may be taken meanwhile."""
-    ports = range(30_000, 32_768)
-    at = secrets.randbelow(len(ports))  # another load test may be under way
-    return itertools.cycle((*ports[at:], *ports[:at]))
-
-
-_PORTS: Final = _ports()
-
-
-def free_port() -> int:
-    """One that nobody listens on, and that is not told again soon."""
-    while True:
-        port = next(_PORTS)
-        try:
-            with socket.create_server(("127.0.0.1", port)):
-                return port
-        except OSError:
-            continue
+free_port: Final = Ports(range(30_000, 32_768)).free
 
 
 @contextmanager
