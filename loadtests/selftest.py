@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 
 from loadtests.figures import Bound, Row, add_files, exit_code, tell, write
-from loadtests.overhead.processes import busy_ns, cpu_ns, machine, niceness, on_core, two_cores
+from loadtests.overhead.processes import Others, cpu_ns, machine, niceness, on_core, two_cores
 from loadtests.overhead.stack import CannotMeasureError, free_port, running
 from loadtests.playing import CannotPlay, Keys, Server, play
 from loadtests.recording import ABSENT, Lateness, Outcome, Samples
@@ -126,10 +125,9 @@ class Bench:
     async def _turn(self, effort: Effort, server: Server, server_pid: int, seed: int) -> Turn:
         told = load({"law": "poisson", "rate": RATE}, effort.paced_s, seed=seed, canary_share=1.0)
         cores = set(self.cores or os.sched_getaffinity(0))
-        begin, busy, ours = time.monotonic_ns(), busy_ns(cores), _ours_ns(server_pid)
+        others = Others(cores, lambda: _ours_ns(server_pid))
         samples, _ = await self.play(told, server)
-        others_ns = busy_ns(cores) - busy - (_ours_ns(server_pid) - ours)
-        return Turn(samples, max(0.0, others_ns / (time.monotonic_ns() - begin) / len(cores)))
+        return Turn(samples, others.share())
 
     async def frozen(self, effort: Effort, connections: int | None = FEW) -> Played:
         """While the server stands still for some seconds, asked by a client with a small pool of connections."""
@@ -225,7 +223,7 @@ def failed(samples: Samples) -> int:
 
 def p99_ms(since: Any, until: Any) -> float:
     """Of the time between two columns of ns."""
-    return float(np.quantile((until - since) / 1e6, 0.99))
+    return _p99((until - since) / 1e6)
 
 
 def measure(effort: Effort, folder: Path) -> Iterator[Row]:
@@ -254,12 +252,15 @@ def measure(effort: Effort, folder: Path) -> Iterator[Row]:
 
 def paced_rows(turns: Sequence[Turn]) -> Iterator[Row]:
     """Errors of the quiet turns; of all, where none was quiet: whoever measures on such a machine should know."""
-    counted = quiet(turns) or turns
-    errors = [error for turn in counted for error in ttft_errors_ms(turn.samples)]
+    calm, each = quiet(turns), {id(turn): ttft_errors_ms(turn.samples) for turn in turns}
+    counted = calm or turns
+    errors = [error for turn in counted for error in each[id(turn)]]
     late = np.concatenate([late_ms(turn.samples) for turn in counted])
-    others = [round(turn.others, 4) for turn in turns]
-    p99s = [round(_p99(ttft_errors_ms(turn.samples)), 2) for turn in turns]
-    told = {"quiet_turns": len(quiet(turns)), "others_share": others, "each_p99_ms": p99s}
+    told = {
+        "quiet_turns": len(calm),
+        "others_share": [round(turn.others, 4) for turn in turns],
+        "each_p99_ms": [round(_p99(found), 2) for found in each.values()],
+    }
     yield row("ttft_error_p99_ms", _p99(errors), **_spread(errors), samples=len(errors), **told)
     yield row("sent_late_p99_ms", _p99(late), **_spread(late))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from loadtests.overhead.client import Pool, Reply, Target, now
-from loadtests.overhead.processes import busy_ns, cpu_ns, listeners
+from loadtests.overhead.processes import Others, cpu_ns, listeners
 
 CONNECTIONS: Final = 16
 STREAMS: Final = 64
@@ -119,14 +119,10 @@ def _sample(replies: Sequence[Reply], operations: int, took_s: float, latencies_
 
 async def with_cpu(watched: Watched, load: Awaitable[Sample]) -> Sample:
     """The load's sample with what the target's processes spent on each operation, and how busy others were."""
-    begin, busy, own, part = now(), busy_ns(watched.cores), cpu_ns(watched.own), cpu_ns(watched.taking_part)
+    others, own = Others(watched.cores, lambda: cpu_ns(watched.taking_part)), cpu_ns(watched.own)
     sample = await load
-    own_ns, others_ns = cpu_ns(watched.own) - own, busy_ns(watched.cores) - busy - (cpu_ns(watched.taking_part) - part)
-    return replace(
-        sample,
-        cpu_us=own_ns / 1e3 / max(1, sample.operations),
-        others=max(0.0, others_ns / (now() - begin) / len(watched.cores)),
-    )
+    own_ns = cpu_ns(watched.own) - own
+    return replace(sample, cpu_us=own_ns / 1e3 / max(1, sample.operations), others=others.share())
 
 
 async def all_phases(targets: Sequence[Watched], length: Length) -> Round:

@@ -3,7 +3,8 @@
 import os
 import platform
 import re
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -64,6 +65,19 @@ def busy_ns(cores: Collection[int]) -> int:
             user, nice, system, _idle, _iowait, irq, softirq, steal = (int(field) for field in fields[:8])
             ticks += user + nice + system + irq + softirq + steal
     return ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+class Others:
+    """Processes without a part, or another machine, that take the cores; `ours_ns` tells the CPU time of the rest."""
+
+    def __init__(self, cores: Collection[int], ours_ns: Callable[[], int]) -> None:
+        self._cores, self._ours_ns = cores, ours_ns
+        self._begin, self._busy, self._ours = time.monotonic_ns(), busy_ns(cores), ours_ns()
+
+    def share(self) -> float:
+        """Theirs, of all the cores' time since this was made."""
+        others_ns = busy_ns(self._cores) - self._busy - (self._ours_ns() - self._ours)
+        return max(0.0, others_ns / (time.monotonic_ns() - self._begin) / len(self._cores))
 
 
 def rss_mib(pid: int) -> float:
