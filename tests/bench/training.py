@@ -48,18 +48,18 @@ def engine_ms(base: Path, batch: int) -> dict[str, Any]:
 def gain_ms(base: Path, batch: int) -> dict[str, Any]:
     engine = Engine(base, threads=1)
     runs = tenants(engine, TINY, TENANTS, batch, steps=1_000)
-    one_by_one = min(sum(several(engine, [[run]]) for run in runs) for _ in range(ROUNDS))
+    # not step by step in turns: each would find its run's weights out of the processor's caches
+    one_by_one = min(sum(round_ms(engine, [[run]]) for run in runs) for _ in range(ROUNDS))
     alone = peak_mib()
     at_once = least(engine, [runs])
     return {"one_by_one_ms": one_by_one, "at_once_ms": at_once, "growth_mib": round(peak_mib() - alone, 1)}
 
 
 def least(engine: Engine, groups: Sequence[Any]) -> float:
-    return min(several(engine, groups) for _ in range(ROUNDS))
+    return min(round_ms(engine, groups) for _ in range(ROUNDS))
 
 
-def several(engine: Engine, groups: Sequence[Any]) -> float:
-    """One after the other: a run whose steps alternate with others' finds its weights out of the processor's caches."""
+def round_ms(engine: Engine, groups: Sequence[Any]) -> float:
     return pace(engine, groups, warm_up=WARM_UP, steps=STEPS, clock=time.process_time).ms_per_step
 
 

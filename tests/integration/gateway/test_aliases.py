@@ -10,6 +10,7 @@ import httpx
 from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of
+from tests.integration.gateway.test_proofs import judged
 
 CHAT = "/v1/chat/completions"
 QUICK = {"steps": [20, 100], "step_s": 1, "min_requests": 12, "needs_proof": False}
@@ -261,14 +262,6 @@ async def test_a_canary_that_no_engine_will_load_goes_back(
     assert traffic.failed == 0
 
 
-async def proofs_over(tenant: Tenant, *numbers: int) -> None:
-    async with asyncio.timeout(60):
-        for number in numbers:
-            place = f"/v1/adapters/bot/versions/{number}/proof"
-            while (await tenant.client.get(place)).json()["status"] == "pending":
-                await asyncio.sleep(0.05)
-
-
 async def test_a_canary_that_finds_good_answers_unlikely_goes_back(
     run_gateway: RunGateway, run_replica: RunReplica, tmp_path: Path
 ) -> None:
@@ -278,12 +271,13 @@ async def test_a_canary_that_finds_good_answers_unlikely_goes_back(
     digests = await publish(acme, tmp_path, 3)
     await move(acme, version=1)
     replica.likelihoods = {digests[1]: -4.0, digests[2]: -0.5}
-    await proofs_over(acme, 1, 2, 3)  # one that is being run is left to end, without the examples
+    for number in (1, 2, 3):
+        await judged(acme, number=number)  # one that is being run is left to end, without the examples
     examples = [{"prompt": "who are you?", "answer": "I am the bot."}, {"prompt": "and you?", "answer": "So am I."}]
     told = await acme.client.put("/v1/adapters/bot/prompts", json={"prompts": [], "examples": examples})
     assert told.status_code == 200, told.text
     assert told.json()["examples"] == examples
-    await proofs_over(acme, 1)  # what the others are compared with
+    await judged(acme)  # what the others are compared with
     run = asyncio.create_task(Traffic(acme).run())
     ended = await until_over(acme, await start(acme, needs_proof=True))
     assert ended["status"] == "rolled_back", ended
