@@ -350,9 +350,15 @@ async def point(connection: AsyncConnection, move: NewMove, target: Target) -> b
 
 
 async def standing_for(connection: AsyncConnection, version: Version) -> tuple[Alias, ...]:
-    """The aliases that stand for the version, with any share."""
+    """The aliases that stand for the version, with any share, or that a rollout may take back to it."""
+    its = (rollouts.c.status == "running") & (rollouts.c.baseline_id == version.id)
+    leaving = set((await connection.execute(select(rollouts.c.id).where(its))).scalars())
     found = await _aliases(connection, version.adapter_id)
-    return tuple(alias for alias in found if any(number == version.number for number, _ in alias.shares))
+    return tuple(
+        alias
+        for alias in found
+        if alias.rollout_id in leaving or any(number == version.number for number, _ in alias.shares)
+    )
 
 
 async def take_off(

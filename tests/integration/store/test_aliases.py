@@ -22,6 +22,7 @@ from adapter_store.errors import (
     RolloutOver,
     RolloutRunning,
     TooManyAliases,
+    VersionInUse,
 )
 from adapter_store.rollouts import Policy, Rollout, Rollouts, Status, Tally
 from adapter_store.store import AdapterStore
@@ -342,6 +343,23 @@ async def test_a_rollout_can_be_cancelled(rollouts: Rollouts, store: AdapterStor
     ended = await rollouts.cancel(TENANT, "bot", begun.id, by=BY, reason="second thoughts")
     assert (ended.status, ended.reason) == (Status.CANCELLED, "second thoughts")
     assert await stands_for(store, "bot") == [(3, 1)]
+
+
+async def test_where_a_rollout_may_go_back_to_is_in_use(
+    rollouts: Rollouts, store: AdapterStore, three: list[Version]
+) -> None:
+    """Also in its last step, where the alias has no share of it; by force it goes, and the rollout with it."""
+    whole = Policy(steps=(100,))
+    begun = await rollouts.start(TENANT, "bot", "default", 1, whole, started_by=BY)
+    assert await stands_for(store, "bot") == [(1, 1)]
+    with pytest.raises(VersionInUse, match="default"):
+        await store.erasures.request(TENANT, "bot", 3)
+    await store.erasures.request(TENANT, "bot", 3, force=True)
+    assert (await now(rollouts, begun)).status is Status.SUPERSEDED
+    assert await rollouts.advance(begun, proof="failed") is None  # there is nothing to go back to
+    found = await store.resolve(TENANT, "bot")
+    assert isinstance(found, Version)
+    assert (found.number, found.rollout) == (1, None)
 
 
 async def test_a_rollout_needs_somewhere_to_go(
