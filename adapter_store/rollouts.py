@@ -60,7 +60,8 @@ class Policy:
     `steps`: per cent of the traffic, rising to 100; each lasts `step_s` at least and until the new version has had
     `min_requests` in it. After `give_up_s` without them it goes back. The new version may fail more often than the old
     one by `max_error_increase` (0 to 1), and its latency's 90th percentile may be `max_latency_ratio` of the old one's.
-    `needs_proof`: it also waits for the proof of effect, and goes back where that fails.
+    `needs_proof`: it also waits for the proof of effect and the comparison on the examples, as long as for requests,
+    and goes back where either speaks against it.
     """
 
     steps: tuple[int, ...] = (5, 25, 50, 100)
@@ -178,9 +179,10 @@ def judge(candidate: Tally, baseline: Tally, policy: Policy) -> str | None:
     return None
 
 
-async def has_running(connection: AsyncConnection, candidate: VersionId) -> bool:
-    """Whether a rollout to that version is under way."""
-    here = (rollouts.c.status == Status.RUNNING.value) & (rollouts.c.candidate_id == candidate)
+async def has_running(connection: AsyncConnection, version_id: VersionId) -> bool:
+    """Whether a rollout to or from that version is under way."""
+    its = (rollouts.c.candidate_id == version_id) | (rollouts.c.baseline_id == version_id)
+    here = (rollouts.c.status == Status.RUNNING.value) & its
     return (await connection.execute(select(rollouts.c.id).where(here).limit(1))).one_or_none() is not None
 
 
@@ -253,7 +255,8 @@ class Rollouts:
             await connection.execute(insert(rollouts).values(row))
             await self._forget_old(connection, candidate.adapter_id)
             if policy.needs_proof:
-                await proofs.hasten(connection, candidate.id, now)
+                for version in (candidate, baseline):
+                    await proofs.hasten(connection, version.id, now)
             rollout = await self._find(connection, rollout_id)
             assert rollout is not None
             await self._point(connection, rollout, policy.steps[0], f"rollout to {policy.steps[0]} %", started_by)
@@ -312,14 +315,15 @@ class Rollouts:
                     row = {"rollout_id": rollout_id, "version_id": version_id, "gateway": gateway}
                     await connection.execute(insert(rollout_counts).values(**row, tally=tally.encoded()))
 
-    async def advance(self, rollout: Rollout, *, proof: str | None = None) -> Rollout | None:
+    async def advance(self, rollout: Rollout, *, proof: str | None = None, not_compared: str = "") -> Rollout | None:
         """Take the decision that is due on a running one; None: there is none.
 
         `proof`: "proved", or what else the proof of the new version has come to; None: it has come to nothing yet.
+        `not_compared`: why its examples' answers were not compared with the old version's, for the history.
         """
         async with reading(self._engine) as connection:
             candidate, baseline = await self._tallies(connection, rollout)
-        decided = self._decide(rollout, candidate, baseline, proof)
+        decided = self._decide(rollout, candidate, baseline, proof, not_compared)
         if decided is None:
             return None
         status, reason = decided
@@ -335,7 +339,7 @@ class Rollouts:
             return await self._find(connection, rollout.id)
 
     def _decide(
-        self, rollout: Rollout, candidate: Tally, baseline: Tally, proof: str | None
+        self, rollout: Rollout, candidate: Tally, baseline: Tally, proof: str | None, not_compared: str
     ) -> tuple[Status, str] | None:
         policy = rollout.policy
         reason = judge(candidate, baseline, policy)
@@ -343,15 +347,18 @@ class Rollouts:
             reason = f"the proof of version {rollout.candidate} says: {proof}"
         if reason is not None:
             return Status.ROLLED_BACK, reason
-        now = self._clock()
+        lasted_s = self._clock() - rollout.step_at
+        missing = None
         if candidate.requests - rollout.step_requests < policy.min_requests:
-            if now - rollout.step_at < policy.give_up_s:
-                return None
-            return Status.ROLLED_BACK, f"fewer than {policy.min_requests} requests came in {policy.give_up_s} s"
-        if now - rollout.step_at < policy.step_s or (policy.needs_proof and proof is None):
+            missing = f"fewer than {policy.min_requests} requests came"
+        elif policy.needs_proof and proof is None:
+            missing = "no proof, or no comparison with the version before on the examples, came"
+        if missing is not None:
+            return None if lasted_s < policy.give_up_s else (Status.ROLLED_BACK, f"{missing} in {policy.give_up_s} s")
+        if lasted_s < policy.step_s:
             return None
         if rollout.step + 1 == len(policy.steps):
-            return Status.COMPLETED, ""
+            return Status.COMPLETED, f"not compared on the examples: {not_compared}" if not_compared else ""
         return Status.RUNNING, ""
 
     async def _step(self, connection: AsyncConnection, rollout: Rollout, requests: int) -> None:

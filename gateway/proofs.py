@@ -17,10 +17,11 @@ from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
 from typing import Final
 
-from adapter_store import aliases, catalog, examples, proofs
+from adapter_store import aliases, catalog, comparison, examples, proofs
 from adapter_store.aliases import NOUN, MoveKind, NewMove, main_of
 from adapter_store.catalog import DEFAULT_ALIAS, Version
 from adapter_store.changes import Change, record_change, take_turn
+from adapter_store.comparison import Word
 from adapter_store.engine import AsyncEngine
 from adapter_store.errors import AdapterNotFound, StorageError
 from adapter_store.examples import Example
@@ -142,19 +143,20 @@ class Proofs:
         if proof.status is not Status.PROVED:
             raise ProofFailed(f"The proof of '{name}' is '{proof.status.value}' ({proof.reason or 'as the base'}).")
 
-    async def word_of(self, rollout: Rollout) -> str | None:
-        """What a rollout waits for: "proved", another word where it goes back, None for nothing yet."""
+    async def word_of(self, rollout: Rollout) -> Word:
+        """What a rollout waits for; a version that was not asked with the examples as they are is proved again."""
         if self.policy is Policy.OFF:
-            return Status.PROVED
+            return Word(Status.PROVED, "proofs are off (TAILOR_PROOF)")
         async with reading(self._engine) as connection:
-            proof = await proofs.find(connection, rollout.candidate_id)
-            candidate = await examples.score_of(connection, rollout.candidate_id)
-            baseline = await examples.score_of(connection, rollout.baseline_id)
-        if proof.status is Status.PENDING:
-            return None
-        if proof.status is Status.PROVED and (reason := examples.worse(candidate, baseline)) is not None:
-            return reason
-        return proof.status if proof.reason is None else f"{proof.status.value} ({proof.reason})"
+            word = await comparison.find(connection, rollout)
+        if word.to_prove:
+            async with writing(self._engine) as connection:
+                await take_turn(connection)
+                word = await comparison.find(connection, rollout)  # another gateway may have been faster
+                for version in word.to_prove:
+                    await proofs.begin_again(connection, version, int(self._clock()))
+            self.wake()
+        return word
 
     async def allow_moves(self, tenant_id: TenantId, name: str, numbers: Collection[int]) -> None:
         """As `allow_move`, of versions by number; what is missing, the move itself tells."""
@@ -212,7 +214,13 @@ class Proofs:
             return await examples.of(connection, adapter.id)
 
     async def set_examples(self, tenant_id: TenantId, name: str, given: Sequence[Example]) -> None:
-        """Set them; the newest versions are proved, and so scored, again. Raises AdapterNotFound, PromptsInvalid."""
+        """Set them; the newest versions are proved, and so scored, again.
+
+        One that is being proved just now ends without them, and an old one is as it was: where a rollout needs their
+        scores, it has them proved again (`word_of`).
+
+        Raises AdapterNotFound, PromptsInvalid.
+        """
         examples.check(given)
         now = int(self._clock())
         async with writing(self._engine) as connection:

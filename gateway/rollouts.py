@@ -8,14 +8,16 @@ from typing import Final
 from uuid import uuid4
 
 from adapter_store.catalog import Version
+from adapter_store.comparison import Word
 from adapter_store.errors import AdapterStoreError
 from adapter_store.ids import TenantId, VersionId
 from adapter_store.rollouts import Rollout, Rollouts, Status, Tally
 
 log = logging.getLogger("tailor.rollouts")
 EVERY_S: Final = 1.0
-Proof = Callable[[Rollout], Awaitable[str | None]]
-"""What the proof of a rollout's new version has come to: "proved", another word, or None for nothing yet."""
+Proof = Callable[[Rollout], Awaitable[Word]]
+"""What the proofs of a rollout's two versions have come to."""
+UNASKED: Final = Word(not_compared="needs_proof is false")
 
 
 class RolloutWatch:
@@ -77,8 +79,8 @@ class RolloutWatch:
                 self._changed |= changed
                 raise
         for rollout in running:
-            proof = await self._proof(rollout) if rollout.policy.needs_proof else None
-            moved = await self._rollouts.advance(rollout, proof=proof)
+            word = await self._proof(rollout) if rollout.policy.needs_proof else UNASKED
+            moved = await self._rollouts.advance(rollout, proof=word.proof, not_compared=word.not_compared)
             if moved is not None:
                 self._tell(moved)
 

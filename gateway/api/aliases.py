@@ -128,7 +128,7 @@ class Seen(BaseModel):
 
 
 class RolloutObject(BaseModel):
-    """`percent` of the alias's traffic go to `version`; `reason` says why it went back."""
+    """`percent` of the alias's traffic go to `version`; `reason` says why it went back, or was not compared."""
 
     id: str
     object: str = "rollout"

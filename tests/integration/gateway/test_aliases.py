@@ -10,16 +10,16 @@ import httpx
 from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of
-from tests.integration.gateway.test_proofs import judged
+from tests.integration.gateway.test_proofs import badge, until
 
 CHAT = "/v1/chat/completions"
 QUICK = {"steps": [20, 100], "step_s": 1, "min_requests": 12, "needs_proof": False}
 
 
-async def publish(tenant: Tenant, folder: Path, count: int = 2) -> list[str]:
-    """Versions 1 to `count` of `bot`; their digests."""
+async def publish(tenant: Tenant, folder: Path, count: int = 2, *, first: int = 1) -> list[str]:
+    """Versions `first` to `count` of `bot`; their digests."""
     digests = []
-    for seed in range(1, count + 1):
+    for seed in range(first, count + 1):
         made = await tenant.publish(write_good(folder / f"v{seed}", seed=seed))
         assert made.status_code == 201, made.text
         digests.append(made.json()["current"]["digest"])
@@ -268,22 +268,24 @@ async def test_a_canary_that_finds_good_answers_unlikely_goes_back(
     """It answers, and quickly; only its tenant's own examples show that it was trained on garbage."""
     replica = await run_replica(blobs=None)
     acme = await (await run_gateway(replica, proof="flag")).tenant("acme")
-    digests = await publish(acme, tmp_path, 3)
+    replica.faults.event_delay_s = 1
+    digests = await publish(acme, tmp_path, 1)
+    await until(lambda: bool(replica.golden))
+    digests += await publish(acme, tmp_path, 3, first=2)
     await move(acme, version=1)
     replica.likelihoods = {digests[1]: -4.0, digests[2]: -0.5}
-    for number in (1, 2, 3):
-        await judged(acme, number=number)  # one that is being run is left to end, without the examples
     examples = [{"prompt": "who are you?", "answer": "I am the bot."}, {"prompt": "and you?", "answer": "So am I."}]
     told = await acme.client.put("/v1/adapters/bot/prompts", json={"prompts": [], "examples": examples})
     assert told.status_code == 200, told.text
     assert told.json()["examples"] == examples
-    await judged(acme)  # what the others are compared with
+    assert (await badge(acme))["status"] == "pending"  # its proof runs, and ends without the examples
+    replica.faults.event_delay_s = 0
     run = asyncio.create_task(Traffic(acme).run())
     ended = await until_over(acme, await start(acme, needs_proof=True))
     assert ended["status"] == "rolled_back", ended
     assert "-4.00 a token, and -1.00 by the version before" in ended["reason"]
     ended = await until_over(acme, await start(acme, version=3, needs_proof=True))
-    assert ended["status"] == "completed", ended
+    assert (ended["status"], ended["reason"]) == ("completed", "")
     run.cancel()
     await asyncio.gather(run, return_exceptions=True)
     assert version_of(await acme.ask()) == 3

@@ -424,7 +424,7 @@ async def test_a_proof_that_is_asked_for_begins_at_once(
 async def test_what_waits_for_a_verdict_has_it_at_once(
     run_gateway: RunGateway, replica: FakeReplica, good: Path, policy: str
 ) -> None:
-    """A rollout, and every publish where proof is required: neither delay nor tenants' requests put the proof off."""
+    """A rollout, for both of its versions, and every publish where proof is required: nothing puts the proof off."""
     gateway = await run_gateway(replica, proof=policy, proof_delay_s=60, proof_timeout_s=10 * DEADLINE_S)
     acme = await gateway.tenant("acme")
     tenants = await gateway.parts.pool.place(None, TenantId("acme"), Plan(name="acme"), cost=1)
@@ -433,6 +433,7 @@ async def test_what_waits_for_a_verdict_has_it_at_once(
         await acme.publish(write_good(good.parent / "newer", seed=3))
         begun = await acme.client.post("/v1/adapters/bot/rollouts", json={"version": 1})
         assert begun.status_code == 201, begun.text
+        assert (await judged(acme, number=2))["status"] == "proved"
     assert (await judged(acme))["status"] == "proved"
     tenants.release(1)
 

@@ -1,0 +1,96 @@
+"""What a rollout is told of its two versions' proofs: a word on the new one, once both are scored on the examples.
+
+A version's score is of the examples that there were when its proof began. Where it is of others, or of none, the proof
+is to be run again before anything is said: a proof that a rollout finds running, or that ended before the tenant set
+its examples, says nothing of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapter_store import examples, proofs
+from adapter_store.catalog import Version
+from adapter_store.engine import AsyncConnection
+from adapter_store.examples import Example
+from adapter_store.ids import VersionId
+from adapter_store.proofs import Proof, Reason, Status
+from adapter_store.rollouts import Rollout
+
+NEVER_SCORED = (Reason.ENGINE_REFUSED, Reason.FINGERPRINT_DIFFERS)
+"""What is not loaded is not scored either, however often it is proved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """`proof`: "proved", another word where the rollout goes back, None for nothing yet.
+
+    `not_compared`: why a version that is proved is not compared with the one before; empty: it is.
+    `to_prove`: what is proved again before there is a word.
+    """
+
+    proof: str | None = None
+    not_compared: str = ""
+    to_prove: tuple[Version, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """What is known of one of the two; `version` None: it is erased, `proof` None: it was never asked about."""
+
+    version: Version | None
+    proof: Proof | None
+    score: tuple[str, float] | None  # with the digest of its examples
+
+    @property
+    def is_judged(self) -> bool:
+        return self.proof is not None and self.proof.status is not Status.PENDING
+
+
+async def find(connection: AsyncConnection, rollout: Rollout) -> Word:
+    """The word on a rollout as it stands in the rows."""
+    wanted = await examples.of(connection, rollout.adapter_id)
+    candidate = await _side(connection, rollout.candidate_id)
+    return _word(candidate, await _side(connection, rollout.baseline_id), rollout, wanted)
+
+
+async def _side(connection: AsyncConnection, version_id: VersionId) -> _Side:
+    badges = await proofs.find_all(connection, [version_id])
+    score = await examples.score_of(connection, version_id)
+    return _Side(await proofs.find_version(connection, version_id), badges.get(version_id), score)
+
+
+def _word(candidate: _Side, baseline: _Side, rollout: Rollout, wanted: Sequence[Example]) -> Word:
+    proof = candidate.proof
+    if proof is not None and proof.status not in (Status.PENDING, Status.PROVED):
+        return Word(_said(proof))
+    digest = examples.digest_of(wanted)
+    not_compared = _not_compared(candidate, baseline, rollout, digest if wanted else None)
+    sides = (candidate,) if not_compared else (candidate, baseline)
+    unscored = [] if not_compared else [side for side in sides if not _is_of(side.score, digest)]
+    to_prove = [side for side in sides if side.proof is None or (side in unscored and side.is_judged)]
+    if unscored or to_prove or not candidate.is_judged:
+        return Word(to_prove=tuple(side.version for side in to_prove if side.version is not None))
+    worse = None if not_compared else examples.worse(candidate.score, baseline.score)
+    return Word(worse or Status.PROVED, not_compared)
+
+
+def _not_compared(candidate: _Side, baseline: _Side, rollout: Rollout, digest: str | None) -> str:
+    """Why nothing will be compared, however long one waits; empty: it will. `digest` None: there are no examples."""
+    if digest is None:
+        return "there are none"
+    if baseline.version is None:
+        return f"version {rollout.baseline} was erased"
+    if candidate.version is not None and candidate.version.base_fingerprint != baseline.version.base_fingerprint:
+        return f"version {rollout.baseline} was made for another base model"
+    proof = baseline.proof
+    if proof is not None and proof.reason in NEVER_SCORED and not _is_of(baseline.score, digest):
+        return f"the proof of version {rollout.baseline} says: {_said(proof)}"
+    return ""
+
+
+def _is_of(score: tuple[str, float] | None, digest: str) -> bool:
+    return score is not None and score[0] == digest
+
+
+def _said(proof: Proof) -> str:
+    return proof.status if proof.reason is None else f"{proof.status.value} ({proof.reason})"
