@@ -74,7 +74,10 @@ class SharedReads(Generic[K, V]):
         if task is None:
             task = self._running[key] = asyncio.ensure_future(self._read(key, read, keep))
             task.add_done_callback(_seen)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        finally:
+            del task  # an error that it ends in refers to this frame
 
     async def _read(self, key: K, read: Callable[[], Awaitable[V]], keep: Callable[[V], None]) -> V:
         epoch = self._epoch

@@ -65,18 +65,6 @@ class Flow(Protocol):
     def resume(self) -> None: ...
 
 
-class _Signal:
-    """Stands for the event that uvicorn sets when bytes come or the client goes."""
-
-    __slots__ = ("_exchange",)
-
-    def __init__(self, exchange: "Exchange") -> None:
-        self._exchange = exchange
-
-    def set(self) -> None:
-        self._exchange.wake()
-
-
 class Exchange:
     """One request on the short way, and its answer."""
 
@@ -89,7 +77,6 @@ class Exchange:
         self.more_body = True
         self.response_complete = False
         self.keep_alive = True
-        self.message_event = _Signal(self)
         # ours
         self.begun = False
         self.streams = False
@@ -160,8 +147,13 @@ class Exchange:
             pass
         self.keep_alive = self.keep_alive and not self.more_body
 
-    def wake(self) -> None:
-        """Bytes have come."""
+    @property
+    def message_event(self) -> "Exchange":
+        """Itself: an event of its own would refer back to it, and each request be garbage that only a search finds."""
+        return self
+
+    def set(self) -> None:
+        """Bytes have come, or the client has gone: uvicorn's event is told."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

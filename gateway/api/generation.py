@@ -150,18 +150,18 @@ class _Request:
             self.fail(self._why_cancelled())
 
     async def _wait(self, wait: Wait) -> None:
-        failure: Exception | None = None
         try:
             await wait
         except asyncio.CancelledError:
-            failure = self._why_cancelled()
+            self._task = None
+            self.fail(self._why_cancelled())
         except Exception as error:  # noqa: BLE001  the edge: whatever it is, the client gets one envelope
-            failure = error
-        self._task = None
-        if failure is not None:
-            self.fail(failure)
-        elif not self.ended:
-            self.generation.batches.go_on([self], self.position)
+            self._task = None
+            self.fail(error)
+        else:
+            self._task = None
+            if not self.ended:
+                self.generation.batches.go_on([self], self.position)
 
     def _why_cancelled(self) -> Exception:
         return self.expired if self.expired is not None else ClientGone()
