@@ -1,8 +1,7 @@
-"""Pure: who is served next, and whose adapter has a place, where a replica is busy.
+"""Pure: who is served next where a replica is busy.
 
-Two things are shared. Tokens: a virtual counter per tenant says who has had least (Sheng et al. 2024, "Fairness in
-Serving Large Language Models"). Adapter slots: an engine runs `max_loras` adapters at once and lets a further one wait
-for ever, so each gateway opens no more than that and rotates them. Clocks are injected; nothing here waits.
+Tokens are shared: a virtual counter per tenant says who has had least (Sheng et al. 2024, "Fairness in Serving Large
+Language Models"). So are an engine's adapter slots, in `gateway/open_set.py`. Clocks are injected; nothing here waits.
 """
 
 import heapq
@@ -13,10 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from adapter_store.ids import TenantId
-
-Key = tuple[TenantId, str]
-"""(tenant, digest) of an adapter: tenants never share one in an engine, equal bytes or not."""
-Clock = Callable[[], float]
+from gateway.open_set import Clock, Key, OpenSet, Slot
 
 PRIORITY_EPOCH_S: Final = 1_767_225_600.0  # 2026-01-01: keeps priorities short
 LEAD_LIMIT_TOKENS: Final = 60_000  # a request passes another that came this many milliseconds later, in any case
@@ -26,10 +22,11 @@ FORGET_ACCOUNTS_FROM: Final = 4_096
 class Account:
     """One tenant's virtual counter: tokens over weight.
 
-    `settled` are tokens that were really spent, `reserved` the estimates of requests under way.
+    `settled` are tokens that were really spent, `reserved` the estimates of requests under way. One that is `forgotten`
+    counts no longer: the tenant's next request gets another.
     """
 
-    __slots__ = ("in_heap", "requests", "reserved", "settled", "weight")
+    __slots__ = ("forgotten", "in_heap", "requests", "reserved", "settled", "weight")
 
     def __init__(self) -> None:
         self.settled = 0.0
@@ -37,6 +34,7 @@ class Account:
         self.requests = 0  # waiting or in flight
         self.weight = 1.0
         self.in_heap = False
+        self.forgotten = False
 
     @property
     def counter(self) -> float:
@@ -59,13 +57,12 @@ class VirtualTokenCounters:
         self._floor = 0.0
         self._forget_from = FORGET_ACCOUNTS_FROM
 
-    def arrive(self, tenant: TenantId, weight: float) -> Account:
-        """A request of the tenant begins to wait or to run; `depart` when it is over."""
-        account = self._accounts.get(tenant)
-        if account is None:
-            account = self._accounts[tenant] = Account()
-            if len(self._accounts) > self._forget_from:
-                self._forget_idle()
+    def arrive(self, tenant: TenantId, weight: float, known: Account | None = None) -> Account:
+        """A request of the tenant begins to wait or to run; `depart` when it is over.
+
+        `known`: what this gave last time, which saves looking it up.
+        """
+        account = self._account(tenant) if known is None or known.forgotten else known
         account.weight = weight
         if not account.requests:
             account.settled = max(account.settled, self.floor())
@@ -73,6 +70,14 @@ class VirtualTokenCounters:
             if not account.in_heap:
                 self._push(account)
         account.requests += 1
+        return account
+
+    def _account(self, tenant: TenantId) -> Account:
+        account = self._accounts.get(tenant)
+        if account is None:
+            account = self._accounts[tenant] = Account()
+            if len(self._accounts) > self._forget_from:
+                self._forget_idle(account)
         return account
 
     def floor(self) -> float:
@@ -125,236 +130,14 @@ class VirtualTokenCounters:
         heapq.heappush(self._heap, (account.settled, self._entries, account))
         account.in_heap = True
 
-    def _forget_idle(self) -> None:
+    def _forget_idle(self, new: Account) -> None:
         """An idle tenant at or below the floor would be lifted to it anyway: its account says nothing."""
         floor = self.floor()
         for tenant, account in list(self._accounts.items()):
-            if not (account.requests or account.in_heap) and account.settled <= floor:
+            if not (account.requests or account.in_heap or account is new) and account.settled <= floor:
                 del self._accounts[tenant]
+                account.forgotten = True
         self._forget_from = max(FORGET_ACCOUNTS_FROM, 2 * len(self._accounts))
-
-
-class _Open:
-    """An adapter that may send requests to the engine."""
-
-    __slots__ = ("closing", "in_flight", "opened_at", "served", "used_at", "work")
-
-    def __init__(self, now: float) -> None:
-        self.opened_at = now
-        self.used_at = now
-        self.in_flight = 0
-        self.work = 0  # tokens that its requests in flight may still need
-        self.served = False
-        self.closing = False
-
-
-class OpenSet:
-    """The adapters of tenants that may have requests in one replica's engine: at most `limit`, in turns.
-
-    While others wait in line, an open adapter with nothing to do gives way at once, and one whose quantum is over
-    closes: it takes no new request, finishes those that run, and leaves its place to the head of the line. The line
-    goes round the tenants that wait in it. Of those whose quantum is over, the one with the least work left closes;
-    each further quantum in which the head still waits closes one more, so that one long answer blocks nothing.
-
-    An adapter at position p of the line (1: its head) begins to answer within
-
-        ceil(p / limit) * (Q + D) + min(p, limit) * L
-
-    Q: the quantum; D: the longest answer in flight of the adapter that drains first; L: one load, none where the
-    engine holds the adapter already. With the defaults (limit 4, Q = 1 s), answers of up to 3 s and loads of up to
-    0.2 s, a cold fifth adapter waits 4.2 s at most.
-    """
-
-    def __init__(self, limit: int, quantum_s: float, clock: Clock, *, by_tenant: bool = True) -> None:
-        self.limit = limit
-        self._quantum_s = quantum_s
-        self._clock = clock
-        self._by_tenant = by_tenant
-        self._open: dict[Key, _Open] = {}
-        self._idle: OrderedDict[Key, None] = OrderedDict()  # of the open ones; the longest unused first
-        self._line: OrderedDict[str, OrderedDict[Key, None]] = OrderedDict()
-        self._in_line = 0
-        self._closing = 0
-        self._stuck_since: float | None = None
-
-    def __len__(self) -> int:
-        return len(self._open)
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._open
-
-    @property
-    def waiting(self) -> int:
-        """Adapters in line."""
-        return self._in_line
-
-    def keys(self) -> list[Key]:
-        return list(self._open)
-
-    def admits(self, key: Key) -> bool:
-        """Whether a request of the adapter may start now."""
-        slot = self._open.get(key)
-        return slot is not None and not slot.closing
-
-    def has_place(self, key: Key) -> bool:
-        """Whether a request of the adapter would start without a wait for a place."""
-        slot = self._open.get(key)
-        if slot is not None:
-            return not slot.closing
-        return not self._in_line and (len(self._open) < self.limit or len(self._idle) > 0)
-
-    def open_free(self, key: Key, busy: Callable[[Key], bool]) -> bool:
-        """Open the adapter where a place is free and nobody is in line; `busy` says who has requests waiting."""
-        if self._in_line:
-            return False
-        while len(self._open) >= self.limit:
-            for unused in self._idle:
-                if not busy(unused):
-                    break
-            else:
-                return False
-            self._remove(unused)
-        self._add(key)
-        return True
-
-    def share(self, slots: int, used_by_others: int) -> None:
-        """Come one step nearer to the engine's slots less those that other gateways' adapters use, never below one.
-
-        Gateways on one replica step down together while their adapters are more than its slots, and up while they are
-        fewer: from 4 and 4 on four slots to 2 and 2 within two reports, then within one of the slots for good.
-        """
-        target = max(1, slots - used_by_others)
-        self.limit += (self.limit < target) - (self.limit > target)
-
-    def join(self, key: Key) -> None:
-        """Put the adapter in line; one that is open or in it stays as it is."""
-        if key in self._open:
-            return
-        keys = self._line.setdefault(key[0] if self._by_tenant else "", OrderedDict())
-        if key not in keys:
-            keys[key] = None
-            self._in_line += 1
-
-    def drop(self, key: Key) -> None:
-        """Nobody waits for the adapter any more: it leaves the line."""
-        group = key[0] if self._by_tenant else ""
-        keys = self._line.get(group)
-        if keys is not None and key in keys:
-            del keys[key]
-            self._in_line -= 1
-            if not keys:
-                del self._line[group]
-
-    def start(self, key: Key, work: int) -> None:
-        """A request of an open adapter goes to the engine."""
-        slot = self._open[key]
-        if not slot.in_flight:
-            del self._idle[key]
-        slot.in_flight += 1
-        slot.work += work
-        slot.served = True
-
-    def finish(self, key: Key, work: int) -> bool:
-        """A request is over; True where that may give somebody in line a place."""
-        slot = self._open[key]
-        slot.in_flight -= 1
-        slot.work -= work
-        slot.used_at = self._clock()
-        if not slot.in_flight:
-            self._idle[key] = None
-        return not slot.in_flight and (slot.closing or self._in_line > 0 or len(self._open) > self.limit)
-
-    def turn(self, busy: Callable[[Key], bool]) -> tuple[list[Key], list[Key]]:
-        """Rotate as far as can be now; `busy` says which adapters have requests waiting.
-
-        Returns the adapters that now take requests, and those that no longer do.
-        """
-        opened: list[Key] = []
-        closed: list[Key] = []
-        self._leave_places(busy, closed)
-        while self._in_line and len(self._open) < self.limit:
-            key = self._pop_line()
-            self._add(key)
-            opened.append(key)
-            self._stuck_since = None
-        self._close_some(closed)
-        self._reopen(opened)
-        return opened, closed
-
-    def due(self) -> float | None:
-        """When `turn` is worth another call though nothing else has happened, by the clock."""
-        if self._demand() <= 0:
-            return None
-        times = [slot.opened_at + self._quantum_s for slot in self._open.values() if not slot.closing and slot.served]
-        if self._closing < self._demand():
-            return min(times, default=None)
-        if self._stuck_since is None or not times:
-            return None
-        extra = self._closing - self._demand() + 1
-        return max(min(times), self._stuck_since + extra * self._quantum_s)
-
-    def _demand(self) -> int:
-        """Places that must become free."""
-        return min(self._in_line + len(self._open) - self.limit, len(self._open))
-
-    def _leave_places(self, busy: Callable[[Key], bool], closed: list[Key]) -> None:
-        spare = self._demand()
-        for key, slot in sorted(self._open.items(), key=lambda item: item[1].used_at):
-            if slot.in_flight or not (slot.closing or (spare > 0 and not busy(key))):
-                continue
-            spare -= 1
-            self._remove(key)
-            if not slot.closing:
-                closed.append(key)
-            if busy(key):
-                self.join(key)
-
-    def _close_some(self, closed: list[Key]) -> None:
-        now = self._clock()
-        demand = self._demand()
-        if demand <= 0:
-            return
-        if self._stuck_since is not None:
-            demand += int((now - self._stuck_since) / self._quantum_s)
-        over = [
-            (slot.work, key)
-            for key, slot in self._open.items()
-            if not slot.closing and slot.served and now >= slot.opened_at + self._quantum_s
-        ]
-        for _, key in heapq.nsmallest(max(0, demand - self._closing), over):
-            self._open[key].closing = True
-            self._closing += 1
-            closed.append(key)
-            if self._stuck_since is None:
-                self._stuck_since = now
-
-    def _reopen(self, opened: list[Key]) -> None:
-        """Closing was for somebody who is no longer in line."""
-        if not self._closing or self._demand() > 0:
-            return
-        for key, slot in self._open.items():
-            if slot.closing:
-                slot.closing = False
-                opened.append(key)
-        self._closing = 0
-        self._stuck_since = None
-
-    def _add(self, key: Key) -> None:
-        self._open[key] = _Open(self._clock())
-        self._idle[key] = None
-
-    def _remove(self, key: Key) -> None:
-        self._idle.pop(key, None)
-        if self._open.pop(key).closing:
-            self._closing -= 1
-
-    def _pop_line(self) -> Key:
-        group, keys = self._line.popitem(last=False)
-        key, _ = keys.popitem(last=False)
-        if keys:
-            self._line[group] = keys  # behind the other tenants
-        self._in_line -= 1
-        return key
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,9 +162,11 @@ class QueueFull(Exception):
 class Party:
     """A tenant at one replica's gate; `floods` from when it waits or has more than its part until it does neither."""
 
-    __slots__ = ("floods", "in_flight", "seen_at", "waiting", "weight")
+    __slots__ = ("account", "floods", "in_flight", "seen_at", "tenant", "waiting", "weight")
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, tenant: TenantId, weight: float) -> None:
+        self.tenant = tenant
+        self.account: Account | None = None
         self.weight = weight
         self.in_flight = 0
         self.waiting = 0
@@ -397,7 +182,7 @@ class Turn:
     """One request at a gate; `key` is None for the base model, `places` the sequences that it is in the engine (n)."""
 
     __slots__ = (
-        "_number", "account", "charged", "cost", "go", "key", "party", "places", "started", "tenant", "weight",
+        "_number", "account", "charged", "cost", "go", "key", "party", "places", "slot", "started", "tenant", "weight",
     )  # fmt: skip
 
     def __init__(self, tenant: TenantId, weight: float, key: Key | None, cost: int, places: int = 1) -> None:
@@ -412,6 +197,7 @@ class Turn:
         self.go: Callable[[], None] | None = None
         self.account: Account | None = None
         self.party: Party | None = None
+        self.slot: Slot | None = None
 
 
 Queue = deque[Turn]
@@ -440,7 +226,10 @@ class FairGate:
         self.waiting = 0
         self._counters = counters
         self._clock = clock
-        self._parties: OrderedDict[TenantId, Party] = OrderedDict()  # the longest silent first
+        self._parties: dict[TenantId, Party] = {}
+        # one entry a party; the time is that of a moment when it was seen, not always the last
+        self._seen: list[tuple[float, int, Party]] = []
+        self._sightings = 0
         self._weights = 0.0
         self._silent_weights = 0.0  # of the tenants with nothing in flight and nothing waiting
         self._expire_at = 0.0
@@ -466,10 +255,11 @@ class FairGate:
         party = self._party(turn)
         if self.in_flight >= self.limits.concurrency or not self._may_start(party):
             return False
-        if turn.key is not None and not self._may_use(turn.key):
-            return False
-        self._note_busy(party)
-        turn.account = self._counters.arrive(turn.tenant, turn.weight)
+        if turn.key is not None and self.open_set is not None:
+            turn.slot = self.open_set.slot_for(turn.key, self._is_waiting)
+            if turn.slot is None:
+                return False
+        self._arrive(turn, party)
         self._start(turn, party)
         return True
 
@@ -484,11 +274,10 @@ class FairGate:
             raise QueueFull(of_tenant=False)
         if party.waiting >= self.limits.tenant_queue:
             raise QueueFull(of_tenant=True)
-        self._note_busy(party)
+        self._arrive(turn, party)
         turn.go = go
         self._numbers += 1
         turn._number = self._numbers
-        turn.account = self._counters.arrive(turn.tenant, turn.weight)
         party.waiting += 1
         self.waiting += 1
         self._note_flood(party)
@@ -531,7 +320,7 @@ class FairGate:
             self._flooding -= turn.places
             self._note_calm(party)
         self._note_silent(turn)
-        if turn.key is not None and self.open_set is not None and self.open_set.finish(turn.key, turn.cost):
+        if turn.slot is not None and self.open_set is not None and self.open_set.finish(turn.slot, turn.cost):
             self.rotate()
         elif self._ready:
             self._pump()
@@ -553,14 +342,9 @@ class FairGate:
     def _is_open(self, key: Key | None) -> bool:
         return key is None or self.open_set is None or self.open_set.admits(key)
 
-    def _may_use(self, key: Key) -> bool:
-        """Whether the adapter is open, or could be opened at once."""
-        open_set = self.open_set
-        if open_set is None or open_set.admits(key):
-            return True
-        return key not in open_set and open_set.open_free(key, self._is_waiting)
-
     def _is_waiting(self, key: Key) -> bool:
+        if not self.waiting:
+            return False
         place: QueueKey = (key[0], key)
         return place in self._ready or place in self._parked
 
@@ -579,11 +363,10 @@ class FairGate:
         now = self._clock()
         party = self._parties.get(turn.tenant)
         if party is None:
-            party = self._parties[turn.tenant] = Party(turn.weight)
+            party = self._parties[turn.tenant] = Party(turn.tenant, turn.weight)
+            self._note_seen(party, now)
             self._weights += turn.weight
             self._silent_weights += turn.weight
-        elif len(self._parties) > 1:
-            self._parties.move_to_end(turn.tenant)
         if party.weight != turn.weight:
             self._weights += turn.weight - party.weight
             if party.is_silent:
@@ -599,23 +382,30 @@ class FairGate:
         return party
 
     def _expire(self, now: float) -> None:
-        while self._parties:
-            tenant, party = next(iter(self._parties.items()))
-            if party.seen_at > now - self.limits.active_s:
-                self._expire_at = party.seen_at + self.limits.active_s
+        while self._seen:
+            seen_at, _, party = self._seen[0]
+            if seen_at > now - self.limits.active_s:
+                self._expire_at = seen_at + self.limits.active_s
                 return
+            heapq.heappop(self._seen)
             if party.in_flight or party.waiting:
                 party.seen_at = now
-                self._parties.move_to_end(tenant)
+            if party.seen_at > now - self.limits.active_s:
+                self._note_seen(party, party.seen_at)
             else:
-                del self._parties[tenant]
+                del self._parties[party.tenant]
                 self._weights -= party.weight
                 self._silent_weights -= party.weight
 
-    def _note_busy(self, party: Party) -> None:
+    def _note_seen(self, party: Party, at: float) -> None:
+        self._sightings += 1
+        heapq.heappush(self._seen, (at, self._sightings, party))
+
+    def _arrive(self, turn: Turn, party: Party) -> None:
         """Before a request of the tenant begins to wait or to run."""
         if party.is_silent:
             self._silent_weights -= party.weight
+        turn.account = party.account = self._counters.arrive(turn.tenant, turn.weight, party.account)
 
     def _note_silent(self, turn: Turn) -> None:
         """After a request of the tenant has ended."""
@@ -728,7 +518,10 @@ class FairGate:
         self.in_flight += turn.places
         self._note_start(party, turn.places)
         if turn.key is not None and self.open_set is not None:
-            self.open_set.start(turn.key, turn.cost)
+            slot = turn.slot
+            if slot is None:
+                slot = turn.slot = self.open_set.open_slot(turn.key)
+            self.open_set.start(slot, turn.cost)
 
 
 @dataclass(slots=True)

@@ -23,7 +23,7 @@ from adapter_store.store import AdapterStore
 from adapter_store.transactions import reading, writing
 from gateway.database import pins
 from gateway.errors import ObjectUnknown, TooManyPins
-from gateway.fairness import Key
+from gateway.open_set import Key
 
 log = logging.getLogger("tailor.pins")
 PIN_CHANGE: Final = "pin"

@@ -29,7 +29,7 @@ from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
 from gateway.database import quarantine
 from gateway.errors import AdapterQuarantined, ObjectUnknown
-from gateway.fairness import Key
+from gateway.open_set import Key
 from gateway.replicas.client import Alarm
 
 log = logging.getLogger("tailor.quarantine")

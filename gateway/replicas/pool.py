@@ -20,7 +20,8 @@ from gateway.errors import (
     TooBusy,
     TooManyLoads,
 )
-from gateway.fairness import Key, LoadAllowance, Turn, VirtualTokenCounters
+from gateway.fairness import LoadAllowance, Turn, VirtualTokenCounters
+from gateway.open_set import Key
 from gateway.plans import Plan
 from gateway.quarantine import LIVED_S, Quarantine
 from gateway.replicas.breaker import RetryBudget

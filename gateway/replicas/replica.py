@@ -12,7 +12,8 @@ from typing import Final
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
 from gateway.errors import GatewayError
-from gateway.fairness import FairGate, GateLimits, Key, OpenSet, VirtualTokenCounters
+from gateway.fairness import FairGate, GateLimits, VirtualTokenCounters
+from gateway.open_set import Key, OpenSet
 from gateway.quarantine import Quarantine
 from gateway.replicas.breaker import Breaker
 from gateway.replicas.client import CONTROL_ERRORS, Alarm, EngineFacts, ReplicaClient, ReplicaReport

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
 from gateway.errors import AdapterNotLoadable
-from gateway.fairness import Key
+from gateway.open_set import Key
 from gateway.replicas.client import CONTROL_ERRORS, AgentRefusedError, LoadReport, ReplicaClient, ResidentAdapter
 
 log = logging.getLogger("tailor.residency")

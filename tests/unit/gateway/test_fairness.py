@@ -15,13 +15,12 @@ from gateway.fairness import (
     LEAD_LIMIT_TOKENS,
     FairGate,
     GateLimits,
-    Key,
     LoadAllowance,
-    OpenSet,
     QueueFull,
     Turn,
     VirtualTokenCounters,
 )
+from gateway.open_set import Key, OpenSet
 
 
 class Clock:
