@@ -308,15 +308,7 @@ def _services(parts: Parts, salt_of: Callable[[str], str]) -> Services:
 
 def _salts(secret: bytes) -> Callable[[str], str]:
     """Tenant → the salt of its prefix cache: tenants share none, and none can guess another's."""
-    known: dict[str, str] = {}
-
-    def salt_of(tenant_id: str) -> str:
-        salt = known.get(tenant_id)
-        if salt is None:
-            salt = known[tenant_id] = hmac.new(secret, tenant_id.encode(), hashlib.sha256).hexdigest()
-        return salt
-
-    return salt_of
+    return lambda tenant_id: hmac.new(secret, tenant_id.encode(), hashlib.sha256).hexdigest()
 
 
 def _operator_port(settings: Settings, parts: Parts, bound: socket.socket | None) -> OperatorPort | None:

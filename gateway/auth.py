@@ -9,13 +9,14 @@ from weakref import WeakValueDictionary
 
 from adapter_store.changes import Change
 from adapter_store.ids import TenantId
+from gateway.api_key import ApiKey
 from gateway.errors import KeyInvalid, ScopeMissing
 from gateway.fresh_cache import FreshCache
 from gateway.freshness import Freshness
 from gateway.key_uses import KeyUses
 from gateway.keys import KEY_CHANGE, Keys
 from gateway.plans import PLAN_CHANGE, Plan
-from gateway.tenants import TENANT_CHANGE, ApiKey, Scope, Standing
+from gateway.tenants import TENANT_CHANGE, Scope, Standing
 
 _REFUSAL = (
     "The API key is missing or not valid. Send 'Authorization: Bearer <key>' with a key that your operator gave you."

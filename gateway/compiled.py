@@ -18,6 +18,7 @@ from typing import Final
 
 HOT: Final = (
     "gateway.api.generation",
+    "gateway.api_key",
     "gateway.auth",
     "gateway.batches",
     "gateway.dialects.chat",
@@ -27,6 +28,7 @@ HOT: Final = (
     "gateway.fresh_cache",
     "gateway.freshness",
     "gateway.in_order",
+    "gateway.journal",
     "gateway.limits.memory",
     "gateway.limits.terms",
     "gateway.models",
@@ -34,6 +36,7 @@ HOT: Final = (
     "gateway.protocol",
     "gateway.relay",
     "gateway.replicas.breaker",
+    "gateway.replicas.holdings",
     "gateway.replicas.pool",
     "gateway.replicas.replica",
     "gateway.replicas.turns",

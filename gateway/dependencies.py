@@ -21,6 +21,7 @@ from adapter_store.scrub import Scrubber
 from adapter_store.signing import Signer
 from adapter_store.store import AdapterStore
 from adapter_store.uploads import Uploads
+from gateway.api_key import ApiKey
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
 from gateway.erasing import Eraser
@@ -39,7 +40,7 @@ from gateway.replicas.pool import ReplicaPool
 from gateway.rollouts import RolloutWatch
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import Tracing
-from gateway.tenants import ApiKey, Scope, Tenants
+from gateway.tenants import Scope, Tenants
 from gateway.usage import Ledger
 from training.file_check import FileCheck
 from training.file_uploads import FileUploads

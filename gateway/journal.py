@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,7 @@ SUFFIX: Final = ".journal"
 LINE: Final = re.compile(rb"([0-9]+)\t([^\t]+)\t([^\t]*)\t([0-9]+)\t([01])\t([0-9]+)\t([0-9]+)\t([0-9]+)")
 STALE_S: Final = 7 * 86_400  # for so long the database remembers what was counted
 FIRST_BYTES: Final = 65_536
+HOUR_S: Final = 3_600
 
 Key = tuple[int, str, str, int]
 """Hour (its first second), tenant, adapter, version."""
@@ -29,17 +30,38 @@ Rows = dict[Key, list[int]]
 """Requests, failed ones, prompt tokens, cached ones of them, completion tokens."""
 
 
-def add(rows: Rows, key: Key, failed: int, prompt: int, cached: int, completion: int) -> None:
-    """Count one request."""
+def add(rows: Rows, key: Key, requests: int, failed: int, prompt: int, cached: int, completion: int) -> None:
+    """Count requests."""
     row = rows.get(key)
     if row is None:
-        rows[key] = [1, failed, prompt, cached, completion]
+        rows[key] = [requests, failed, prompt, cached, completion]
         return
-    row[0] += 1
+    row[0] += requests
     row[1] += failed
     row[2] += prompt
     row[3] += cached
     row[4] += completion
+
+
+class Tab:
+    """What one version's requests of a tenant have come to since the last batch.
+
+    Whoever keeps it counts without a lookup; there may be several of the same version, which a batch adds up.
+    """
+
+    __slots__ = (
+        "adapter", "cached", "completion", "failed", "head", "hour", "prompt", "requests", "segment", "tenant",
+        "version",
+    )  # fmt: skip
+
+    def __init__(self, tenant: str, adapter: str, version: int) -> None:
+        self.tenant = tenant
+        self.adapter = adapter
+        self.version = version
+        self.hour = 0
+        self.head = b""  # of its lines
+        self.segment: Segment | None = None  # that it is counted in; None: there is nothing to count
+        self.requests = self.failed = self.prompt = self.cached = self.completion = 0
 
 
 class Segment:
@@ -47,7 +69,9 @@ class Segment:
 
     def __init__(self, folder: Path, *, limit_bytes: int, fsync: bool) -> None:
         self.id = f"{int(time.time())}-{secrets.token_hex(12)}"
-        self.rows: Rows = {}
+        self._rows: Rows = {}
+        self._tabs: list[Tab] = []
+        self._known: dict[tuple[str, str, int], Tab] = {}
         self.lost_by_kill = 0
         self._path = folder / f"{self.id}{SUFFIX}"
         self._limit_bytes = limit_bytes
@@ -70,8 +94,50 @@ class Segment:
             return -1
         return file
 
-    def append(self, line: bytes) -> None:
-        """Never raises: what the disk does not take is counted all the same."""
+    def tab_of(self, tenant: str, adapter: str, version: int) -> Tab:
+        """One for whoever keeps none."""
+        key = (tenant, adapter, version)
+        tab = self._known.get(key)
+        if tab is None:
+            tab = self._known[key] = Tab(tenant, adapter, version)
+        return tab
+
+    def count(self, tab: Tab, hour: int, failed: int, prompt: int, cached: int, completion: int) -> None:
+        """One request. Never raises: what the disk does not take is counted all the same."""
+        if tab.segment is not self or tab.hour != hour:
+            self._begin(tab, hour)
+        tab.requests += 1
+        tab.failed += failed
+        tab.prompt += prompt
+        tab.cached += cached
+        tab.completion += completion
+        self._append(b"%b%d\t%d\t%d\t%d\n" % (tab.head, failed, prompt, cached, completion))
+
+    def _begin(self, tab: Tab, hour: int) -> None:
+        if tab.segment is not None:
+            tab.segment.rows()
+        if tab.hour != hour:
+            tab.hour = hour
+            tab.head = f"{hour}\t{tab.tenant}\t{tab.adapter}\t{tab.version}\t".encode()
+        tab.segment = self
+        self._tabs.append(tab)
+
+    def rows(self) -> Rows:
+        """What has been counted so far."""
+        tabs, self._tabs = self._tabs, []
+        for tab in tabs:
+            key = (tab.hour, tab.tenant, tab.adapter, tab.version)
+            add(self._rows, key, tab.requests, tab.failed, tab.prompt, tab.cached, tab.completion)
+            tab.segment = None
+            tab.requests = tab.failed = tab.prompt = tab.cached = tab.completion = 0
+        return self._rows
+
+    @property
+    def row_count(self) -> int:
+        """Rows that it has, or a few more."""
+        return len(self._rows) + len(self._tabs)
+
+    def _append(self, line: bytes) -> None:
         if self._is_broken:
             self.lost_by_kill += 1
             return
@@ -122,6 +188,44 @@ class Segment:
             self._file = -1
 
 
+class Journal:
+    """Segments of one process, the open one and those before it; `begin` before the first `record`."""
+
+    def __init__(self, folder: Path, *, limit_bytes: int, fsync: bool, wall_clock: Callable[[], float]) -> None:
+        self.open: Segment  # what is being counted
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._fsync = fsync
+        self._wall_clock = wall_clock
+        self._hour = 0
+        self._hour_end = 0
+
+    def begin(self) -> None:
+        """A segment to count in."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.open = self._new_segment()
+
+    def turn(self) -> Segment:
+        """What has been counted so far; what comes is counted in the next segment."""
+        full, self.open = self.open, self._new_segment()
+        return full
+
+    def tab_of(self, tenant: str, adapter: str, version: int) -> Tab:
+        """Where requests for a version are counted; the base model is adapter '' version 0."""
+        return self.open.tab_of(tenant, adapter, version)
+
+    def record(self, tab: Tab, *, failed: bool, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> None:
+        """One ended request. Counted in the hour in which it ended."""
+        now = self._wall_clock()
+        if now >= self._hour_end:
+            self._hour = int(now) // HOUR_S * HOUR_S
+            self._hour_end = self._hour + HOUR_S
+        self.open.count(tab, self._hour, int(failed), prompt_tokens, cached_tokens, completion_tokens)
+
+    def _new_segment(self) -> Segment:
+        return Segment(self._folder, limit_bytes=self._limit_bytes, fsync=self._fsync)
+
+
 class LeftSegment:
     """A dead process's segment, locked for us."""
 
@@ -142,7 +246,16 @@ class LeftSegment:
                 damaged += 1
                 continue
             hour, tenant, adapter, version, *counts = found.groups()
-            add(rows, (int(hour), tenant.decode(), adapter.decode(), int(version)), *map(int, counts))
+            failed, prompt, cached, completion = (int(count) for count in counts)
+            add(
+                rows,
+                (int(hour), tenant.decode(), adapter.decode(), int(version)),
+                1,
+                failed,
+                prompt,
+                cached,
+                completion,
+            )
         if damaged or torn:
             log.warning("%s: %d damaged lines and %d torn bytes are not counted", self._path, damaged, len(torn))
         return rows

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hmac import compare_digest
+from sys import intern
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -34,6 +35,7 @@ from adapter_store.changes import record_change, take_turn
 from adapter_store.engine import AsyncConnection, AsyncEngine
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
+from gateway.api_key import ApiKey
 from gateway.database import api_keys, migrate, open_engine, plans, tenants
 from gateway.errors import (
     GrantTooWide,
@@ -46,7 +48,7 @@ from gateway.errors import (
 )
 from gateway.plans import COLUMNS as PLAN_COLUMNS
 from gateway.plans import Plan, plan_of
-from gateway.tenants import ApiKey, KeyId, Scope, Standing
+from gateway.tenants import KeyId, Scope, Standing
 
 KEY_PREFIX: Final = "sk-tailor-"
 KEY_CHANGE: Final = "key"  # named by the key's hash
@@ -362,7 +364,7 @@ def _by_hash(sha256: str) -> Select[Any]:
 
 
 def _key_of(row: RowMapping, sha256: bytes) -> ApiKey:
-    tenant_id = row["tenant_id"]
+    tenant_id = None if row["tenant_id"] is None else TenantId(intern(row["tenant_id"]))
     plan = Plan() if tenant_id is None else plan_of(row)
     return ApiKey(
         id=KeyId(row["id"]),

@@ -1,6 +1,5 @@
 """Tenants: the rows, and what a key of one may do."""
 
-import math
 import re
 import secrets
 import time
@@ -52,42 +51,18 @@ class Tenant:
 class Standing:
     """What all keys of one tenant share; of operators' keys, `id` is None.
 
-    `stale`: something of it has changed, and whoever holds it must ask the database again.
+    `stale`: something of it has changed, and whoever holds it must ask the database again. `salt` is that of the
+    tenant's prefix cache, once a request has needed it.
     """
 
-    __slots__ = ("__weakref__", "id", "plan", "stale", "suspended")
+    __slots__ = ("__weakref__", "id", "plan", "salt", "stale", "suspended")
 
     def __init__(self, tenant_id: TenantId | None, plan: Plan, *, suspended: bool = False) -> None:
         self.id = tenant_id
         self.plan = plan
         self.suspended = suspended
         self.stale = False
-
-
-@dataclass(slots=True, eq=False)
-class ApiKey:
-    """What a request needs of a key; compact, because a gateway keeps as many as there are. Times in Unix seconds."""
-
-    id: KeyId
-    sha256: bytes
-    tenant: Standing
-    scopes: frozenset[Scope]
-    expires_at: int | None
-    revoked: bool
-    noted_at: float = -math.inf  # when its use was last noted, on this process's monotonic clock
-
-    @property
-    def tenant_id(self) -> TenantId | None:
-        """None for an operator's key."""
-        return self.tenant.id
-
-    @property
-    def plan(self) -> Plan:
-        """The tenant's, as it is now."""
-        return self.tenant.plan
-
-    def is_live(self, now: float) -> bool:
-        return not (self.revoked or self.tenant.suspended or (self.expires_at is not None and now >= self.expires_at))
+        self.salt = ""
 
 
 class Tenants:

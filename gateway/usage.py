@@ -1,6 +1,6 @@
 """The usage ledger: what every ended request used, in the database exactly once; and how it is read.
 
-`record` counts in memory and appends a line to the journal. Every second one transaction writes what came together: the
+Requests are counted in memory, with a line in the journal. Every second one transaction writes what came together: the
 batch's id into `usage_batches` and the sums into `usage`. A batch whose commit was ambiguous is found by its id and not
 counted again; a dead process's journal is counted by the next process that starts, or by a living sibling.
 
@@ -24,11 +24,10 @@ from adapter_store.errors import StorageError
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
 from gateway.database import tenants, usage, usage_batches
-from gateway.journal import STALE_S, LeftSegment, Rows, Segment, add, left_segments
+from gateway.journal import STALE_S, Journal, LeftSegment, Rows, Segment, left_segments
 from gateway.limits.terms import month_of
 
 log = logging.getLogger("tailor.usage")
-HOUR_S: Final = 3_600
 DAY_S: Final = 86_400
 LOOK_AROUND_S: Final = 60.0  # for journals of dead siblings
 PRUNE_S: Final = 3_600.0
@@ -37,7 +36,7 @@ COUNTS: Final = ("requests", "failed", "prompt_tokens", "cached_tokens", "comple
 
 
 class Ledger:
-    """Counts requests; `start` before the first `record`, `close` after the last."""
+    """Writes what its journal has counted; `start` before the first request, `close` after the last."""
 
     def __init__(
         self,
@@ -49,63 +48,30 @@ class Ledger:
         fsync: bool = False,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        self.journal = Journal(folder, limit_bytes=journal_limit_bytes, fsync=fsync, wall_clock=wall_clock)
         self._engine = engine
         self._folder = folder
         self._flush_s = flush_s
-        self._limit_bytes = journal_limit_bytes
-        self._fsync = fsync
         self._wall_clock = wall_clock
-        self._hour = 0
-        self._hour_end = 0
         self._flushing = asyncio.Lock()
         self._sealed: Segment | None = None  # being written into the database, until that is known to have it
         self._looked_at = self._pruned_at = 0.0
         self._is_away = False
         self._task: asyncio.Task[None] | None = None
-        self._open: Segment  # what is being counted; from `start` on
-
-    def record(
-        self,
-        tenant_id: str,
-        adapter: str,
-        version: int,
-        *,
-        failed: bool,
-        prompt_tokens: int,
-        cached_tokens: int,
-        completion_tokens: int,
-    ) -> None:
-        """One ended request; the base model is adapter '' version 0. Counted in the hour in which it ended."""
-        now = self._wall_clock()
-        if now >= self._hour_end:
-            self._hour = int(now) // HOUR_S * HOUR_S
-            self._hour_end = self._hour + HOUR_S
-        hour = self._hour
-        add(
-            self._open.rows,
-            (hour, tenant_id, adapter, version),
-            failed,
-            prompt_tokens,
-            cached_tokens,
-            completion_tokens,
-        )
-        counts = f"{failed:d}\t{prompt_tokens}\t{cached_tokens}\t{completion_tokens}"
-        self._open.append(f"{hour}\t{tenant_id}\t{adapter}\t{version}\t{counts}\n".encode())
 
     @property
     def backlog(self) -> int:
         """Rows that the database does not have yet."""
-        return len(self._open.rows) + (len(self._sealed.rows) if self._sealed else 0)
+        return self.journal.open.row_count + (self._sealed.row_count if self._sealed else 0)
 
     @property
     def lost_by_kill(self) -> int:
         """Requests not yet in the database that are in no journal either."""
-        return self._open.lost_by_kill + (self._sealed.lost_by_kill if self._sealed else 0)
+        return self.journal.open.lost_by_kill + (self._sealed.lost_by_kill if self._sealed else 0)
 
     async def start(self) -> None:
         """Counts what dead processes left, then writes every second. A database that is away is no hindrance."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._open = self._new_segment()
+        self.journal.begin()
         await self._pass()
         self._task = asyncio.create_task(self._flush_for_ever())
 
@@ -115,10 +81,10 @@ class Ledger:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await self._pass()
-        if self._open.rows:
-            self._open.close()
+        if self.journal.open.row_count:
+            self.journal.open.close()
         else:
-            self._open.delete()
+            self.journal.open.delete()
         if self._sealed is not None:
             self._sealed.close()
 
@@ -133,7 +99,7 @@ class Ledger:
         async with self._flushing:  # nothing moves from memory to the database in between
             async with reading(self._engine) as connection:
                 written = int((await connection.execute(query)).scalar() or 0)
-            waiting = [self._open.rows, self._sealed.rows if self._sealed else {}]
+            waiting = [self.journal.open.rows(), self._sealed.rows() if self._sealed else {}]
             return written + sum(
                 prompt + completion
                 for rows in waiting
@@ -149,18 +115,15 @@ class Ledger:
         """
         async with self._flushing:
             await self._write_sealed()
-            if self._open.rows:
-                self._sealed, self._open = self._open, self._new_segment()
+            if self.journal.open.row_count:
+                self._sealed = self.journal.turn()
                 await self._write_sealed()
 
     async def _write_sealed(self) -> None:
         if self._sealed is not None:
-            await count_batch(self._engine, self._sealed.id, self._sealed.rows)
+            await count_batch(self._engine, self._sealed.id, self._sealed.rows())
             self._sealed.delete()
             self._sealed = None
-
-    def _new_segment(self) -> Segment:
-        return Segment(self._folder, limit_bytes=self._limit_bytes, fsync=self._fsync)
 
     async def _flush_for_ever(self) -> None:
         while True:

@@ -19,6 +19,7 @@ from typing import Final
 from adapter_store.aliases import Split
 from adapter_store.catalog import Version
 from adapter_store.ids import TenantId
+from gateway.api_key import ApiKey
 from gateway.auth import Auth
 from gateway.batches import PARKED, Batches, Parked, Wait
 from gateway.dialects import Checked, Dialect, Stream
@@ -30,12 +31,14 @@ from gateway.errors import (
     ReplicaUnavailable,
     ScopeMissing,
 )
+from gateway.journal import Tab
 from gateway.limits import Admission, Limits
 from gateway.logs import ids
 from gateway.models import Models
 from gateway.plans import Plan
 from gateway.protocol import ClientGone, Exchange
 from gateway.relay import BrokenOff
+from gateway.replicas.holdings import Resident
 from gateway.replicas.pool import Place, ReplicaPool
 from gateway.replicas.replica import Replica
 from gateway.replicas.upstream import Connection, OutOfDescriptorsError, UpstreamError
@@ -43,8 +46,8 @@ from gateway.rollouts import RolloutWatch
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.observation import Observation
 from gateway.telemetry.tracing import Trace, Tracing
-from gateway.tenants import ApiKey
 from gateway.tenants import Scope as KeyScope
+from gateway.tenants import Standing
 from gateway.tokens import Usage
 from gateway.usage import Ledger
 
@@ -100,8 +103,8 @@ class _Request:
 
     __slots__ = (
         "_task", "admission", "asked", "at_work", "body", "connection", "cost", "deadline", "due", "ended", "exchange",
-        "expired", "fallback", "forgotten", "generation", "id", "pipe", "place", "plan", "position", "seen",
-        "tenant_id", "trace", "trace_lines", "tried", "usage", "version", "wire",
+        "expired", "fallback", "forgotten", "generation", "id", "pipe", "place", "plan", "position", "seen", "standing",
+        "tab", "tenant_id", "trace", "trace_lines", "tried", "usage", "version", "wire",
     )  # fmt: skip
 
     def __init__(self, generation: "Generation", exchange: Exchange, route: str) -> None:
@@ -119,6 +122,7 @@ class _Request:
         self.trace_lines = b""
         self.tenant_id = TenantId("")
         self.plan: Plan
+        self.standing: Standing
         self.body = b""
         self.asked: Checked
         self.cost = 0
@@ -129,6 +133,7 @@ class _Request:
         self.forgotten = False
         self.place: Place | None = None
         self.wire = b""
+        self.tab: Tab | None = None
         self.connection: Connection | None = None
         self.at_work = False
         self.pipe: _Pipe | None = None
@@ -224,6 +229,7 @@ class Generation:
         self._auth = services.auth
         self._models = services.models
         self._limits = services.limits
+        self._journal = services.ledger.journal
         self._pool = services.pool
         self._running = services.patience.running
         self.batches = services.batches
@@ -253,10 +259,13 @@ class Generation:
     def _take_in(request: _Request, key: ApiKey) -> None:
         if KeyScope.INFERENCE not in key.scopes:
             raise ScopeMissing(f"This key may not be used here: it lacks the scope '{KeyScope.INFERENCE}'.")
-        if key.tenant_id is None:
+        standing = key.tenant
+        tenant_id = standing.id
+        if tenant_id is None:
             raise ScopeMissing("An operator's key stands for no tenant: use a key of the tenant.")
-        request.tenant_id = key.tenant_id
-        request.plan = key.plan
+        request.tenant_id = tenant_id
+        request.plan = standing.plan
+        request.standing = standing
 
     def _read_body(self, request: _Request) -> Wait | None:
         if request.exchange.more_body:
@@ -372,9 +381,12 @@ class Generation:
 
     def _write_out(self, request: _Request, place: Place) -> None:
         """What the engine is to read."""
+        salt = request.standing.salt
+        if not salt:
+            salt = request.standing.salt = self._services.salt_of(request.tenant_id)
         body = request.asked.upstream_body(
             model=place.name,
-            cache_salt=self._services.salt_of(request.tenant_id),
+            cache_salt=salt,
             context_length=place.replica.context_length,
         )
         lines = b"x-request-id: %032x\r\nx-vllm-priority: %d\r\n%b" % (  # never the client's id: it may come twice
@@ -382,7 +394,20 @@ class Generation:
         )  # fmt: skip
         request.wire = place.replica.client.generation_request(self._dialect.upstream_path, place.adapter, lines, body)
         request.at_work = True
+        request.tab = self._tab_of(request, place.resident)
         request.seen.sent_at = time.monotonic()
+
+    def _tab_of(self, request: _Request, resident: Resident | None) -> Tab:
+        """Where the request is counted; a resident keeps that of the version and tenant it was last used by."""
+        version = request.version
+        if version is None:
+            return self._journal.tab_of(request.tenant_id, "", 0)
+        if resident is not None and resident.version is version:
+            tab = resident.tab
+            if tab is None or tab.tenant != request.tenant_id:  # who asks need not be whose it is
+                tab = resident.tab = self._journal.tab_of(request.tenant_id, version.adapter_name, version.number)
+            return tab
+        return self._journal.tab_of(request.tenant_id, version.adapter_name, version.number)
 
     async def _connect_and_send(self, request: _Request, place: Place) -> None:
         try:
@@ -613,19 +638,24 @@ class Generation:
             return b"%bx-request-id: %b\r\n%b" % (kind, request.id, limits)
         seen = request.seen
         seen.queue_s, seen.load_s, seen.tier, seen.replica = place.queue_s, place.load_s, place.tier, place.replica.id
-        version = request.version
-        name, number, digest = (
-            (version.adapter_name, b"%d" % version.number, version.digest)
-            if version is not None
-            else ("-", b"base", self._services.base_fingerprint)
-        )
         return (
-            b"%bx-request-id: %b\r\nx-tailor-adapter: %b\r\nx-tailor-version: %b; sha256=%b\r\nx-tailor-replica: %b\r\n"
+            b"%bx-request-id: %b\r\n%bx-tailor-replica: %b\r\n"
             b'server-timing: queue;dur=%.3f, load;dur=%.3f, adapter;desc="%b"\r\n%b%b'
         ) % (
-            kind, request.id, name.encode(), number, digest.encode(), seen.replica.encode(),
+            kind, request.id, self._receipt(place.resident, request.version), seen.replica.encode(),
             seen.queue_s * 1_000, seen.load_s * 1_000, seen.tier.encode(), request.fallback, limits,
         )  # fmt: skip
+
+    def _receipt(self, resident: Resident | None, version: Version | None) -> bytes:
+        """Which version answers, as header lines; a resident keeps those of the version it was last used by."""
+        if version is None or resident is None:
+            return _receipt_of(b"-", b"base", self._services.base_fingerprint)
+        if resident.version is version and resident.receipt:
+            return resident.receipt
+        receipt = _receipt_of(version.adapter_name.encode(), b"%d" % version.number, version.digest)
+        if resident.version is version:
+            resident.receipt = receipt
+        return receipt
 
     # the end
 
@@ -700,10 +730,8 @@ class Generation:
         if request.admission is not None:
             request.admission.settle(tokens)
             if self._dialect.generates and seen.placing_at:  # what no engine was asked for is no use of it
-                self._services.ledger.record(
-                    request.tenant_id,
-                    version.adapter_name if version is not None else "",
-                    version.number if version is not None else 0,
+                self._journal.record(
+                    request.tab if request.tab is not None else self._tab_of(request, None),
                     failed=seen.status >= 400 and seen.status != CLIENT_GONE,
                     prompt_tokens=seen.prompt_tokens,
                     cached_tokens=seen.cached_tokens,
@@ -765,6 +793,10 @@ def _authorization(request: _Request) -> bytes | None:
         return authorization
     key_alone = header(b"x-api-key")  # as Anthropic's clients send it
     return None if key_alone is None else b"Bearer " + key_alone
+
+
+def _receipt_of(name: bytes, number: bytes, digest: str) -> bytes:
+    return b"x-tailor-adapter: %b\r\nx-tailor-version: %b; sha256=%b\r\n" % (name, number, digest.encode())
 
 
 def _late() -> ReplicaUnavailable:

@@ -9,10 +9,11 @@ from fastapi import Query
 from pydantic import BaseModel, Field
 
 from gateway.api.lazy import LazyRouter
+from gateway.api_key import ApiKey
 from gateway.dependencies import AppParts, KeyAdmin
 from gateway.errors import RequestInvalid
 from gateway.keys import KeyDetails, Rotation
-from gateway.tenants import DEFAULT_SCOPES, ApiKey, Scope
+from gateway.tenants import DEFAULT_SCOPES, Scope
 
 router = LazyRouter(prefix="/v1/keys", tags=["keys"])
 OVERLAP_LIMIT_S = 2_592_000

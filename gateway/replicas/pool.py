@@ -26,8 +26,9 @@ from gateway.plans import Plan
 from gateway.quarantine import LIVED_S, Quarantine
 from gateway.replicas.breaker import RetryBudget
 from gateway.replicas.client import CONTROL_ERRORS, ReplicaClient
+from gateway.replicas.holdings import Resident
 from gateway.replicas.replica import Replica, ReplicaOptions, ReplicaState
-from gateway.replicas.residency import LoadFailed, Resident
+from gateway.replicas.residency import LoadFailed
 from gateway.replicas.roster import REPLICA_CHANGE, Roster, RosterRow, replica_id
 from gateway.replicas.turns import ReplicaGone
 from gateway.routing import Router
@@ -399,7 +400,7 @@ class ReplicaPool:
         """As `place`, where nothing has to be waited for; None: call `place`, which asks anew."""
         key = None if version is None else (version.tenant_id, version.digest)
         replica = self._pick(key, tried)
-        resident = None if version is None else replica.residency.held(version)
+        resident = None if key is None or version is None else replica.holdings.use(key, version)
         if resident is not None or version is None:
             turn = Turn(tenant_id, plan.weight, key, cost, choices)
             if replica.gate.enter(turn):
@@ -527,7 +528,7 @@ class ReplicaPool:
         """The version in the replica, and whether it had to be loaded."""
         if version is None:
             return None, False
-        resident = replica.residency.held(version)
+        resident = replica.holdings.use((version.tenant_id, version.digest), version)
         if resident is not None:
             return resident, False
 

@@ -17,7 +17,8 @@ from gateway.open_set import Key, OpenSet
 from gateway.quarantine import Quarantine
 from gateway.replicas.breaker import Breaker
 from gateway.replicas.client import CONTROL_ERRORS, Alarm, EngineFacts, ReplicaClient, ReplicaReport
-from gateway.replicas.residency import Residency, Resident
+from gateway.replicas.holdings import Resident
+from gateway.replicas.residency import Residency
 from gateway.replicas.roster import replica_id
 from gateway.replicas.turns import Turns
 from gateway.replicas.upstream import OutOfDescriptorsError
@@ -94,6 +95,7 @@ class Replica:
             on_loaded=lambda resident: on_loaded(self, resident),
             on_ending=self._look_now.set,
         )
+        self.holdings = self.residency.holdings
         self.state = ReplicaState.UNREACHABLE
         self.report: ReplicaReport | None = None
         self.drain_wanted = False
@@ -151,7 +153,7 @@ class Replica:
         return self.report.engine.max_loras if self.report is not None else UNKNOWN_SLOTS
 
     def holds(self, adapter: object) -> bool:
-        return self.residency.holds(adapter)
+        return adapter in self.holdings.by_key
 
     def has_place(self, adapter: Key) -> bool:
         return self.gate.has_place(adapter)

@@ -17,6 +17,7 @@ from adapter_store.ids import TenantId
 from gateway.errors import AdapterNotLoadable
 from gateway.open_set import Key
 from gateway.replicas.client import CONTROL_ERRORS, AgentRefusedError, LoadReport, ReplicaClient, ResidentAdapter
+from gateway.replicas.holdings import Holdings, Resident
 
 log = logging.getLogger("tailor.residency")
 PATIENCE_S: Final = 3.0
@@ -24,20 +25,6 @@ ENGINE_ENDING: Final = "engine_ending"
 ON_DISK_S: Final = 2.0
 WORD_S: Final = 2.0
 """How long a load that met an engine's end waits before it is tried elsewhere: it may be the cause."""
-
-
-@dataclass(slots=True)
-class Resident:
-    """A version in the engine under its once-used name; `tier` is where it was at the last report."""
-
-    key: Key
-    name: str
-    version: Version | None
-    last_used: float
-    loaded_at: float = 0.0
-    tier: str = "gpu"
-    in_flight: int = 0
-    """Requests of all gateways at the last report."""
 
 
 class LoadFailed(AdapterNotLoadable):
@@ -92,7 +79,8 @@ class Residency:
         self._client = client
         self._load_timeout_s = load_timeout_s
         self._patience_s = patience_s
-        self._residents: dict[Key, Resident] = {}
+        self.holdings = Holdings()
+        self._residents = self.holdings.by_key
         self._loading: dict[Key, _Flight] = {}
         self._late: dict[Key, asyncio.Task[Resident]] = {}
         self._reported: dict[str, Key] = {}
@@ -105,17 +93,6 @@ class Residency:
         self.failed_loads = 0
         self.load_seconds = 0.0
         self.evictions = 0
-
-    def held(self, version: Version) -> Resident | None:
-        """The resident, or None when it must be loaded first."""
-        resident = self._residents.get((version.tenant_id, version.digest))
-        if resident is not None:
-            resident.last_used = time.time()
-            resident.version = version
-        return resident
-
-    def holds(self, key: object) -> bool:
-        return key in self._residents
 
     def residents(self) -> Collection[Resident]:
         return self._residents.values()
@@ -132,10 +109,10 @@ class Residency:
             LoadFailed: the replica would not take it. SlowLoad: it has not ended in time.
             AdapterQuarantined: no replica may have it just now.
         """
-        resident = self.held(version)
+        key = (version.tenant_id, version.digest)
+        resident = self.holdings.use(key, version)
         if resident is not None:
             return resident
-        key = (version.tenant_id, version.digest)
         if self._quarantine is not None:
             self._quarantine.check(key)
         flight = self._loading.get(key)

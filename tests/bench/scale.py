@@ -39,6 +39,7 @@ from adapter_store.ids import TenantId
 from adapter_store.inspector import Inspector
 from adapter_store.store import AdapterStore
 from adapter_store.transactions import reading, writing
+from gateway.api_key import ApiKey
 from gateway.auth import Auth
 from gateway.database import api_keys, migrate, open_engine, plans, tenants
 from gateway.keys import KEY_PREFIX, Keys, hash_key
@@ -46,7 +47,6 @@ from gateway.keys import _key_of as key_of_row
 from gateway.limits.memory import MemoryLimits
 from gateway.models import Models
 from gateway.plans import COLUMNS as PLAN_COLUMNS
-from gateway.tenants import ApiKey
 
 FINGERPRINT = "f" * 64
 REQUESTS = 20_000

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from adapter_store.ids import TenantId
 from gateway.cli import app
+from gateway.replicas.holdings import Resident
 from gateway.replicas.replica import Replica, ReplicaState
-from gateway.replicas.residency import Resident
 from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of

@@ -24,7 +24,7 @@ from adapter_store.errors import StorageUnavailable
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
 from gateway.database import migrate, open_engine, usage, usage_batches
-from gateway.journal import STALE_S, left_segments
+from gateway.journal import STALE_S, Tab, left_segments
 from gateway.spreadsheet import csv_of
 from gateway.usage import Ledger, UsageQuestion, read_usage
 from tests.integration.gateway.conftest import Gateway, error_of
@@ -69,7 +69,7 @@ def folder(tmp_path: Path) -> Path:
 
 def record(ledger: Ledger, tenant: str = "tnt_a", adapter: str = "bot", version: int = 1, **counts: Any) -> None:
     given = {"failed": False, "prompt_tokens": 10, "cached_tokens": 4, "completion_tokens": 5, **counts}
-    ledger.record(tenant, adapter, version, **given)
+    ledger.journal.record(ledger.journal.tab_of(tenant, adapter, version), **given)
 
 
 @asynccontextmanager
@@ -119,6 +119,21 @@ async def test_what_was_recorded_is_written_by_hour(engine: AsyncEngine, folder:
         (NOON + HOUR, "tnt_a", "bot", 1, 1, 0, 2**40, 4, 5),
     ]
     assert list(folder.iterdir()) == []
+
+
+async def test_a_tab_that_is_kept_counts_on_in_the_next_batch(lite: AsyncEngine, folder: Path) -> None:
+    """A replica keeps one for as long as it holds the version, and two replicas have two."""
+    counts: dict[str, Any] = {"failed": False, "prompt_tokens": 1, "cached_tokens": 0, "completion_tokens": 1}
+    async with ledger_of(lite, folder) as ledger:
+        kept, other = (Tab("tnt_a", "bot", 1) for _ in range(2))
+        for batch in range(1, 4):
+            for tab in (kept, other, kept, ledger.journal.tab_of("tnt_a", "bot", 1)):
+                ledger.journal.record(tab, **counts)
+            assert await ledger.tokens_since(TenantId("tnt_a"), 0) == 10 * batch - 2
+            ledger.journal.record(kept, **counts)
+            await ledger.flush()
+            assert await requests_in(lite) == 5 * batch
+            assert await ledger.tokens_since(TenantId("tnt_a"), 0) == 10 * batch
 
 
 async def test_it_writes_by_itself(engine: AsyncEngine, folder: Path) -> None:
@@ -191,9 +206,10 @@ from gateway.usage import Ledger
 async def record(home, url):
     ledger = Ledger(open_engine(url), home, flush_s=0.02)
     await ledger.start()
+    journal, counts = ledger.journal, dict(failed=False, prompt_tokens=7, cached_tokens=0, completion_tokens=3)
     while True:
         for _ in range(20):
-            ledger.record("tnt_a", "bot", 1, failed=False, prompt_tokens=7, cached_tokens=0, completion_tokens=3)
+            journal.record(journal.tab_of("tnt_a", "bot", 1), **counts)
             os.write(1, b".")
         await asyncio.sleep(0.001)
 

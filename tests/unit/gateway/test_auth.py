@@ -19,6 +19,7 @@ from adapter_store.errors import StorageUnavailable
 from adapter_store.ids import AdapterId, TenantId, VersionId
 from adapter_store.store import AdapterStore
 from adapter_store.transactions import writing
+from gateway.api_key import ApiKey
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
 from gateway.database import migrate, open_engine
@@ -29,7 +30,7 @@ from gateway.keys import ANYONE, Keys, _key_of
 from gateway.models import Models
 from gateway.plans import COLUMNS as PLAN_COLUMNS
 from gateway.plans import Plan, Plans
-from gateway.tenants import ApiKey, Scope, Tenants
+from gateway.tenants import Scope, Tenants
 
 KEY_BYTES_LIMIT = 15 * 2**20 / 20_000
 VERSION_BYTES_LIMIT = 90 * 2**20 / 100_000

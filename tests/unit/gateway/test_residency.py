@@ -1,6 +1,7 @@
 """What a gateway knows of one replica's adapters, with an agent that is a plain class."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -8,8 +9,10 @@ import pytest
 from adapter_store.catalog import Provenance, Version
 from adapter_store.ids import AdapterId, TenantId, VersionId
 from gateway.errors import AdapterNotLoadable
+from gateway.journal import Tab
 from gateway.replicas.client import AgentRefusedError, LoadReport, ReplicaClient, ResidentAdapter
-from gateway.replicas.residency import LoadFailed, Residency, Resident, SlowLoad, TenantTurns
+from gateway.replicas.holdings import Resident
+from gateway.replicas.residency import LoadFailed, Residency, SlowLoad, TenantTurns
 
 
 def version(digest: str = "d", tenant: str = "t") -> Version:
@@ -29,6 +32,11 @@ def version(digest: str = "d", tenant: str = "t") -> Version:
         provenance=Provenance.UPLOAD,
         created_at=0,
     )
+
+
+def held(residency: Residency) -> Resident | None:
+    """What a request for the version would use."""
+    return residency.holdings.use((TenantId("t"), "d"), version())
 
 
 class Agent:
@@ -98,7 +106,21 @@ async def test_every_name_of_a_version_leaves_the_engine(residency: Residency, a
     residency.adopt(reported, asked_at=0)
     await residency.unload(TenantId("t"), ["d"])
     assert sorted(agent.unloaded) == sorted([mine.name, "a-0000"])
-    assert residency.held(version()) is None
+    assert held(residency) is None
+
+
+async def test_another_version_of_the_same_bytes_is_told_and_counted_as_itself(residency: Residency) -> None:
+    """What a resident keeps for its answers is that of one version; asked by the same one, it stays."""
+    first, second = version(), replace(version(), number=2)
+    resident = await residency.hold(first)
+    resident.receipt, resident.tab = b"of the first", Tab("t", "bot", 1)
+    assert residency.holdings.use(resident.key, first) is resident
+    assert resident.receipt
+    assert resident.tab is not None
+    assert residency.holdings.use(resident.key, second) is resident
+    assert resident.version == second
+    assert not resident.receipt
+    assert resident.tab is None
 
 
 async def test_an_erased_version_is_not_restored(residency: Residency) -> None:
@@ -113,9 +135,9 @@ async def test_a_load_newer_than_the_report_is_kept(residency: Residency, agent:
     """A report that was asked for before the load ended does not know it yet."""
     await residency.hold(version())
     residency.adopt([], asked_at=0)
-    assert residency.held(version()) is not None
+    assert held(residency) is not None
     residency.adopt([], asked_at=1e12)
-    assert residency.held(version()) is None
+    assert held(residency) is None
 
 
 class SlowAgent(Agent):
@@ -152,7 +174,7 @@ async def test_a_slow_load_gives_its_turn_away_and_goes_on(slowly: Residency, sl
     slow.answer.set()
     assert (await patient).key == ("t", "d")
     assert (await other).key == ("t", "other")
-    assert slowly.held(version()) is not None
+    assert held(slowly) is not None
 
 
 async def test_a_load_that_may_not_be_is_not_made(slowly: Residency, slow: SlowAgent) -> None:
