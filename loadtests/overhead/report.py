@@ -19,7 +19,7 @@ BOUNDS: Final = {
         1.10, None, "lower", "CPU of resolve + admit, requests for ten of 100,000 adapters ÷ of 10"
     ),
     "request_cpu_ratio": Bound(
-        1.10, None, "lower", "CPU of a request, spread over 2,000 of 100,000 adapters ÷ over 10"
+        1.25, 1.10, "lower", "CPU of a request, spread over 2,000 of 100,000 adapters ÷ over 10"
     ),
     "resolve_admit_rss_mib": Bound(
         150, None, "lower", "resident memory of 100,000 adapters, 10,000 tenants, 20,000 keys, MiB"
