@@ -27,7 +27,6 @@ HOT: Final = (
     "gateway.fairness",
     "gateway.fresh_cache",
     "gateway.freshness",
-    "gateway.in_order",
     "gateway.journal",
     "gateway.limits.memory",
     "gateway.limits.terms",

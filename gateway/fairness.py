@@ -256,7 +256,7 @@ class FairGate:
         if self.in_flight >= self.limits.concurrency or not self._may_start(party):
             return False
         if turn.key is not None and self.open_set is not None:
-            turn.slot = self.open_set.slot_for(turn.key, self._is_waiting)
+            turn.slot = self.open_set.claim(turn.key, self._is_waiting)
             if turn.slot is None:
                 return False
         self._arrive(turn, party)
@@ -520,7 +520,7 @@ class FairGate:
         if turn.key is not None and self.open_set is not None:
             slot = turn.slot
             if slot is None:
-                slot = turn.slot = self.open_set.open_slot(turn.key)
+                slot = turn.slot = self.open_set.slot_of(turn.key)
             self.open_set.start(slot, turn.cost)
 
 

@@ -7,23 +7,22 @@ that and rotates them. Clocks are injected; nothing here waits.
 import heapq
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import cast
 
 from adapter_store.ids import TenantId
-from gateway.in_order import Item, Order
 
 Key = tuple[TenantId, str]
 """(tenant, digest) of an adapter: tenants never share one in an engine, equal bytes or not."""
 Clock = Callable[[], float]
 
 
-class Slot(Item):
-    """An adapter that may send requests to the engine; while it has none in flight it stands in line to give way."""
+class Slot:
+    """An adapter that may send requests to the engine; while it has none in flight it is among the idle."""
 
-    __slots__ = ("closing", "in_flight", "key", "opened_at", "served", "used_at", "work")
+    __slots__ = ("after", "before", "closing", "in_flight", "key", "opened_at", "served", "used_at", "work")
 
     def __init__(self, key: Key, now: float) -> None:
-        super().__init__()
+        self.before: Slot | None = None  # its neighbours among the idle
+        self.after: Slot | None = None
         self.key = key
         self.opened_at = now
         self.used_at = now
@@ -31,6 +30,42 @@ class Slot(Item):
         self.work = 0  # tokens that its requests in flight may still need
         self.served = False
         self.closing = False
+
+
+class _Idle:
+    """Slots with nothing in flight, the longest unused first.
+
+    They know their neighbours, so that one comes and goes without the two lookups that `OrderedDict` needs.
+    """
+
+    __slots__ = ("first", "last")
+
+    def __init__(self) -> None:
+        self.first: Slot | None = None
+        self.last: Slot | None = None
+
+    def append(self, slot: Slot) -> None:
+        """One that is not idle yet, used just now."""
+        last = self.last
+        slot.before = last
+        if last is None:
+            self.first = slot
+        else:
+            last.after = slot
+        self.last = slot
+
+    def remove(self, slot: Slot) -> None:
+        """One that is idle."""
+        before, after = slot.before, slot.after
+        if before is None:
+            self.first = after
+        else:
+            before.after = after
+        if after is None:
+            self.last = before
+        else:
+            after.before = before
+        slot.before = slot.after = None
 
 
 class OpenSet:
@@ -56,7 +91,7 @@ class OpenSet:
         self._clock = clock
         self._by_tenant = by_tenant
         self._open: dict[Key, Slot] = {}
-        self._idle = Order()  # of the open ones; the longest unused first
+        self._idle = _Idle()
         self._line: OrderedDict[str, OrderedDict[Key, None]] = OrderedDict()
         self._in_line = 0
         self._closing = 0
@@ -64,9 +99,6 @@ class OpenSet:
 
     def __len__(self) -> int:
         return len(self._open)
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._open
 
     @property
     def waiting(self) -> int:
@@ -88,10 +120,10 @@ class OpenSet:
             return not slot.closing
         return not self._in_line and (len(self._open) < self.limit or self._idle.first is not None)
 
-    def slot_for(self, key: Key, busy: Callable[[Key], bool]) -> Slot | None:
+    def claim(self, key: Key, busy: Callable[[Key], bool]) -> Slot | None:
         """The adapter's slot where a request of it may start now: it is open, or a place is free and nobody in line.
 
-        `busy` says who has requests waiting.
+        A place is free that nobody has, or whose adapter is idle and has nobody waiting, as `busy` says: it is closed.
         """
         slot = self._open.get(key)
         if slot is not None:
@@ -107,13 +139,10 @@ class OpenSet:
 
     def _unused(self, busy: Callable[[Key], bool]) -> Slot | None:
         """The adapter that has been idle longest and has nobody waiting."""
-        item = self._idle.first
-        while item is not None:
-            slot = cast(Slot, item)
-            if not busy(slot.key):
-                return slot
-            item = item.after
-        return None
+        slot = self._idle.first
+        while slot is not None and busy(slot.key):
+            slot = slot.after
+        return slot
 
     def share(self, slots: int, used_by_others: int) -> None:
         """Come one step nearer to the engine's slots less those that other gateways' adapters use, never below one.
@@ -143,7 +172,7 @@ class OpenSet:
             if not keys:
                 del self._line[group]
 
-    def open_slot(self, key: Key) -> Slot:
+    def slot_of(self, key: Key) -> Slot:
         """That of an open adapter."""
         return self._open[key]
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from adapter_store.ids import TenantId
 from gateway.fairness import (
+    FORGET_ACCOUNTS_FROM,
     LEAD_LIMIT_TOKENS,
     FairGate,
     GateLimits,
@@ -145,6 +146,23 @@ def test_priorities_of_requests_that_wait_together_compare() -> None:
     clock.now += LEAD_LIMIT_TOKENS / 1_000 + 1
     assert first < counters.priority(behind)
     assert -(2**63) <= first < 2**63
+
+
+def test_an_account_that_is_forgotten_is_not_counted_on() -> None:
+    """Whoever kept it gets the tenant's new one; that of the newcomer for whom others were forgotten stays."""
+    counters = VirtualTokenCounters(Clock())
+    busy = counters.arrive(TenantId("busy"), 1)
+    kept = counters.arrive(TenantId("kept"), 1)
+    counters.depart(kept)
+    for number in range(FORGET_ACCOUNTS_FROM):
+        counters.settle(busy, counters.charge(busy, 1), 1)
+        newcomer = counters.arrive(TenantId(f"{number}"), 1)
+        counters.depart(newcomer)
+    assert kept.forgotten
+    again = counters.arrive(TenantId("kept"), 1, kept)
+    assert again is not kept
+    assert counters.arrive(TenantId("kept"), 1, kept) is again
+    assert counters.arrive(TenantId(f"{FORGET_ACCOUNTS_FROM - 1}"), 1) is newcomer
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 500), st.booleans()), max_size=200))
