@@ -1,4 +1,4 @@
-"""What a request needs of a key."""
+"""What a request needs of a key; a module of its own, because it is compiled."""
 
 import math
 

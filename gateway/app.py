@@ -195,7 +195,7 @@ def _build(settings: Settings, home: Home) -> Parts:
         store=store,
         aliases=Aliases(engine, base),
         rollouts=rollouts,
-        rollout_watch=RolloutWatch(rollouts, proof=proving.word_of, on_moved=known_models.forget_tenant),
+        rollout_watch=RolloutWatch(rollouts, compare=proving.finding_on, on_moved=known_models.forget_tenant),
         scrubber=Scrubber(
             engine,
             blobs,
@@ -295,7 +295,7 @@ def _services(parts: Parts, salt_of: Callable[[str], str]) -> Services:
         models=parts.models,
         limits=parts.limits,
         pool=parts.pool,
-        ledger=parts.ledger,
+        journal=parts.ledger.journal,
         metrics=parts.metrics,
         tracing=parts.tracing,
         rollouts=parts.rollout_watch,

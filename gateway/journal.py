@@ -2,25 +2,22 @@
 
 A segment is one file and one batch: its name is the id under which the database knows that it was counted. Whoever
 writes a segment holds its lock, so a file without a holder was left by a process that died, and another may count it.
-A line is in the page cache when `append` returns: it survives the process (kill -9), not a power cut. The file is
-mapped into memory, since a write to it cost 9 µs a request, more than all other counting together.
+A line is in the page cache when `Journal.record` returns: it survives the process (kill -9), not a power cut. The file
+is mapped into memory, since a write to it cost 9 µs a request, more than all other counting together.
 """
 
 import fcntl
 import logging
 import mmap
 import os
-import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 log = logging.getLogger("tailor.usage")
 SUFFIX: Final = ".journal"
-LINE: Final = re.compile(rb"([0-9]+)\t([^\t]+)\t([^\t]*)\t([0-9]+)\t([01])\t([0-9]+)\t([0-9]+)\t([0-9]+)")
-STALE_S: Final = 7 * 86_400  # for so long the database remembers what was counted
 FIRST_BYTES: Final = 65_536
 HOUR_S: Final = 3_600
 
@@ -43,7 +40,7 @@ def add(rows: Rows, key: Key, requests: int, failed: int, prompt: int, cached: i
     row[4] += completion
 
 
-class Tab:
+class Meter:
     """What one version's requests of a tenant have come to since the last batch.
 
     Whoever keeps it counts without a lookup; there may be several of the same version, which a batch adds up.
@@ -70,8 +67,8 @@ class Segment:
     def __init__(self, folder: Path, *, limit_bytes: int, fsync: bool) -> None:
         self.id = f"{int(time.time())}-{secrets.token_hex(12)}"
         self._rows: Rows = {}
-        self._tabs: list[Tab] = []
-        self._known: dict[tuple[str, str, int], Tab] = {}
+        self._meters: list[Meter] = []
+        self._known: dict[tuple[str, str, int], Meter] = {}
         self.lost_by_kill = 0
         self._path = folder / f"{self.id}{SUFFIX}"
         self._limit_bytes = limit_bytes
@@ -94,48 +91,48 @@ class Segment:
             return -1
         return file
 
-    def tab_of(self, tenant: str, adapter: str, version: int) -> Tab:
+    def meter_of(self, tenant: str, adapter: str, version: int) -> Meter:
         """One for whoever keeps none."""
         key = (tenant, adapter, version)
-        tab = self._known.get(key)
-        if tab is None:
-            tab = self._known[key] = Tab(tenant, adapter, version)
-        return tab
+        meter = self._known.get(key)
+        if meter is None:
+            meter = self._known[key] = Meter(tenant, adapter, version)
+        return meter
 
-    def count(self, tab: Tab, hour: int, failed: int, prompt: int, cached: int, completion: int) -> None:
+    def count(self, meter: Meter, hour: int, failed: int, prompt: int, cached: int, completion: int) -> None:
         """One request. Never raises: what the disk does not take is counted all the same."""
-        if tab.segment is not self or tab.hour != hour:
-            self._begin(tab, hour)
-        tab.requests += 1
-        tab.failed += failed
-        tab.prompt += prompt
-        tab.cached += cached
-        tab.completion += completion
-        self._append(b"%b%d\t%d\t%d\t%d\n" % (tab.head, failed, prompt, cached, completion))
+        if meter.segment is not self or meter.hour != hour:
+            self._begin(meter, hour)
+        meter.requests += 1
+        meter.failed += failed
+        meter.prompt += prompt
+        meter.cached += cached
+        meter.completion += completion
+        self._append(b"%b%d\t%d\t%d\t%d\n" % (meter.head, failed, prompt, cached, completion))
 
-    def _begin(self, tab: Tab, hour: int) -> None:
-        if tab.segment is not None:
-            tab.segment.rows()
-        if tab.hour != hour:
-            tab.hour = hour
-            tab.head = f"{hour}\t{tab.tenant}\t{tab.adapter}\t{tab.version}\t".encode()
-        tab.segment = self
-        self._tabs.append(tab)
+    def _begin(self, meter: Meter, hour: int) -> None:
+        if meter.segment is not None:
+            meter.segment.sum_up()
+        if meter.hour != hour:
+            meter.hour = hour
+            meter.head = f"{hour}\t{meter.tenant}\t{meter.adapter}\t{meter.version}\t".encode()
+        meter.segment = self
+        self._meters.append(meter)
 
-    def rows(self) -> Rows:
+    def sum_up(self) -> Rows:
         """What has been counted so far."""
-        tabs, self._tabs = self._tabs, []
-        for tab in tabs:
-            key = (tab.hour, tab.tenant, tab.adapter, tab.version)
-            add(self._rows, key, tab.requests, tab.failed, tab.prompt, tab.cached, tab.completion)
-            tab.segment = None
-            tab.requests = tab.failed = tab.prompt = tab.cached = tab.completion = 0
+        meters, self._meters = self._meters, []
+        for meter in meters:
+            key = (meter.hour, meter.tenant, meter.adapter, meter.version)
+            add(self._rows, key, meter.requests, meter.failed, meter.prompt, meter.cached, meter.completion)
+            meter.segment = None
+            meter.requests = meter.failed = meter.prompt = meter.cached = meter.completion = 0
         return self._rows
 
     @property
     def row_count(self) -> int:
         """Rows that it has, or a few more."""
-        return len(self._rows) + len(self._tabs)
+        return len(self._rows) + len(self._meters)
 
     def _append(self, line: bytes) -> None:
         if self._is_broken:
@@ -189,7 +186,7 @@ class Segment:
 
 
 class Journal:
-    """Segments of one process, the open one and those before it; `begin` before the first `record`."""
+    """The segment that is being counted in; what `seal` gives is the caller's. `begin` before the first `record`."""
 
     def __init__(self, folder: Path, *, limit_bytes: int, fsync: bool, wall_clock: Callable[[], float]) -> None:
         self.open: Segment  # what is being counted
@@ -205,89 +202,24 @@ class Journal:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.open = self._new_segment()
 
-    def turn(self) -> Segment:
+    def seal(self) -> Segment:
         """What has been counted so far; what comes is counted in the next segment."""
         full, self.open = self.open, self._new_segment()
         return full
 
-    def tab_of(self, tenant: str, adapter: str, version: int) -> Tab:
+    def meter_of(self, tenant: str, adapter: str, version: int) -> Meter:
         """Where requests for a version are counted; the base model is adapter '' version 0."""
-        return self.open.tab_of(tenant, adapter, version)
+        return self.open.meter_of(tenant, adapter, version)
 
-    def record(self, tab: Tab, *, failed: bool, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> None:
+    def record(
+        self, meter: Meter, *, failed: bool, prompt_tokens: int, cached_tokens: int, completion_tokens: int
+    ) -> None:
         """One ended request. Counted in the hour in which it ended."""
         now = self._wall_clock()
         if now >= self._hour_end:
             self._hour = int(now) // HOUR_S * HOUR_S
             self._hour_end = self._hour + HOUR_S
-        self.open.count(tab, self._hour, int(failed), prompt_tokens, cached_tokens, completion_tokens)
+        self.open.count(meter, self._hour, int(failed), prompt_tokens, cached_tokens, completion_tokens)
 
     def _new_segment(self) -> Segment:
         return Segment(self._folder, limit_bytes=self._limit_bytes, fsync=self._fsync)
-
-
-class LeftSegment:
-    """A dead process's segment, locked for us."""
-
-    def __init__(self, path: Path, file: int) -> None:
-        self.id = path.name.removesuffix(SUFFIX)
-        self._path = path
-        self._file = file
-
-    def read(self) -> Rows:
-        """What it counted; a torn last line was never acknowledged, and a damaged one is told."""
-        rows: Rows = {}
-        written = self._path.read_bytes().rstrip(b"\0")  # a dead process left room behind its last line
-        *lines, torn = written.split(b"\n")
-        damaged = 0
-        for line in lines:
-            found = LINE.fullmatch(line)
-            if found is None:
-                damaged += 1
-                continue
-            hour, tenant, adapter, version, *counts = found.groups()
-            failed, prompt, cached, completion = (int(count) for count in counts)
-            add(
-                rows,
-                (int(hour), tenant.decode(), adapter.decode(), int(version)),
-                1,
-                failed,
-                prompt,
-                cached,
-                completion,
-            )
-        if damaged or torn:
-            log.warning("%s: %d damaged lines and %d torn bytes are not counted", self._path, damaged, len(torn))
-        return rows
-
-    def is_stale(self) -> bool:
-        """So old that the database may have forgotten whether it was counted."""
-        return time.time() - os.fstat(self._file).st_mtime > STALE_S
-
-    def set_aside(self) -> None:
-        self._path.rename(self._path.with_suffix(".stale"))
-
-    def delete(self) -> None:
-        self._path.unlink(missing_ok=True)
-
-
-def left_segments(folder: Path) -> Iterator[LeftSegment]:
-    """Those of dead processes, each locked while it is looked at; a living one's are passed over."""
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
-        try:
-            file = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # its owner was faster
-        try:
-            if _lock(file) and os.fstat(file).st_nlink:
-                yield LeftSegment(path, file)
-        finally:
-            os.close(file)
-
-
-def _lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

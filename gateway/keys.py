@@ -364,7 +364,9 @@ def _by_hash(sha256: str) -> Select[Any]:
 
 
 def _key_of(row: RowMapping, sha256: bytes) -> ApiKey:
-    tenant_id = None if row["tenant_id"] is None else TenantId(intern(row["tenant_id"]))
+    tenant_id = (
+        None if row["tenant_id"] is None else TenantId(intern(row["tenant_id"]))
+    )  # one string with its versions'
     plan = Plan() if tenant_id is None else plan_of(row)
     return ApiKey(
         id=KeyId(row["id"]),

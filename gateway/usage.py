@@ -24,7 +24,8 @@ from adapter_store.errors import StorageError
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
 from gateway.database import tenants, usage, usage_batches
-from gateway.journal import STALE_S, Journal, LeftSegment, Rows, Segment, left_segments
+from gateway.journal import Journal, Rows, Segment
+from gateway.left_journals import STALE_S, LeftSegment, left_segments
 from gateway.limits.terms import month_of
 
 log = logging.getLogger("tailor.usage")
@@ -99,7 +100,7 @@ class Ledger:
         async with self._flushing:  # nothing moves from memory to the database in between
             async with reading(self._engine) as connection:
                 written = int((await connection.execute(query)).scalar() or 0)
-            waiting = [self.journal.open.rows(), self._sealed.rows() if self._sealed else {}]
+            waiting = [self.journal.open.sum_up(), self._sealed.sum_up() if self._sealed else {}]
             return written + sum(
                 prompt + completion
                 for rows in waiting
@@ -116,12 +117,12 @@ class Ledger:
         async with self._flushing:
             await self._write_sealed()
             if self.journal.open.row_count:
-                self._sealed = self.journal.turn()
+                self._sealed = self.journal.seal()
                 await self._write_sealed()
 
     async def _write_sealed(self) -> None:
         if self._sealed is not None:
-            await count_batch(self._engine, self._sealed.id, self._sealed.rows())
+            await count_batch(self._engine, self._sealed.id, self._sealed.sum_up())
             self._sealed.delete()
             self._sealed = None
 

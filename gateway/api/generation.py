@@ -31,7 +31,7 @@ from gateway.errors import (
     ReplicaUnavailable,
     ScopeMissing,
 )
-from gateway.journal import Tab
+from gateway.journal import Journal, Meter
 from gateway.limits import Admission, Limits
 from gateway.logs import ids
 from gateway.models import Models
@@ -49,7 +49,6 @@ from gateway.telemetry.tracing import Trace, Tracing
 from gateway.tenants import Scope as KeyScope
 from gateway.tenants import Standing
 from gateway.tokens import Usage
-from gateway.usage import Ledger
 
 log = logging.getLogger("tailor.generation")
 LOOK_S: Final = 0.25
@@ -88,7 +87,7 @@ class Services:
     models: Models
     limits: Limits
     pool: ReplicaPool
-    ledger: Ledger
+    journal: Journal
     metrics: Metrics
     tracing: Tracing
     rollouts: RolloutWatch
@@ -103,8 +102,8 @@ class _Request:
 
     __slots__ = (
         "_task", "admission", "asked", "at_work", "body", "connection", "cost", "deadline", "due", "ended", "exchange",
-        "expired", "fallback", "forgotten", "generation", "id", "pipe", "place", "plan", "position", "seen", "standing",
-        "tab", "tenant_id", "trace", "trace_lines", "tried", "usage", "version", "wire",
+        "expired", "fallback", "forgotten", "generation", "id", "meter", "pipe", "place", "plan", "position", "seen",
+        "standing", "tenant_id", "trace", "trace_lines", "tried", "usage", "version", "wire",
     )  # fmt: skip
 
     def __init__(self, generation: "Generation", exchange: Exchange, route: str) -> None:
@@ -133,7 +132,7 @@ class _Request:
         self.forgotten = False
         self.place: Place | None = None
         self.wire = b""
-        self.tab: Tab | None = None
+        self.meter: Meter | None = None
         self.connection: Connection | None = None
         self.at_work = False
         self.pipe: _Pipe | None = None
@@ -155,6 +154,7 @@ class _Request:
             self.fail(self._why_cancelled())
 
     async def _wait(self, wait: Wait) -> None:
+        # no local may hold an error: its traceback refers to this frame
         try:
             await wait
         except asyncio.CancelledError:
@@ -229,7 +229,7 @@ class Generation:
         self._auth = services.auth
         self._models = services.models
         self._limits = services.limits
-        self._journal = services.ledger.journal
+        self._journal = services.journal
         self._pool = services.pool
         self._running = services.patience.running
         self.batches = services.batches
@@ -364,6 +364,7 @@ class Generation:
         if version.rollout is not None:
             self._services.rollouts.note(version, failed=True)
         request.version = previous
+        request.meter = None
         request.fallback = b"x-tailor-fallback: %b\r\n" % version.fallback.encode()
 
     def _send(self, request: _Request) -> Wait | Parked | None:
@@ -394,20 +395,19 @@ class Generation:
         )  # fmt: skip
         request.wire = place.replica.client.generation_request(self._dialect.upstream_path, place.adapter, lines, body)
         request.at_work = True
-        request.tab = self._tab_of(request, place.resident)
+        request.meter = self._meter_of(request, place.resident)
         request.seen.sent_at = time.monotonic()
 
-    def _tab_of(self, request: _Request, resident: Resident | None) -> Tab:
+    def _meter_of(self, request: _Request, resident: Resident | None) -> Meter:
         """Where the request is counted; a resident keeps that of the version and tenant it was last used by."""
         version = request.version
-        if version is None:
-            return self._journal.tab_of(request.tenant_id, "", 0)
-        if resident is not None and resident.version is version:
-            tab = resident.tab
-            if tab is None or tab.tenant != request.tenant_id:  # who asks need not be whose it is
-                tab = resident.tab = self._journal.tab_of(request.tenant_id, version.adapter_name, version.number)
-            return tab
-        return self._journal.tab_of(request.tenant_id, version.adapter_name, version.number)
+        name, number = ("", 0) if version is None else (version.adapter_name, version.number)
+        if resident is None or resident.version is not version:
+            return self._journal.meter_of(request.tenant_id, name, number)
+        meter = resident.meter
+        if meter is None or meter.tenant != request.tenant_id:  # who asks need not be whose it is
+            meter = resident.meter = self._journal.meter_of(request.tenant_id, name, number)
+        return meter
 
     async def _connect_and_send(self, request: _Request, place: Place) -> None:
         try:
@@ -648,14 +648,13 @@ class Generation:
 
     def _receipt(self, resident: Resident | None, version: Version | None) -> bytes:
         """Which version answers, as header lines; a resident keeps those of the version it was last used by."""
-        if version is None or resident is None:
-            return _receipt_of(b"-", b"base", self._services.base_fingerprint)
-        if resident.version is version and resident.receipt:
-            return resident.receipt
-        receipt = _receipt_of(version.adapter_name.encode(), b"%d" % version.number, version.digest)
-        if resident.version is version:
-            resident.receipt = receipt
-        return receipt
+        if version is None:
+            return _receipt_of("-", b"base", self._services.base_fingerprint)
+        if resident is None or resident.version is not version:
+            return _receipt_of(version.adapter_name, b"%d" % version.number, version.digest)
+        if not resident.receipt:
+            resident.receipt = _receipt_of(version.adapter_name, b"%d" % version.number, version.digest)
+        return resident.receipt
 
     # the end
 
@@ -731,7 +730,7 @@ class Generation:
             request.admission.settle(tokens)
             if self._dialect.generates and seen.placing_at:  # what no engine was asked for is no use of it
                 self._journal.record(
-                    request.tab if request.tab is not None else self._tab_of(request, None),
+                    request.meter if request.meter is not None else self._meter_of(request, None),
                     failed=seen.status >= 400 and seen.status != CLIENT_GONE,
                     prompt_tokens=seen.prompt_tokens,
                     cached_tokens=seen.cached_tokens,
@@ -795,8 +794,8 @@ def _authorization(request: _Request) -> bytes | None:
     return None if key_alone is None else b"Bearer " + key_alone
 
 
-def _receipt_of(name: bytes, number: bytes, digest: str) -> bytes:
-    return b"x-tailor-adapter: %b\r\nx-tailor-version: %b; sha256=%b\r\n" % (name, number, digest.encode())
+def _receipt_of(name: str, number: bytes, digest: str) -> bytes:
+    return b"x-tailor-adapter: %b\r\nx-tailor-version: %b; sha256=%b\r\n" % (name.encode(), number, digest.encode())
 
 
 def _late() -> ReplicaUnavailable:

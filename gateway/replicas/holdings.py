@@ -1,9 +1,12 @@
-"""What one replica holds, as requests look it up; how it comes and goes is `gateway.replicas.residency`'s."""
+"""What one replica holds, as requests look it up; how it comes and goes is `gateway.replicas.residency`'s.
+
+A module of its own, because it is compiled.
+"""
 
 import time
 
 from adapter_store.catalog import Version
-from gateway.journal import Tab
+from gateway.journal import Meter
 from gateway.open_set import Key
 
 
@@ -11,11 +14,11 @@ class Resident:
     """A version in the engine under its once-used name.
 
     `tier` and `in_flight` (requests of all gateways) are as of the last report; `last_used` is in Unix seconds,
-    `loaded_at` in monotonic ones. `receipt` are the header lines that name `version`, and `tab` is where its requests
+    `loaded_at` in monotonic ones. `receipt` are the header lines that name `version`, and `meter` is where its requests
     are counted, once one has needed them.
     """
 
-    __slots__ = ("in_flight", "key", "last_used", "loaded_at", "name", "receipt", "tab", "tier", "version")
+    __slots__ = ("in_flight", "key", "last_used", "loaded_at", "meter", "name", "receipt", "tier", "version")
 
     def __init__(
         self,
@@ -35,7 +38,7 @@ class Resident:
         self.tier = tier
         self.in_flight = 0
         self.receipt = b""
-        self.tab: Tab | None = None
+        self.meter: Meter | None = None
 
 
 class Holdings:
@@ -54,5 +57,5 @@ class Holdings:
             if resident.version is not version:
                 resident.version = version
                 resident.receipt = b""
-                resident.tab = None
+                resident.meter = None
         return resident

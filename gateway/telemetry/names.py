@@ -142,7 +142,10 @@ LIMITS_DEGRADED: Final = Metric(
     "tailor_limits_degraded", "gauge", (), "1 while Redis is away and each gateway limits for itself."
 )
 LEDGER_BACKLOG: Final = Metric(
-    "tailor_ledger_backlog_rows", "gauge", (), "Rows of the usage ledger that the database does not have yet."
+    "tailor_ledger_backlog_rows",
+    "gauge",
+    (),
+    "Rows of the usage ledger that the database does not have yet, or a few more.",
 )
 ROLLOUTS_RUNNING: Final = Metric("tailor_rollouts_running", "gauge", (), "Aliases on their way to another version.")
 ROLLOUTS_ENDED: Final = Metric(

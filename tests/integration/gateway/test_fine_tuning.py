@@ -353,6 +353,21 @@ async def admin_of(gateway: Gateway, tenant: str) -> AsyncOpenAI:
     return client_of(gateway, made.json()["secret"])
 
 
+async def test_each_is_counted_for_what_it_asks_of_a_lent_model(
+    gateway: Gateway, acme: Tenant, globex: Tenant, good: Path
+) -> None:
+    """Owner and borrower use one adapter in the engine, in turn."""
+    name = (await acme.publish(good)).json()["current"]["fine_tuned_model"]
+    other_id = (await gateway.operator.get("/admin/v1/tenants/globex")).json()["id"]
+    admin = await admin_of(gateway, "acme")
+    await admin.fine_tuning.checkpoints.permissions.create(name, project_ids=[other_id])
+    for tenant in (acme, globex, globex, acme, globex):
+        assert (await tenant.ask(name)).status_code == 200
+    await gateway.parts.ledger.flush()
+    used = (await gateway.operator.get("/admin/v1/usage")).json()["data"]
+    assert {row["tenant"]: row["requests"] for row in used} == {"acme": 2, "globex": 3}
+
+
 async def test_a_lent_model_goes_with_its_version(
     gateway: Gateway, acme: Tenant, globex: Tenant, openai: AsyncOpenAI, good: Path
 ) -> None:

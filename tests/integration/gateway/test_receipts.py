@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
+from adapter_store.transactions import reading
+from gateway.database import usage as counted
 from loadtests.fake.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, Tenant, error_of
 from tests.waiting import until
@@ -117,6 +120,23 @@ async def test_a_declared_fallback_answers_and_says_so(
     answer = await acme.ask()
     assert "x-tailor-fallback" not in answer.headers
     assert answer.headers["x-tailor-version"].startswith("2;")
+
+
+async def test_who_stands_in_is_counted_though_it_fails_too(
+    acme: Tenant, good: Path, other_good: Path, replica: FakeReplica, gateway: Gateway
+) -> None:
+    """Whose version the engine has lost, and can load no more, goes to the version before: it is that one's then."""
+    await acme.publish(good)
+    await acme.publish(other_good)
+    await acme.client.patch("/v1/adapters/bot", json={"fallback": "previous"})
+    assert (await acme.ask()).headers["x-tailor-version"].startswith("2;")
+    replica.adapters.clear()
+    replica.faults.load_status = 422
+    assert (await acme.ask()).status_code == 503
+    await gateway.parts.ledger.flush()
+    async with reading(gateway.parts.engine) as connection:
+        rows = (await connection.execute(select(counted.c.version, counted.c.requests, counted.c.failed))).all()
+    assert sorted(tuple(row) for row in rows) == [(1, 1, 1), (2, 1, 0)]
 
 
 async def test_limits_are_told_with_every_answer(acme: Tenant, gateway: Gateway) -> None:

@@ -24,7 +24,8 @@ from adapter_store.errors import StorageUnavailable
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading, writing
 from gateway.database import migrate, open_engine, usage, usage_batches
-from gateway.journal import STALE_S, Tab, left_segments
+from gateway.journal import Meter
+from gateway.left_journals import STALE_S, left_segments
 from gateway.spreadsheet import csv_of
 from gateway.usage import Ledger, UsageQuestion, read_usage
 from tests.integration.gateway.conftest import Gateway, error_of
@@ -69,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 
 def record(ledger: Ledger, tenant: str = "tnt_a", adapter: str = "bot", version: int = 1, **counts: Any) -> None:
     given = {"failed": False, "prompt_tokens": 10, "cached_tokens": 4, "completion_tokens": 5, **counts}
-    ledger.journal.record(ledger.journal.tab_of(tenant, adapter, version), **given)
+    ledger.journal.record(ledger.journal.meter_of(tenant, adapter, version), **given)
 
 
 @asynccontextmanager
@@ -125,10 +126,10 @@ async def test_a_tab_that_is_kept_counts_on_in_the_next_batch(lite: AsyncEngine,
     """A replica keeps one for as long as it holds the version, and two replicas have two."""
     counts: dict[str, Any] = {"failed": False, "prompt_tokens": 1, "cached_tokens": 0, "completion_tokens": 1}
     async with ledger_of(lite, folder) as ledger:
-        kept, other = (Tab("tnt_a", "bot", 1) for _ in range(2))
+        kept, other = (Meter("tnt_a", "bot", 1) for _ in range(2))
         for batch in range(1, 4):
-            for tab in (kept, other, kept, ledger.journal.tab_of("tnt_a", "bot", 1)):
-                ledger.journal.record(tab, **counts)
+            for meter in (kept, other, kept, ledger.journal.meter_of("tnt_a", "bot", 1)):
+                ledger.journal.record(meter, **counts)
             assert await ledger.tokens_since(TenantId("tnt_a"), 0) == 10 * batch - 2
             ledger.journal.record(kept, **counts)
             await ledger.flush()
@@ -209,7 +210,7 @@ async def record(home, url):
     journal, counts = ledger.journal, dict(failed=False, prompt_tokens=7, cached_tokens=0, completion_tokens=3)
     while True:
         for _ in range(20):
-            journal.record(journal.tab_of("tnt_a", "bot", 1), **counts)
+            journal.record(journal.meter_of("tnt_a", "bot", 1), **counts)
             os.write(1, b".")
         await asyncio.sleep(0.001)
 
@@ -341,6 +342,24 @@ async def test_a_locked_database_is_waited_out(lite: AsyncEngine, folder: Path, 
         assert await ledger.tokens_since(TenantId("tnt_b"), 0) == 0
         assert await ledger.tokens_since(TenantId("tnt_a"), int(time.time()) + HOUR) == 0
     assert await requests_in(lite) == 3
+
+
+async def test_a_left_journal_is_counted_once_the_database_is_back(
+    lite: AsyncEngine, folder: Path, tmp_path: Path
+) -> None:
+    """By the same process, which looked at it while the database was away: nothing of that look holds it back."""
+    folder.mkdir()
+    (folder / "left.journal").write_bytes(b"%d\ttnt_a\tbot\t1\t0\t10\t4\t5\n" % NOON)
+    with locked(tmp_path / "tailor.db"):
+        ledger = Ledger(lite, folder, flush_s=0.05)
+        await ledger.start()
+    try:
+        async with asyncio.timeout(10):
+            while await requests_in(lite) == 0:
+                await asyncio.sleep(0.05)
+    finally:
+        await ledger.close()
+    assert list(folder.iterdir()) == []
 
 
 async def test_postgresql_gone_and_back(tmp_path: Path, folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from adapter_store.catalog import Provenance, Version
 from adapter_store.ids import AdapterId, TenantId, VersionId
 from gateway.errors import AdapterNotLoadable
-from gateway.journal import Tab
+from gateway.journal import Meter
 from gateway.replicas.client import AgentRefusedError, LoadReport, ReplicaClient, ResidentAdapter
 from gateway.replicas.holdings import Resident
 from gateway.replicas.residency import LoadFailed, Residency, SlowLoad, TenantTurns
@@ -113,14 +113,14 @@ async def test_another_version_of_the_same_bytes_is_told_and_counted_as_itself(r
     """What a resident keeps for its answers is that of one version; asked by the same one, it stays."""
     first, second = version(), replace(version(), number=2)
     resident = await residency.hold(first)
-    resident.receipt, resident.tab = b"of the first", Tab("t", "bot", 1)
+    resident.receipt, resident.meter = b"of the first", Meter("t", "bot", 1)
     assert residency.holdings.use(resident.key, first) is resident
     assert resident.receipt
-    assert resident.tab is not None
+    assert resident.meter is not None
     assert residency.holdings.use(resident.key, second) is resident
     assert resident.version == second
     assert not resident.receipt
-    assert resident.tab is None
+    assert resident.meter is None
 
 
 async def test_an_erased_version_is_not_restored(residency: Residency) -> None:
