@@ -48,7 +48,7 @@ class Gateway:
         no_replica = ReplicaPool((), lambda url: pytest.fail(url), fingerprint=base.fingerprint)
         self.proofs = Proofs(engine, no_replica, dtype="float32", policy=policy, clock=clock)
         self.rollouts = Rollouts(engine, base.fingerprint, clock=clock)
-        self.watch = RolloutWatch(self.rollouts, proof=self.proofs.word_of, on_moved=lambda _: None)
+        self.watch = RolloutWatch(self.rollouts, compare=self.proofs.finding_on, on_moved=lambda _: None)
 
     async def begin(self, version: Version, *, lease_s: int = 90) -> tuple[Claim, Sequence[Example]]:
         """Claims the proof, and reads what it will ask, as `_claim_next` and `_examine` do."""
@@ -245,7 +245,7 @@ async def test_what_cannot_be_compared_completes_and_its_history_says_why(
         assert await completed(gateway, unproved) == "needs_proof is false"
     await gateway.prove(two[1])
     for reason in (Reason.ENGINE_REFUSED, Reason.FINGERPRINT_DIFFERS):
-        with subtests.test(reason):
+        with subtests.test(reason.value):
             async with writing(engine) as connection:
                 here = proofs.proofs.c.version_id == two[0].id
                 await connection.execute(update(proofs.proofs).where(here).values(status="failed", reason=reason))

@@ -70,6 +70,7 @@ def test_the_base_in_four_bits_says_what_transformers_and_bitsandbytes_say(
         bnb_4bit_compute_dtype=torch.float32,
     )  # fmt: skip
     theirs = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    theirs.train()  # in inference, on processors that can, its layers multiply in bfloat16 whatever they are told
     ours = engine.evaluate(engine.begin(Spec("supervised", HP, rows)), rows).loss
     plain = Engine(base, device="cpu", threads=1)
     unpacked = plain.evaluate(plain.begin(Spec("supervised", HP.model_copy(update={"quantization": None}), rows)), rows)
