@@ -1,4 +1,4 @@
-"""What a rollout is told of its two versions' proofs: a word on the new one, once both are scored on the examples.
+"""What a rollout is told of its two versions' proofs: a finding on the new one, once both are scored on the examples.
 
 A version's score is of the examples that there were when its proof began. Where it is of others, or of none, the proof
 is to be run again before anything is said: a proof that a rollout finds running, or that ended before the tenant set
@@ -16,16 +16,17 @@ from adapter_store.ids import VersionId
 from adapter_store.proofs import Proof, Reason, Status
 from adapter_store.rollouts import Rollout
 
-NEVER_SCORED = (Reason.ENGINE_REFUSED, Reason.FINGERPRINT_DIFFERS)
-"""What is not loaded is not scored either, however often it is proved."""
+LEFT_AS_IT_IS = (Reason.ENGINE_REFUSED, Reason.FINGERPRINT_DIFFERS)
+"""Verdicts on the version before that are not asked again: no engine takes it, or proving it anew would lift what holds
+it back."""
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class Finding:
     """`proof`: "proved", another word where the rollout goes back, None for nothing yet.
 
     `not_compared`: why a version that is proved is not compared with the one before; empty: it is.
-    `to_prove`: what is proved again before there is a word.
+    `to_prove`: what is proved again before there is more.
     """
 
     proof: str | None = None
@@ -45,12 +46,16 @@ class _Side:
     def is_judged(self) -> bool:
         return self.proof is not None and self.proof.status is not Status.PENDING
 
+    def score_on(self, digest: str) -> float | None:
+        """On the examples of that digest."""
+        return self.score[1] if self.score is not None and self.score[0] == digest else None
 
-async def find(connection: AsyncConnection, rollout: Rollout) -> Word:
-    """The word on a rollout as it stands in the rows."""
+
+async def compare(connection: AsyncConnection, rollout: Rollout) -> Finding:
+    """What is found of a rollout as it stands in the rows."""
     wanted = await examples.of(connection, rollout.adapter_id)
     candidate = await _side(connection, rollout.candidate_id)
-    return _word(candidate, await _side(connection, rollout.baseline_id), rollout, wanted)
+    return _finding(candidate, await _side(connection, rollout.baseline_id), rollout, wanted)
 
 
 async def _side(connection: AsyncConnection, version_id: VersionId) -> _Side:
@@ -59,19 +64,20 @@ async def _side(connection: AsyncConnection, version_id: VersionId) -> _Side:
     return _Side(await proofs.find_version(connection, version_id), badges.get(version_id), score)
 
 
-def _word(candidate: _Side, baseline: _Side, rollout: Rollout, wanted: Sequence[Example]) -> Word:
+def _finding(candidate: _Side, baseline: _Side, rollout: Rollout, wanted: Sequence[Example]) -> Finding:
     proof = candidate.proof
     if proof is not None and proof.status not in (Status.PENDING, Status.PROVED):
-        return Word(_said(proof))
+        return Finding(_spelled(proof))
     digest = examples.digest_of(wanted)
     not_compared = _not_compared(candidate, baseline, rollout, digest if wanted else None)
     sides = (candidate,) if not_compared else (candidate, baseline)
-    unscored = [] if not_compared else [side for side in sides if not _is_of(side.score, digest)]
+    scores = [score for side in sides if (score := side.score_on(digest)) is not None]
+    unscored = [] if not_compared else [side for side in sides if side.score_on(digest) is None]
     to_prove = [side for side in sides if side.proof is None or (side in unscored and side.is_judged)]
     if unscored or to_prove or not candidate.is_judged:
-        return Word(to_prove=tuple(side.version for side in to_prove if side.version is not None))
-    worse = None if not_compared else examples.worse(candidate.score, baseline.score)
-    return Word(worse or Status.PROVED, not_compared)
+        return Finding(to_prove=tuple(side.version for side in to_prove if side.version is not None))
+    worse = None if not_compared else examples.worse(*scores)
+    return Finding(worse or Status.PROVED, not_compared)
 
 
 def _not_compared(candidate: _Side, baseline: _Side, rollout: Rollout, digest: str | None) -> str:
@@ -83,14 +89,10 @@ def _not_compared(candidate: _Side, baseline: _Side, rollout: Rollout, digest: s
     if candidate.version is not None and candidate.version.base_fingerprint != baseline.version.base_fingerprint:
         return f"version {rollout.baseline} was made for another base model"
     proof = baseline.proof
-    if proof is not None and proof.reason in NEVER_SCORED and not _is_of(baseline.score, digest):
-        return f"the proof of version {rollout.baseline} says: {_said(proof)}"
+    if proof is not None and proof.reason in LEFT_AS_IT_IS and baseline.score_on(digest) is None:
+        return f"the proof of version {rollout.baseline} says: {_spelled(proof)}"
     return ""
 
 
-def _is_of(score: tuple[str, float] | None, digest: str) -> bool:
-    return score is not None and score[0] == digest
-
-
-def _said(proof: Proof) -> str:
+def _spelled(proof: Proof) -> str:
     return proof.status if proof.reason is None else f"{proof.status.value} ({proof.reason})"

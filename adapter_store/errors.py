@@ -32,7 +32,7 @@ AdapterStoreError
 ├── TooManyUploads         the tenant has as many uploads under way as one may have
 ├── ImportInvalid          what is to be imported is not there, or not where imports come from
 ├── BaseModelInvalid       the base model's folder cannot be read
-├── VersionInUse           an alias stands for it, or requests run on it
+├── VersionInUse           an alias stands for it or may go back to it, or requests run on it
 ├── ErasureNotFound        no such erasure of this tenant
 ├── PermissionNotFound     the version has no such permission
 ├── TooManyPermissions     the version is lent to as many tenants as one may be
@@ -207,13 +207,13 @@ class BaseModelInvalid(AdapterStoreError):
 
 
 class VersionInUse(AdapterStoreError):
-    """Aliases stand for the version, or requests are running on it; without force it stays."""
+    """Aliases stand for the version or may go back to it, or requests are running on it; without force it stays."""
 
     def __init__(self, name: str, number: int | None, aliases: Sequence[str], running: int = 0) -> None:
         what = f"adapter '{name}'" if number is None else f"version {number} of '{name}'"
         by = [f"the alias{'es' * (len(aliases) > 1)} {', '.join(aliases)}"] if aliases else []
         by += [f"{running} request{'s' * (running > 1)} running on it"] if running else []
-        hint = "move the aliases first, or repeat" if aliases else "wait, or repeat"
+        hint = "move the aliases or cancel their rollouts first, or repeat" if aliases else "wait, or repeat"
         super().__init__(f"{what} is in use by {' and '.join(by)}: {hint} with force=true")
 
 

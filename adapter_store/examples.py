@@ -76,18 +76,13 @@ def digest_of(given: Sequence[Example]) -> str:
     return hashlib.sha256(msgspec.json.encode(list(given))).hexdigest()
 
 
-def worse(candidate: tuple[str, float] | None, baseline: tuple[str, float] | None) -> str | None:
-    """Why a version does worse than the one before on their examples; both are (digest, score). None: it does not.
-
-    Where either was not scored, or on other examples, nothing is said.
-    """
-    if candidate is None or baseline is None or candidate[0] != baseline[0]:
-        return None
-    if candidate[1] >= baseline[1] - WORSE:
+def worse(candidate: float, baseline: float) -> str | None:
+    """Why a version's score is worse than that of the one before on the same examples; None: it is not."""
+    if candidate >= baseline - WORSE:
         return None
     return (
-        f"the examples' answers have a mean log probability of {candidate[1]:.2f} a token, "
-        f"and {baseline[1]:.2f} by the version before"
+        f"the examples' answers have a mean log probability of {candidate:.2f} a token, "
+        f"and {baseline:.2f} by the version before"
     )
 
 

@@ -318,7 +318,7 @@ class Rollouts:
     async def advance(self, rollout: Rollout, *, proof: str | None = None, not_compared: str = "") -> Rollout | None:
         """Take the decision that is due on a running one; None: there is none.
 
-        `proof`: "proved", or what else the proof of the new version has come to; None: it has come to nothing yet.
+        `proof`: "proved", or what else the new version's proof has come to; None: it, or the comparison, is to come.
         `not_compared`: why its examples' answers were not compared with the old version's, for the history.
         """
         async with reading(self._engine) as connection:

@@ -21,7 +21,7 @@ from adapter_store import aliases, catalog, comparison, examples, proofs
 from adapter_store.aliases import NOUN, MoveKind, NewMove, main_of
 from adapter_store.catalog import DEFAULT_ALIAS, Version
 from adapter_store.changes import Change, record_change, take_turn
-from adapter_store.comparison import Word
+from adapter_store.comparison import Finding
 from adapter_store.engine import AsyncEngine
 from adapter_store.errors import AdapterNotFound, StorageError
 from adapter_store.examples import Example
@@ -143,20 +143,20 @@ class Proofs:
         if proof.status is not Status.PROVED:
             raise ProofFailed(f"The proof of '{name}' is '{proof.status.value}' ({proof.reason or 'as the base'}).")
 
-    async def word_of(self, rollout: Rollout) -> Word:
+    async def finding_on(self, rollout: Rollout) -> Finding:
         """What a rollout waits for; a version that was not asked with the examples as they are is proved again."""
         if self.policy is Policy.OFF:
-            return Word(Status.PROVED, "proofs are off (TAILOR_PROOF)")
+            return Finding(Status.PROVED, "proofs are off (TAILOR_PROOF)")
         async with reading(self._engine) as connection:
-            word = await comparison.find(connection, rollout)
-        if word.to_prove:
+            finding = await comparison.compare(connection, rollout)
+        if finding.to_prove:
             async with writing(self._engine) as connection:
                 await take_turn(connection)
-                word = await comparison.find(connection, rollout)  # another gateway may have been faster
-                for version in word.to_prove:
+                finding = await comparison.compare(connection, rollout)  # another gateway may have been faster
+                for version in finding.to_prove:
                     await proofs.begin_again(connection, version, int(self._clock()))
             self.wake()
-        return word
+        return finding
 
     async def allow_moves(self, tenant_id: TenantId, name: str, numbers: Collection[int]) -> None:
         """As `allow_move`, of versions by number; what is missing, the move itself tells."""
@@ -217,7 +217,7 @@ class Proofs:
         """Set them; the newest versions are proved, and so scored, again.
 
         One that is being proved just now ends without them, and an old one is as it was: where a rollout needs their
-        scores, it has them proved again (`word_of`).
+        scores, it has them proved again (`finding_on`).
 
         Raises AdapterNotFound, PromptsInvalid.
         """

@@ -8,16 +8,16 @@ from typing import Final
 from uuid import uuid4
 
 from adapter_store.catalog import Version
-from adapter_store.comparison import Word
+from adapter_store.comparison import Finding
 from adapter_store.errors import AdapterStoreError
 from adapter_store.ids import TenantId, VersionId
 from adapter_store.rollouts import Rollout, Rollouts, Status, Tally
 
 log = logging.getLogger("tailor.rollouts")
 EVERY_S: Final = 1.0
-Proof = Callable[[Rollout], Awaitable[Word]]
+Compare = Callable[[Rollout], Awaitable[Finding]]
 """What the proofs of a rollout's two versions have come to."""
-UNASKED: Final = Word(not_compared="needs_proof is false")
+UNASKED: Final = Finding(not_compared="needs_proof is false")
 
 
 class RolloutWatch:
@@ -27,13 +27,13 @@ class RolloutWatch:
         self,
         rollouts: Rollouts,
         *,
-        proof: Proof,
+        compare: Compare,
         on_moved: Callable[[TenantId], None],
         every_s: float = EVERY_S,
     ) -> None:
         """`on_moved(tenant)`: an alias of that tenant's was moved by this gateway."""
         self._rollouts = rollouts
-        self._proof = proof
+        self._compare = compare
         self._on_moved = on_moved
         self._every_s = every_s
         self._gateway = uuid4().hex
@@ -79,8 +79,8 @@ class RolloutWatch:
                 self._changed |= changed
                 raise
         for rollout in running:
-            word = await self._proof(rollout) if rollout.policy.needs_proof else UNASKED
-            moved = await self._rollouts.advance(rollout, proof=word.proof, not_compared=word.not_compared)
+            finding = await self._compare(rollout) if rollout.policy.needs_proof else UNASKED
+            moved = await self._rollouts.advance(rollout, proof=finding.proof, not_compared=finding.not_compared)
             if moved is not None:
                 self._tell(moved)
 

@@ -67,7 +67,10 @@ class Measured:
 
 
 def scale_rows(*, rounds: int) -> list[Row]:
-    """CPU with few and with many, turn by turn. The least of the rounds counts: what else runs only ever adds."""
+    """CPU with few and with many, turn by turn. The least of the rounds counts: what else runs only ever adds.
+
+    Of whole requests, the median of `STARTS` such leasts.
+    """
     with ExitStack() as held:
         folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="tailor-scale-")))
         base, fingerprint = base_model(folder / BASE_NAME)
