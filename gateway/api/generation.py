@@ -230,6 +230,7 @@ class Generation:
         self._models = services.models
         self._limits = services.limits
         self._journal = services.journal
+        self._base_receipt = _receipt_of("-", b"base", services.base_fingerprint)
         self._pool = services.pool
         self._running = services.patience.running
         self.batches = services.batches
@@ -649,7 +650,7 @@ class Generation:
     def _receipt(self, resident: Resident | None, version: Version | None) -> bytes:
         """Which version answers, as header lines; a resident keeps those of the version it was last used by."""
         if version is None:
-            return _receipt_of("-", b"base", self._services.base_fingerprint)
+            return self._base_receipt
         if resident is None or resident.version is not version:
             return _receipt_of(version.adapter_name, b"%d" % version.number, version.digest)
         if not resident.receipt:
