@@ -5,13 +5,11 @@ is to be run again before anything is said: a proof that a rollout finds running
 its examples, says nothing of them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapter_store import examples, proofs
 from adapter_store.catalog import Version
 from adapter_store.engine import AsyncConnection
-from adapter_store.examples import Example
 from adapter_store.ids import VersionId
 from adapter_store.proofs import Proof, Reason, Status
 from adapter_store.rollouts import Rollout
@@ -40,39 +38,37 @@ class _Side:
 
     version: Version | None
     proof: Proof | None
-    score: tuple[str, float] | None  # with the digest of its examples
+    score: float | None  # on the examples as they are
 
     @property
     def is_judged(self) -> bool:
         return self.proof is not None and self.proof.status is not Status.PENDING
 
-    def score_on(self, digest: str) -> float | None:
-        """On the examples of that digest."""
-        return self.score[1] if self.score is not None and self.score[0] == digest else None
-
 
 async def compare(connection: AsyncConnection, rollout: Rollout) -> Finding:
     """What is found of a rollout as it stands in the rows."""
     wanted = await examples.of(connection, rollout.adapter_id)
-    candidate = await _side(connection, rollout.candidate_id)
-    return _finding(candidate, await _side(connection, rollout.baseline_id), rollout, wanted)
+    digest = examples.digest_of(wanted)
+    candidate = await _side(connection, rollout.candidate_id, digest)
+    baseline = await _side(connection, rollout.baseline_id, digest)
+    return _finding(candidate, baseline, rollout, has_examples=bool(wanted))
 
 
-async def _side(connection: AsyncConnection, version_id: VersionId) -> _Side:
+async def _side(connection: AsyncConnection, version_id: VersionId, digest: str) -> _Side:
     badges = await proofs.find_all(connection, [version_id])
-    score = await examples.score_of(connection, version_id)
+    found = await examples.score_of(connection, version_id)
+    score = found[1] if found is not None and found[0] == digest else None
     return _Side(await proofs.find_version(connection, version_id), badges.get(version_id), score)
 
 
-def _finding(candidate: _Side, baseline: _Side, rollout: Rollout, wanted: Sequence[Example]) -> Finding:
+def _finding(candidate: _Side, baseline: _Side, rollout: Rollout, *, has_examples: bool) -> Finding:
     proof = candidate.proof
     if proof is not None and proof.status not in (Status.PENDING, Status.PROVED):
         return Finding(_spelled(proof))
-    digest = examples.digest_of(wanted)
-    not_compared = _not_compared(candidate, baseline, rollout, digest if wanted else None)
+    not_compared = _not_compared(candidate, baseline, rollout) if has_examples else "there are none"
     sides = (candidate,) if not_compared else (candidate, baseline)
-    scores = [score for side in sides if (score := side.score_on(digest)) is not None]
-    unscored = [] if not_compared else [side for side in sides if side.score_on(digest) is None]
+    scores = [side.score for side in sides if side.score is not None]
+    unscored = [] if not_compared else [side for side in sides if side.score is None]
     to_prove = [side for side in sides if side.proof is None or (side in unscored and side.is_judged)]
     if unscored or to_prove or not candidate.is_judged:
         return Finding(to_prove=tuple(side.version for side in to_prove if side.version is not None))
@@ -80,16 +76,14 @@ def _finding(candidate: _Side, baseline: _Side, rollout: Rollout, wanted: Sequen
     return Finding(worse or Status.PROVED, not_compared)
 
 
-def _not_compared(candidate: _Side, baseline: _Side, rollout: Rollout, digest: str | None) -> str:
-    """Why nothing will be compared, however long one waits; empty: it will. `digest` None: there are no examples."""
-    if digest is None:
-        return "there are none"
+def _not_compared(candidate: _Side, baseline: _Side, rollout: Rollout) -> str:
+    """Why nothing will be compared, however long one waits; empty: it will."""
     if baseline.version is None:
         return f"version {rollout.baseline} was erased"
     if candidate.version is not None and candidate.version.base_fingerprint != baseline.version.base_fingerprint:
         return f"version {rollout.baseline} was made for another base model"
     proof = baseline.proof
-    if proof is not None and proof.reason in LEFT_AS_IT_IS and baseline.score_on(digest) is None:
+    if proof is not None and proof.reason in LEFT_AS_IT_IS and baseline.score is None:
         return f"the proof of version {rollout.baseline} says: {_spelled(proof)}"
     return ""
 
