@@ -52,7 +52,6 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 HEAD = "0015"  # the newest file in migrations/versions; a test holds the two together
 CONNECTIONS = 4
 ANSWER_S = 10.0  # patience with PostgreSQL: one that hangs is as good as away
-PRAGMAS = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA foreign_keys=ON")
 MIGRATION_LOCK = 7_461_696_972  # any number: what PostgreSQL's advisory lock is known by
 
 tenants = Table(
@@ -189,7 +188,6 @@ def open_engine(url: str, *, busy_timeout_s: float = 5.0) -> AsyncEngine:
         execution_options={TURNS: Turns(busy_timeout_s)},
         hide_parameters=True,
     )
-    event.listen(engine.sync_engine, "connect", _set_up_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     if path is not None:
         _stay_with_the_file(engine.sync_engine, path)
@@ -225,14 +223,6 @@ def _stay_with_the_file(engine: Engine, path: Path) -> None:
     event.listen(engine, "checkout", on_checkout)
 
 
-def _set_up_sqlite(connection: DBAPIConnection, _record: object) -> None:
-    connection.isolation_level = None  # the driver begins nothing by itself: _begin_sqlite does
-    cursor = connection.cursor()
-    for pragma in PRAGMAS:
-        cursor.execute(pragma)
-    cursor.close()
-
-
 def _begin_sqlite(connection: Connection) -> None:
     """A writer takes the lock at once: a later upgrade from reading would fail instead of waiting."""
     writes = WRITES.items() <= connection.get_execution_options().items()
@@ -265,10 +255,10 @@ async def _in_turn(engine: AsyncEngine, work: Callable[[Connection], None]) -> N
 
 
 def _bring_to_head(connection: Connection) -> None:
-    if inspect(connection).get_table_names():
-        _run_alembic(connection, "upgrade", HEAD)  # does nothing where another process was faster
-    else:
+    if not inspect(connection).get_table_names():
         _create_schema(connection)
+    elif stored_revision(connection) != HEAD:  # or another process was faster
+        _run_alembic(connection, "upgrade", HEAD)
 
 
 def _create_schema(connection: Connection) -> None:

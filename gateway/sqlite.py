@@ -1,20 +1,28 @@
-"""SQLite's driver with one trip to the connection's thread for a statement.
+"""SQLite's driver with one trip to the connection's thread for a statement, and connections that wait for their mode.
 
 SQLAlchemy 2.1 makes a cursor, executes, fetches all rows and closes the cursor, and aiosqlite 0.22 makes a trip of
 each: a queue, a thread that wakes and contends for the interpreter, a wake-up of the loop.
+
+A new file is switched to WAL mode by whoever connects first. Two that do it at once both hold the lock of a reader and
+want a writer's: SQLite tells one of them at once that the file is locked, without its busy time. That one asks again.
 """
 
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
+from sqlite3 import Connection as Opened
 from sqlite3 import Cursor as Found
-from sqlite3 import connect
+from sqlite3 import OperationalError, connect
 from typing import Any, Final, Self, TypeVar
 
 import aiosqlite
 
 AT_ONCE: Final = 1_000
 """Rows that come with the statement; a cursor that has more stays open for them."""
+PRAGMAS: Final = ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "PRAGMA foreign_keys=ON")
+ASKED_AGAIN_S: Final = 0.01
+BUSY: Final = frozenset({"SQLITE_BUSY", "SQLITE_BUSY_RECOVERY"})
 T = TypeVar("T")
 
 
@@ -99,8 +107,35 @@ class Connection(aiosqlite.Connection):
         return await run(work)
 
 
-def open_connection(path: str, **options: Any) -> Connection:
-    """As `aiosqlite.connect`: to be awaited."""
-    connection = Connection(partial(connect, path, **options), iter_chunk_size=64)
+def open_connection(path: str, *, timeout: float, **options: Any) -> Connection:
+    """As `aiosqlite.connect`: to be awaited. `timeout`: seconds to wait for other processes, here and in transactions.
+
+    In WAL mode, fully synchronised, with foreign keys, and without transactions of the driver's own.
+    """
+    connection = Connection(partial(_open, path, timeout, **options), iter_chunk_size=64)
     connection._thread.daemon = True  # as SQLAlchemy does it with those that it makes
     return connection
+
+
+def _open(path: str, timeout: float, **options: Any) -> Opened:
+    deadline = time.monotonic() + timeout
+    connection: Opened = connect(path, timeout=timeout, isolation_level=None, **options)
+    try:
+        while not _is_set_up(connection, until=deadline):
+            time.sleep(ASKED_AGAIN_S)  # of the connection's own thread
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _is_set_up(connection: Opened, until: float) -> bool:
+    """False where another connection is in the way; past `until` that is raised."""
+    try:
+        for pragma in PRAGMAS:
+            connection.execute(pragma).close()
+    except OperationalError as error:
+        if error.sqlite_errorname not in BUSY or time.monotonic() > until:
+            raise
+        return False
+    return True

@@ -1,8 +1,10 @@
 """Opening the database, and its schema."""
 
 import asyncio
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,22 @@ async def test_many_processes_may_migrate_at_once(tmp_path: Path) -> None:
     async with reading(engines[0]) as connection:
         assert (await connection.execute(text("SELECT version_num FROM alembic_version"))).all() == [(HEAD,)]
     await asyncio.gather(*(engine.dispose() for engine in engines))
+
+
+async def test_a_new_file_that_is_being_written_is_waited_for(tmp_path: Path) -> None:
+    """Not in WAL mode yet, and another holds its lock: SQLite itself would not wait; past the busy time it is told."""
+    path = tmp_path / "tailor.db"
+    hasty, patient = (open_engine(f"sqlite+aiosqlite:///{path}", busy_timeout_s=seconds) for seconds in (0.05, 5.0))
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StorageUnavailable):
+            await migrate(hasty)
+        waiting = asyncio.create_task(migrate(patient))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        other.execute("ROLLBACK")
+        await waiting
+    await asyncio.gather(hasty.dispose(), patient.dispose())
 
 
 MIGRATE = "import asyncio, sys; from gateway.database import *; asyncio.run(migrate(open_engine(sys.argv[1])))"
