@@ -206,7 +206,6 @@ class OpenSet:
             key = self._pop_line()
             self._add(key)
             opened.append(key)
-            self._stuck_since = None
         self._close_some(closed)
         self._reopen(opened)
         return opened, closed
@@ -229,6 +228,7 @@ class OpenSet:
 
     def _leave_places(self, busy: Callable[[Key], bool], closed: list[Key]) -> None:
         spare = self._demand()
+        before = len(self._open)
         for slot in sorted(self._open.values(), key=lambda slot: slot.used_at):
             key = slot.key
             if slot.in_flight or not (slot.closing or (spare > 0 and not busy(key))):
@@ -239,6 +239,8 @@ class OpenSet:
                 closed.append(key)
             if busy(key):
                 self.join(key)
+        if len(self._open) < before:  # the rest have a quantum to follow
+            self._stuck_since = self._clock() if self._closing else None
 
     def _close_some(self, closed: list[Key]) -> None:
         now = self._clock()
@@ -261,14 +263,15 @@ class OpenSet:
 
     def _reopen(self, opened: list[Key]) -> None:
         """Closing was for somebody who is no longer in line."""
-        if not self._closing or self._demand() > 0:
+        if self._demand() > 0:
             return
-        for key, slot in self._open.items():
-            if slot.closing:
-                slot.closing = False
-                opened.append(key)
-        self._closing = 0
         self._stuck_since = None
+        if self._closing:
+            for key, slot in self._open.items():
+                if slot.closing:
+                    slot.closing = False
+                    opened.append(key)
+            self._closing = 0
 
     def _add(self, key: Key) -> Slot:
         slot = self._open[key] = Slot(key, self._clock())

@@ -411,6 +411,36 @@ def test_a_long_answer_does_not_hold_up_the_line() -> None:
     assert 2.0 <= model.waited[number] <= 2.5
 
 
+def test_a_long_answer_does_not_hold_up_the_second_in_line() -> None:
+    """Two close for two that wait; one drains, the other does not: who came in by it closes a quantum later."""
+    model = Model(concurrency=64, slots=2, quantum_s=1.0)
+    model.ask("a", 60.0, adapter=key(1, "a"))
+    model.ask("b", 1.5, adapter=key(2, "b"))
+    model.ask("x", 0.5, adapter=key(3, "x"))
+    number, _ = model.ask("y", 0.1, adapter=key(4, "y"))
+    for _ in range(40):
+        model.run(0.25)
+        model.ask("x", 0.5, adapter=key(3, "x"), cost=1_000)
+    assert 2.5 <= model.waited[number] <= 3.5
+
+
+def test_a_place_left_to_another_gateway_closes_nothing_later() -> None:
+    """It drained long ago: whoever waits next has one adapter closed, not all of them."""
+    model = Model(concurrency=64, slots=4, quantum_s=1.0)
+    assert model.open_set is not None
+    model.ask("t0", 2.5, adapter=key(0))
+    for number in range(1, 4):
+        model.ask(f"t{number}", 600.0, adapter=key(number), cost=1_000)
+    model.run(2.0)
+    model.open_set.share(4, 1)
+    model.gate.rotate()
+    model.run(100.0)
+    assert len(model.open_set) == model.open_set.limit == 3
+    model.ask("t9", 1.0, adapter=key(9))
+    model.run(0.1)
+    assert sum(model.open_set.admits(key(number)) for number in range(1, 4)) == 2
+
+
 def test_the_adapter_with_the_least_work_left_closes() -> None:
     """It drains soonest, and the engine loses least by it."""
     model = Model(concurrency=64, slots=2, quantum_s=1.0)
