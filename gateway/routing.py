@@ -17,6 +17,8 @@ BUSY_FROM = 8  # requests: below, no replica is too loaded for one more
 AVERAGED_OVER_S = 2.0
 SHRINK_AFTER_S = 30.0
 AVOID_S = 30.0
+GROW_AGAIN_S = 1.0
+COLD = 0.01  # requests in flight on average: an adapter below it is hotter than none
 FORGET_FROM = 4_096
 
 
@@ -66,8 +68,9 @@ class Spread(Generic[KeyT, HostT]):
         "_noted_at",
         "average",
         "avoided",
-        "high_since",
+        "grow_at",
         "in_flight",
+        "is_warm",
         "k",
         "key",
         "low_since",
@@ -84,6 +87,8 @@ class Spread(Generic[KeyT, HostT]):
         self.members = -1  # the pool's membership that `order` is of
         self.avoided: dict[str, float] = {}
         self.low_since = now  # since when the load asks for one home less
+        self.grow_at = now  # when one home more is looked for again, where none was found
+        self.is_warm = False
         self._noted_at = now
 
     def note(self, now: float, change: int) -> None:
@@ -109,6 +114,7 @@ class Router(Generic[KeyT, HostT]):
         self._hosts: tuple[HostT, ...] = ()
         self._membership = 0
         self._spreads: dict[KeyT, Spread[KeyT, HostT]] = {}
+        self._warm: dict[KeyT, Spread[KeyT, HostT]] = {}  # those that have been used in the last seconds
         self._forget_from = FORGET_FROM
 
     def set_hosts(self, hosts: Iterable[HostT]) -> None:
@@ -180,10 +186,13 @@ class Router(Generic[KeyT, HostT]):
         spread = self._spreads.get(key) or self.spread(key)
         now = self._clock()
         spread.note(now, +1)
+        if not spread.is_warm:
+            spread.is_warm = True
+            self._warm[key] = spread
         if spread.average / spread.k <= self._spread_at:
             return None
         spread.low_since = now
-        return self._grow(spread)
+        return self._grow(spread, now) if now >= spread.grow_at else None
 
     def ended(self, key: KeyT) -> None:
         """A request of the adapter is over."""
@@ -196,12 +205,15 @@ class Router(Generic[KeyT, HostT]):
             self._shrink(spread, now)
 
     def review(self) -> None:
-        """Take homes from adapters that have gone quiet; to be called every now and then."""
+        """Take homes from adapters that have gone quiet; to be called every second."""
         now = self._clock()
-        for spread in list(self._spreads.values()):
+        for key, spread in list(self._warm.items()):
+            spread.note(now, 0)
             if spread.k > 1:
-                spread.note(now, 0)
                 self._shrink(spread, now)
+            elif not spread.in_flight and spread.average < COLD:
+                spread.is_warm = False
+                del self._warm[key]
 
     @staticmethod
     def _quick(spread: Spread[KeyT, HostT], tried: Sequence[HostT]) -> HostT | None:
@@ -232,27 +244,33 @@ class Router(Generic[KeyT, HostT]):
         del spread.avoided[host.id]
         return False
 
-    def _grow(self, spread: Spread[KeyT, HostT]) -> HostT | None:
-        """One more home: the next in the adapter's order where no hotter adapter would lose its slot."""
+    def _grow(self, spread: Spread[KeyT, HostT], now: float) -> HostT | None:
+        """One more home: the next in the adapter's order where no hotter adapter would lose its slot.
+
+        Where there is none, nobody looks again for a second: a look goes through all adapters that are in use.
+        """
         ready = [host for host in spread.order if host.takes_requests]
         for position in range(spread.k, len(ready)):
             host = ready[position]
-            if self._would_displace_hotter(spread, host) or self._is_avoided(spread, host):
+            if self._would_displace_hotter(spread, host, now) or self._is_avoided(spread, host):
                 continue
             order = [other for other in spread.order if other is not host]
             order.insert(spread.order.index(ready[spread.k - 1]) + 1, host)  # homes are a prefix of the order
             spread.order = order
             spread.k += 1
             return host
+        spread.grow_at = now + GROW_AGAIN_S
         return None
 
-    def _would_displace_hotter(self, spread: Spread[KeyT, HostT], host: HostT) -> bool:
+    def _would_displace_hotter(self, spread: Spread[KeyT, HostT], host: HostT, now: float) -> bool:
         heat = spread.average / (spread.k + 1)
-        hotter = sum(
-            1
-            for other in self._spreads.values()
-            if other is not spread and other.average / other.k >= heat and host in other.homes()
-        )
+        hotter = 0
+        for other in self._warm.values():
+            if hotter >= host.slots:
+                break
+            if other is not spread:
+                other.note(now, 0)  # one that has gone quiet tells nobody
+                hotter += other.average / other.k >= heat and host in other.homes()
         return hotter >= host.slots
 
     def _shrink(self, spread: Spread[KeyT, HostT], now: float) -> None:
@@ -268,4 +286,5 @@ class Router(Generic[KeyT, HostT]):
         for key, spread in list(self._spreads.items()):
             if not spread.in_flight and spread.k == 1:
                 del self._spreads[key]
+                self._warm.pop(key, None)
         self._forget_from = max(FORGET_FROM, 2 * len(self._spreads))

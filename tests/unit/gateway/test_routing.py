@@ -204,6 +204,44 @@ def test_growth_never_takes_a_hotter_adapters_slot() -> None:
     assert keep_in_flight(router, clock, b, 24, 3) == []
 
 
+def test_an_adapter_that_has_gone_quiet_is_hotter_than_none() -> None:
+    """What filled a replica's slots an hour ago keeps no other adapter from it."""
+    router, hosts, clock = cluster(2)
+    for host in hosts:
+        host.slots = 1
+    second = order(router, "a")[1]
+    hot = next(f"hot-{number}" for number in range(100) if order(router, f"hot-{number}")[0] is second)
+    keep_in_flight(router, clock, hot, 40, 10)
+    while router.spread(hot).in_flight:
+        router.ended(hot)
+    clock.now += 3_600
+    assert keep_in_flight(router, clock, "a", 24, 10) == [second]
+
+
+def test_a_refused_home_is_looked_for_once_a_second() -> None:
+    """A look goes through all adapters in use, so no request of a busy one may cost it."""
+    router, hosts, clock = cluster(2)
+    for host in hosts:
+        host.slots = 0
+    looks = []
+    router._would_displace_hotter = lambda *_: looks.append(clock.now) or True  # type: ignore[method-assign]
+    keep_in_flight(router, clock, "a", 40, 10)
+    assert 8 <= len(looks) <= 11
+
+
+def test_quiet_adapters_are_not_gone_through() -> None:
+    """Neither each second nor for a home."""
+    router, _, clock = cluster(2)
+    for number in range(1_000):
+        router.started(f"a{number}")
+        router.ended(f"a{number}")
+    router.started("busy")
+    for _ in range(20):
+        clock.now += 1
+        router.review()
+    assert list(router._warm) == ["busy"]
+
+
 def test_quiet_adapters_lose_their_homes_without_a_request() -> None:
     """`review` is called every second."""
     router, _, clock = cluster(2)
