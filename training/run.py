@@ -73,8 +73,8 @@ class Run:
         taken = schedule.items_of_step(self.step + 1, len(self._drawn), self.spec.hyperparameters)
         return [side_by_side([self._drawn[i] for i in batch]) for batch in taken]
 
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint, whole or not at all; the last two are kept.
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint, whole or not at all, and tell its file; the last two are kept.
 
         There is no random state in it: rows are drawn by seed and step alone, and nothing else is random.
 
@@ -87,7 +87,7 @@ class Run:
             tensors["best"] = self.best.weights
             facts["best"] = {"step": self.best.step, "loss": self.best.loss}
         on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
-        checkpoints.write(folder, Checkpoint(self.step, on_cpu, facts))
+        return checkpoints.write(folder, Checkpoint(self.step, on_cpu, facts))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was made.

@@ -87,8 +87,7 @@ class WarmBase:
 
     def save(self, run: Run, folder: Path) -> Path:
         """The file of the run at rest. Raises OSError; what was there before is whole."""
-        run.save(folder)
-        return max(folder.glob("step-*.safetensors"))  # names begin with the step, in eight digits
+        return run.save(folder)
 
     def evaluate(self, run: Run, adapter: Path, previous: Path | None) -> EvaluationReport:
         """The adapter in the folder on the run's validation rows, beside the base and the adapter in `previous`.

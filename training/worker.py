@@ -62,6 +62,7 @@ class _Job:
     lease: Lease
     run: "Run"
     folder: Path
+    writing: asyncio.Lock  # held while anything is written into the folder: it stays for as long
     saved_at: float
     evaluated: Evaluated | None = None
     stepped: int = 0  # at which turn of the worker's it last took part
@@ -155,9 +156,9 @@ class Worker:
 
     async def _begin(self, claimed: Claimed) -> None:
         """The job takes part from the next step on, or is failed, or given back where its files cannot be had now."""
-        lease, held = Lease(claimed, self._results), AsyncExitStack()
+        lease, held, writing = Lease(claimed, self._results), AsyncExitStack(), asyncio.Lock()
         folder = (await held.enter_async_context(self._results.staging.stage())).folder
-        self._leases[lease] = task = asyncio.create_task(_kept(lease, held))
+        self._leases[lease] = task = asyncio.create_task(_kept(lease, held, writing))
         task.add_done_callback(lambda _: self._leases.pop(lease, None))
         try:
             material = await self._fetch(claimed, folder)
@@ -173,7 +174,7 @@ class Worker:
             log.exception("job %s cannot be begun", claimed.job.id)
             lease.fail(SERVER_ERROR)
         else:
-            job = _Job(lease, run, folder, saved_at=monotonic())
+            job = _Job(lease, run, folder, writing, saved_at=monotonic())
             lease.total_steps = run.total_steps
             lease.tell(f"Training from step {run.step} of {run.total_steps}, on {self._warm.means}")
             for leak in leaks:
@@ -265,10 +266,13 @@ class Worker:
 
     async def _checkpoint(self, job: _Job, metrics: Mapping[str, float | None]) -> None:
         """Written now, for the run goes on; published by the lease."""
-        try:
-            job.lease.checkpoint(job.run.step, metrics, await self._written(job))
-        except (Refused, StorageError) as error:
-            job.lease.tell(f"No checkpoint at step {job.run.step}: {error}", Level.WARN)
+        async with job.writing:
+            if job.lease.is_over:
+                return
+            try:
+                job.lease.checkpoint(job.run.step, metrics, await self._written(job))
+            except (Refused, StorageError) as error:
+                job.lease.tell(f"No checkpoint at step {job.run.step}: {error}", Level.WARN)
 
     async def _written(self, job: _Job) -> Path:
         """The folder of the run's adapter as it is now. Raises Refused, StorageError."""
@@ -301,12 +305,18 @@ class Worker:
     async def _save(self, job: _Job) -> None:
         """Where there is no room to save, the job goes on without."""
         job.saved_at = monotonic()
-        try:
-            path = await self._in_torch(self._warm.save, job.run, job.folder / SAVED)
-        except OSError as error:
-            log.warning("job %s cannot be saved at step %d: %s", job.lease.claimed.job.id, job.run.step, error.strerror)
-        else:
-            job.lease.save(job.run.step, path)
+        async with job.writing:
+            if job.lease.is_over:
+                return
+            job_id, step = job.lease.claimed.job.id, job.run.step
+            try:
+                path = await self._in_torch(self._warm.save, job.run, job.folder / SAVED)
+            except OSError as error:
+                log.warning("job %s cannot be saved at step %d: %s", job_id, step, error.strerror)
+            except Exception:  # one job's, and the others must go on
+                log.exception("job %s cannot be saved at step %d", job_id, step)
+            else:
+                job.lease.save(step, path)
 
     async def _put_aside(self, job: _Job) -> None:
         """Saved, and given back for another worker or for its owner, who has asked for a pause."""
@@ -357,10 +367,12 @@ class Worker:
         return await asyncio.get_running_loop().run_in_executor(self._torch, partial(work, *args, **kwargs))
 
 
-async def _kept(lease: Lease, held: AsyncExitStack) -> None:
+async def _kept(lease: Lease, held: AsyncExitStack, writing: asyncio.Lock) -> None:
     """The lease until its end, and what it needs as long."""
     async with held:
         await lease.run()
+        async with writing:  # a lease may be lost in the middle of a save
+            pass
 
 
 async def _either(event: asyncio.Event, seconds: float) -> None:

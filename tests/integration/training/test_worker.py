@@ -187,6 +187,37 @@ async def test_a_cancelled_job_leaves_nothing(desk: Desk, warm: WarmBase) -> Non
     assert await saves(desk) == []
 
 
+class SlowSave(WarmBase):
+    """Its first save waits, in torch's thread, until it may begin."""
+
+    def __init__(self, warm: WarmBase) -> None:
+        self.__dict__.update(warm.__dict__)
+        self.here, self.go = threading.Event(), threading.Event()
+
+    def save(self, run: Run, folder: Path) -> Path:
+        self.here.set()
+        assert self.go.wait(60)
+        return super().save(run, folder)
+
+
+async def test_a_lease_that_is_lost_while_it_is_saved_leaves_nothing(desk: Desk, warm: WarmBase) -> None:
+    """The job's folder stays until the save is over, then it goes; the worker goes on with another job."""
+    job, slow = await desk.job(), SlowSave(warm)
+    async with desk.working(slow) as worker:
+        assert await asyncio.to_thread(slow.here.wait, 60)
+        await desk.jobs.cancel(TENANT, job.id)
+        [lease] = worker._leases
+        async with asyncio.timeout(60):
+            while not lease.is_over:  # it hears so when it tells of the step
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        slow.go.set()
+        other = await desk.ended(await desk.job(tenant=OTHER))
+    assert other.status is Status.SUCCEEDED
+    assert await saves(desk) == []
+    assert not any(desk.results.staging.root.iterdir())
+
+
 async def test_a_run_that_meets_nan_fails_alone(desk: Desk, warm: WarmBase) -> None:
     """Its error names the step; the others of the batch end as if they had been alone."""
     expected = alone(warm, desk.home, chats(seed=1))
