@@ -4,14 +4,23 @@ Not the kernel's choice: between its answer and the process's start it may give 
 a connection.
 """
 
+import fcntl
 import itertools
+import os
 import secrets
 import socket
+import tempfile
+from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+MINE: Final = 256
+"""Ports that stay this process's, whether or not it still listens there."""
 
 
 class Ports:
-    """These, in turn and from anywhere on: others may be at it in the same range.
+    """These, in turn and from anywhere on, and for as long as this process lives no other one's that asks here.
 
     Linux gives connections those from 32768 on, so lower ones are wanted here.
     """
@@ -19,13 +28,35 @@ class Ports:
     def __init__(self, ports: range) -> None:
         at = secrets.randbelow(len(ports))
         self._ports: Iterator[int] = itertools.cycle((*ports[at:], *ports[:at]))
+        self._locks: deque[int] = deque()
 
     def free(self) -> int:
         """One that nobody listens on, and that is not told again soon."""
         while True:
             port = next(self._ports)
+            lock = _locked(port)
+            if lock is None:
+                continue
             try:
                 with socket.create_server(("127.0.0.1", port)):
-                    return port
+                    pass
             except OSError:
+                os.close(lock)
                 continue
+            self._locks.append(lock)
+            if len(self._locks) > MINE:
+                os.close(self._locks.popleft())
+            return port
+
+
+def _locked(port: int) -> int | None:
+    """The descriptor that holds the port's lock; None where another has it."""
+    folder = Path(tempfile.gettempdir()) / f"tailor-ports-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    lock = os.open(folder / str(port), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock

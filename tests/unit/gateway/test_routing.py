@@ -223,8 +223,13 @@ def test_a_refused_home_is_looked_for_once_a_second() -> None:
     router, hosts, clock = cluster(2)
     for host in hosts:
         host.slots = 0
-    looks = []
-    router._would_displace_hotter = lambda *_: looks.append(clock.now) or True  # type: ignore[method-assign]
+    looks: list[float] = []
+
+    def refuse(*_: object) -> bool:
+        looks.append(clock.now)
+        return True
+
+    router._would_displace_hotter = refuse  # type: ignore[method-assign, assignment]
     keep_in_flight(router, clock, "a", 40, 10)
     assert 8 <= len(looks) <= 11
 

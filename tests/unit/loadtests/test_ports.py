@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 
 from loadtests.overhead.stack import free_port
+from loadtests.ports import Ports
 
 
 def test_a_port_is_nobody_elses_when_its_process_starts() -> None:
@@ -14,3 +15,11 @@ def test_a_port_is_nobody_elses_when_its_process_starts() -> None:
     assert len(set(found)) == 20
     given_to_connections = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
     assert max(found) < int(given_to_connections[0])
+
+
+def test_two_who_ask_are_told_different_ports() -> None:
+    """Before either listens: a stack takes seconds to start."""
+    few = range(30_000, 30_032)
+    one, other = Ports(few), Ports(few)
+    told = [each.free() for _ in range(10) for each in (one, other)]
+    assert len(set(told)) == 20
