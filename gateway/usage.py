@@ -148,8 +148,8 @@ class Ledger:
         await self.flush()
         now = time.monotonic()
         if now >= self._looked_at:
-            await self._count_left()
             self._looked_at = now + LOOK_AROUND_S
+            await self._count_left()
         if now >= self._pruned_at:
             async with writing(self._engine) as connection:
                 before = int(self._wall_clock()) - STALE_S
@@ -158,7 +158,13 @@ class Ledger:
 
     async def _count_left(self) -> None:
         for segment in left_segments(self._folder):
-            await self._count_segment(segment)
+            try:
+                await self._count_segment(segment)
+            except StorageError:
+                self._looked_at = 0.0  # not the file's fault: every round asks the database again
+                raise
+            except Exception:  # one file's fault holds up neither the others nor what comes after them
+                log.exception("%s is not counted, or not taken away: it is tried again in a minute", segment.path)
 
     async def _count_segment(self, segment: LeftSegment) -> None:
         rows = await asyncio.to_thread(segment.read)

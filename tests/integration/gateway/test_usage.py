@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -27,12 +28,15 @@ from gateway.database import migrate, open_engine, usage, usage_batches
 from gateway.journal import Meter
 from gateway.left_journals import STALE_S, left_segments
 from gateway.spreadsheet import csv_of
+from gateway.tenants import Tenants
 from gateway.usage import Ledger, UsageQuestion, read_usage
 from tests.integration.gateway.conftest import Gateway, error_of
 from tests.servers import PostgresServer, empty_postgres, postgres_server
 
 HOUR = 3_600
 NOON = 1_793_534_400  # 2026-11-01 12:00 UTC
+TENANT = "tnt_" + "a" * 24
+LEFT = f"{NOON}\t{TENANT}\tbot\t1\t0\t10\t4\t5\n".encode()
 PROJECT = Path(__file__).parents[3]
 
 
@@ -210,7 +214,7 @@ async def record(home, url):
     journal, counts = ledger.journal, dict(failed=False, prompt_tokens=7, cached_tokens=0, completion_tokens=3)
     while True:
         for _ in range(20):
-            journal.record(journal.meter_of("tnt_a", "bot", 1), **counts)
+            journal.record(journal.meter_of("tnt_" + "a" * 24, "bot", 1), **counts)
             os.write(1, b".")
         await asyncio.sleep(0.001)
 
@@ -282,12 +286,132 @@ async def test_a_torn_line_is_dropped_and_a_damaged_one_skipped(
 ) -> None:
     """What comes before and after is counted, and it is told."""
     folder.mkdir()
-    good = b"%d\ttnt_a\tbot\t1\t0\t10\t4\t5\n" % NOON
-    (folder / "left.journal").write_bytes(good + b"\0\0\0\n" + good + good[:-1])
+    (folder / "left.journal").write_bytes(LEFT + b"\0\0\0\n" + LEFT + LEFT[:-1])
     async with ledger_of(engine, folder):
         assert await requests_in(engine) == 2
     assert "1 damaged lines" in caplog.text
-    assert f"{len(good) - 1} torn bytes" in caplog.text
+    assert f"{len(LEFT) - 1} torn bytes" in caplog.text
+
+
+DAMAGED = (
+    (b"tnt_a", b"tnt_\xff"),
+    (b"tnt_a", b"tnt_\0"),
+    (b"tnt_aa", b"tnt_a"),
+    (b"\tbot", b"\tb\xc3\xb6t"),
+    (b"\tbot", b"\tBot"),
+    (b"\tbot", b"\tb\0t"),
+    (b"\tbot", b"\t" + b"b" * 65),
+    (b"\t1\t", b"\t2147483648\t"),
+    (b"\t10\t", b"\t" + b"9" * 19 + b"\t"),
+    (b"\t10\t", b"\t-1\t"),
+    (b"\t10\t", b"\t\xd9\xa1\t"),
+    (b"%d" % NOON, b"%d" % (NOON % 10**9)),
+)
+
+
+async def test_a_damaged_line_holds_up_nothing(
+    engine: AsyncEngine, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever has become of it: the file's other lines and the files behind it are counted once, nothing else is."""
+    folder.mkdir()
+    for number, (written, read) in enumerate(DAMAGED):
+        damaged = LEFT.replace(written, read, 1)
+        assert damaged != LEFT
+        (folder / f"{number:02}.journal").write_bytes(LEFT + damaged + LEFT)
+    for _ in range(2):
+        async with ledger_of(engine, folder):
+            assert list(folder.glob("0*.journal")) == []
+    async with reading(engine) as connection:
+        rows = (await connection.execute(select(usage))).all()
+    many = 2 * len(DAMAGED)
+    assert [tuple(row) for row in rows] == [(NOON, TENANT, "bot", 1, many, 0, 10 * many, 4 * many, 5 * many)]
+    assert caplog.text.count(": 1 damaged lines and 0 torn bytes are not counted") == len(DAMAGED)
+
+
+def test_a_page_that_a_power_cut_took_joins_no_lines(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It reads as zeros. Exactly the lines that lie outside of it are read, wherever its ends cut one."""
+    folder.mkdir()
+    page = range(4_096, 8_192)
+    begin_after_it = 0
+    for length in range(1, 65):
+        lines = [f"{NOON}\t{TENANT}\t{'s' * length}\t{1 + at}\t0\t1000\t40\t777\n".encode() for at in range(400)]
+        written, intact = bytearray(), []
+        for at, line in enumerate(lines):
+            if len(written) + len(line) <= page.start or len(written) >= page.stop:
+                intact.append(1 + at)
+                begin_after_it += len(written) == page.stop
+            written += line
+        written[page.start : page.stop] = bytes(len(page))
+        (folder / "left.journal").write_bytes(written)
+        (segment,) = left_segments(folder)
+        assert segment.read() == {(NOON, TENANT, "s" * length, version): [1, 0, 1000, 40, 777] for version in intact}
+    assert begin_after_it
+    assert caplog.text.count(": 1 damaged lines") == 64
+
+
+async def test_whatever_a_gateway_writes_is_read(
+    lite: AsyncEngine, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A real tenant's id, every letter of a name, the base model, the last version, many tokens."""
+    tenant = await Tenants(lite).create("acme")
+    names = ["", "0", "a" * 64, *(f"a{letter}" for letter in string.ascii_lowercase + string.digits + "._-")]
+    async with ledger_of(lite, folder) as ledger:
+        for name in names:
+            version = 999_999_999 if name else 0
+            record(ledger, tenant.id, name, version, prompt_tokens=2**40, cached_tokens=0, failed=True)
+        (path,) = folder.glob("*.journal")
+        copied = folder.parent / "copied"
+        copied.mkdir()
+        (copied / path.name).write_bytes(path.read_bytes())
+        (segment,) = left_segments(copied)
+        assert segment.read() == ledger.journal.open.sum_up()
+    assert "not counted" not in caplog.text
+
+
+async def written_rounds(ledger: Ledger, engine: AsyncEngine, rounds: int) -> None:
+    """Waits until the ledger has done at least so many."""
+    for _ in range(rounds):
+        before = await requests_in(engine)
+        record(ledger)
+        async with asyncio.timeout(10):
+            while await requests_in(engine) == before:
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("refused", ["open", "read"])
+async def test_a_file_that_cannot_be_read_holds_up_nothing(
+    engine: AsyncEngine, folder: Path, caplog: pytest.LogCaptureFixture, refused: str
+) -> None:
+    """It is told once, by its name; what is behind it is counted, old batches go; the next start tries it again."""
+    folder.mkdir()
+    path = folder / "1-refused.journal"
+    if refused == "open":
+        path.symlink_to(path)  # refused to root too
+    else:
+        path.mkdir()
+    (folder / "2-left.journal").write_bytes(LEFT)
+    async with writing(engine) as connection:
+        await connection.execute(usage_batches.insert(), [{"id": "old", "at": int(time.time()) - STALE_S - 60}])
+    ledger = Ledger(engine, folder, flush_s=0.01)
+    await ledger.start()
+    try:
+        assert await requests_in(engine) == 1
+        async with reading(engine) as connection:
+            assert "old" not in (await connection.execute(select(usage_batches.c.id))).scalars().all()
+        await written_rounds(ledger, engine, 3)
+    finally:
+        await ledger.close()
+    told = [entry.getMessage() for entry in caplog.records if entry.name == "tailor.usage" and entry.levelno >= 30]
+    assert len(told) == 1
+    assert str(path) in told[0]
+    if refused == "open":
+        path.unlink()
+    else:
+        path.rmdir()
+    path.write_bytes(LEFT)
+    async with ledger_of(engine, folder):
+        assert await requests_in(engine) == 5
+    assert list(folder.iterdir()) == []
 
 
 async def test_a_journal_too_old_to_be_sure_of_is_set_aside(
@@ -296,7 +420,7 @@ async def test_a_journal_too_old_to_be_sure_of_is_set_aside(
     """The database forgets after a week what it has counted: a person decides."""
     folder.mkdir()
     path = folder / "old.journal"
-    path.write_bytes(b"%d\ttnt_a\tbot\t1\t0\t10\t4\t5\n" % NOON)
+    path.write_bytes(LEFT)
     os.utime(path, (0, time.time() - STALE_S - 60))
     async with ledger_of(lite, folder):
         assert await requests_in(lite) == 0
@@ -349,7 +473,7 @@ async def test_a_left_journal_is_counted_once_the_database_is_back(
 ) -> None:
     """By the same process, which looked at it while the database was away: nothing of that look holds it back."""
     folder.mkdir()
-    (folder / "left.journal").write_bytes(b"%d\ttnt_a\tbot\t1\t0\t10\t4\t5\n" % NOON)
+    (folder / "left.journal").write_bytes(LEFT)
     with locked(tmp_path / "tailor.db"):
         ledger = Ledger(lite, folder, flush_s=0.05)
         await ledger.start()
