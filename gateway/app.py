@@ -82,7 +82,6 @@ from gateway.replicas.client import ReplicaClient
 from gateway.replicas.pool import ReplicaPool
 from gateway.replicas.replica import ReplicaOptions
 from gateway.replicas.roster import Roster
-from gateway.replicas.upstream import Upstream
 from gateway.rollouts import RolloutWatch
 from gateway.settings import Settings
 from gateway.store_opening import open_store
@@ -269,7 +268,7 @@ def _pool(settings: Settings, roster: Roster, held_back: Quarantine, fingerprint
     )
     return ReplicaPool(
         settings.replicas,
-        lambda url: ReplicaClient(Upstream(url), token),
+        lambda url: ReplicaClient(url, token),
         fingerprint=fingerprint,
         options=options,
         spread_at=settings.spread_at,
@@ -296,7 +295,7 @@ def _services(parts: Parts, salt_of: Callable[[str], str]) -> Services:
         limits=parts.limits,
         pool=parts.pool,
         journal=parts.ledger.journal,
-        metrics=parts.metrics,
+        counts=parts.metrics.generation,
         tracing=parts.tracing,
         rollouts=parts.rollout_watch,
         patience=Patience(),

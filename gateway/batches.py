@@ -51,6 +51,7 @@ class Batches(Generic[JourneyT]):
         self._writes: list[tuple[asyncio.WriteTransport, bytes]] = []
         self._closing: list[Callable[[], None]] = []
         self._is_due = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # asking for the running one is a system call
 
     def add(self, journey: JourneyT) -> None:
         """Take it on from its `position` in the loop's next turn, together with what else comes in this one."""
@@ -101,7 +102,9 @@ class Batches(Generic[JourneyT]):
 
     def _arm(self) -> None:
         self._is_due = True
-        asyncio.get_running_loop().call_soon(self._run)
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        self._loop.call_soon(self._run)
 
     def _run(self) -> None:
         try:

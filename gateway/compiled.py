@@ -41,6 +41,7 @@ HOT: Final = (
     "gateway.replicas.turns",
     "gateway.replicas.upstream",
     "gateway.routing",
+    "gateway.telemetry.counting",
     "gateway.telemetry.observation",
     "gateway.telemetry.series",
 )

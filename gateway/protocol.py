@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final, Protocol, cast
 
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gateway.api.body import LIMIT_BYTES, PATIENCE_S, STALL_S
@@ -91,6 +92,15 @@ class Exchange:
         self._waiter: asyncio.Future[None] | None = None
 
     # the request
+
+    def take(self, piece: bytes) -> int:
+        """A piece of the body has come; how many bytes wait now."""
+        body = self.body
+        if isinstance(body, _Overflow):
+            body.size += len(piece)
+            return 0
+        body += piece
+        return len(body)
 
     async def receive(self, limit_bytes: int) -> bytes:
         """The body, once it is whole. Call it once the sender is known: only what came with the head is read before.
@@ -275,12 +285,8 @@ class _Overflow:
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def __iadd__(self, piece: bytes) -> "_Overflow":
-        self.size += len(piece)
-        return self
-
     def __len__(self) -> int:
-        return 0  # uvicorn pauses reading by it
+        return 0  # nothing waits: reading never pauses for it
 
 
 class FrontProtocol(HttpToolsProtocol):
@@ -388,18 +394,32 @@ class FrontProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:  # a trailer, behind a chunked body, says nothing here
-            super().on_header(name, value)
+            name = name.lower()
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
 
     def on_chunk_header(self) -> None:
         self._in_trailers, self._trailer_bytes = True, 0  # until a body says that it was not the last one
 
     def on_body(self, body: bytes) -> None:
         self._in_trailers = False
-        super().on_body(body)
+        exchange: Any = self.cycle
+        if not isinstance(exchange, Exchange):
+            super().on_body(body)
+        elif not exchange.response_complete:
+            if exchange.take(body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+            exchange.set()
 
     def on_message_complete(self) -> None:
         self._in_trailers = False
-        super().on_message_complete()
+        exchange: Any = self.cycle
+        if not isinstance(exchange, Exchange):
+            super().on_message_complete()
+        elif not exchange.response_complete:
+            exchange.more_body = False
+            exchange.set()
 
     def on_message_begin(self) -> None:
         self.url = b""

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import re
 import time
+from binascii import hexlify
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import getrandbits
@@ -43,7 +44,7 @@ from gateway.replicas.pool import Place, ReplicaPool
 from gateway.replicas.replica import Replica
 from gateway.replicas.upstream import Connection, OutOfDescriptorsError, UpstreamError
 from gateway.rollouts import RolloutWatch
-from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.counting import GenerationCounts
 from gateway.telemetry.observation import Observation
 from gateway.telemetry.tracing import Trace, Tracing
 from gateway.tenants import Scope as KeyScope
@@ -88,7 +89,7 @@ class Services:
     limits: Limits
     pool: ReplicaPool
     journal: Journal
-    metrics: Metrics
+    counts: GenerationCounts
     tracing: Tracing
     rollouts: RolloutWatch
     patience: Patience
@@ -110,7 +111,7 @@ class _Request:
         self.generation = generation
         self.exchange = exchange
         given = exchange.header(b"x-request-id")
-        self.id = given if given is not None and SAFE_ID.fullmatch(given) else b"%032x" % getrandbits(128)
+        self.id = given if given is not None and SAFE_ID.fullmatch(given) else _new_id()
         self.seen = Observation(route, exchange.began_at)
         self.position = 0
         self.due = False
@@ -224,12 +225,14 @@ class Generation:
     ) -> None:
         self.max_body_bytes = max_body_bytes
         self._dialect = dialect
+        self._asks = b"POST " + dialect.upstream_path.encode()
         self._first_byte_timeout_s = first_byte_timeout_s
         self._services = services
         self._auth = services.auth
         self._models = services.models
         self._limits = services.limits
         self._journal = services.journal
+        self._counts = services.counts
         self._base_receipt = _receipt_of("-", b"base", services.base_fingerprint)
         self._pool = services.pool
         self._running = services.patience.running
@@ -391,10 +394,11 @@ class Generation:
             cache_salt=salt,
             context_length=place.replica.context_length,
         )
-        lines = b"x-request-id: %032x\r\nx-vllm-priority: %d\r\n%b" % (  # never the client's id: it may come twice
-            getrandbits(128), place.priority, request.trace_lines,
-        )  # fmt: skip
-        request.wire = place.replica.client.generation_request(self._dialect.upstream_path, place.adapter, lines, body)
+        named = b"x-tailor-adapter: %b\r\n" % place.adapter.encode() if place.adapter else b""
+        lines = b"%bx-request-id: %b\r\nx-vllm-priority: %d\r\n%b" % (
+            named, _new_id(), place.priority, request.trace_lines,
+        )  # fmt: skip  # never the client's id: it may come twice
+        request.wire = place.replica.client.upstream.written(self._asks, lines, body)
         request.at_work = True
         request.meter = self._meter_of(request, place.resident)
         request.seen.sent_at = time.monotonic()
@@ -740,7 +744,7 @@ class Generation:
         seen.tenant_id = request.tenant_id
         if version is not None:
             seen.adapter_id, seen.version = version.adapter_id, version.number
-        self._services.metrics.later(seen)
+        self._counts.later(seen)
         if request.trace is not None:
             seen.request_id = request.id.decode()
             request.trace.finish(seen)
@@ -797,6 +801,10 @@ def _authorization(request: _Request) -> bytes | None:
 
 def _receipt_of(name: str, number: bytes, digest: str) -> bytes:
     return b"x-tailor-adapter: %b\r\nx-tailor-version: %b; sha256=%b\r\n" % (name.encode(), number, digest.encode())
+
+
+def _new_id() -> bytes:
+    return hexlify(getrandbits(128).to_bytes(16, "big"))
 
 
 def _late() -> ReplicaUnavailable:

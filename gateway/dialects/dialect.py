@@ -10,7 +10,8 @@ texts, never reach a client.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, Protocol
 
 import msgspec
@@ -29,6 +30,7 @@ MOST_ENTRIES: Final = 131_072
 MOST_TOOLS: Final = 128
 TOOLS_BYTES: Final = 131_072
 REST_BYTES: Final = 65_536
+NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +63,50 @@ class Stream(Protocol):
         """Tokens so far; None before the engine has said anything."""
 
 
-@dataclass(slots=True)
 class Checked:
     """A request that may go to an engine."""
 
-    model: str
-    stream: bool
-    request: Any
-    """The checked fields, a `Struct` in the engine's words; its `model` and its length are set for each replica."""
-    length_field: str
-    """What the engine calls the ceiling of one answer; "" where nothing is generated."""
-    length_param: str
-    """What the client called it."""
-    length: int
-    """Ceiling of one answer, in tokens."""
-    own_length: bool
-    """Whether the client asked for it: then it is never cut in silence."""
-    choices: int
-    prompt_bytes: int
-    """No less than the prompt's length; about four to a token."""
-    affinity: str | None
-    """What the client says its requests have in common (`prompt_cache_key`, `user`), for sticky routing."""
-    wants_usage: bool = False
-    own: Mapping[str, Any] = field(default_factory=dict)
-    """What the answer tells the client of its own request (metadata), where the dialect does."""
+    __slots__ = (
+        "affinity", "choices", "length", "length_field", "length_param", "model", "own", "own_length", "prompt_bytes",
+        "request", "stream", "wants_usage",
+    )  # fmt: skip
+
+    def __init__(  # a dataclass's own would stay interpreted
+        self,
+        *,
+        model: str,
+        stream: bool,
+        request: Any,
+        length_field: str,
+        length_param: str,
+        length: int,
+        own_length: bool,
+        choices: int,
+        prompt_bytes: int,
+        affinity: str | None,
+        wants_usage: bool = False,
+        own: Mapping[str, Any] = NOTHING,
+    ) -> None:
+        self.model = model
+        self.stream = stream
+        self.request = request
+        """The checked fields, a `Struct` in the engine's words; its `model` and its length are set for each replica."""
+        self.length_field = length_field
+        """What the engine calls the ceiling of one answer; "" where nothing is generated."""
+        self.length_param = length_param
+        """What the client called it."""
+        self.length = length
+        """Ceiling of one answer, in tokens."""
+        self.own_length = own_length
+        """Whether the client asked for it: then it is never cut in silence."""
+        self.choices = choices
+        self.prompt_bytes = prompt_bytes
+        """No less than the prompt's length; about four to a token."""
+        self.affinity = affinity
+        """What the client says its requests have in common (`prompt_cache_key`, `user`), for sticky routing."""
+        self.wants_usage = wants_usage
+        self.own = own
+        """What the answer tells the client of its own request (metadata), where the dialect does."""
 
     @property
     def max_tokens(self) -> int:

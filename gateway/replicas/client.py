@@ -147,13 +147,9 @@ class ReplicaClient:
     Control calls have connections of their own: what happens to requests' connections says nothing about the agent.
     """
 
-    def __init__(self, upstream: Upstream, token: str) -> None:
-        self.upstream = upstream
-        self._control = Upstream(upstream.url)
-        self._common = (
-            f"host: {upstream.host_header}\r\nauthorization: Bearer {token}\r\n"
-            "accept: */*\r\ncontent-type: application/json\r\n"
-        ).encode()
+    def __init__(self, url: str, token: str) -> None:
+        self.upstream = Upstream(url, token=token)
+        self._control = Upstream(url, token=token)
 
     def close(self) -> None:
         """Cut every connection."""
@@ -367,13 +363,10 @@ class ReplicaClient:
         `lines` are further header lines, each with its end.
         """
         named = b"x-tailor-adapter: %b\r\n" % adapter.encode() if adapter else b""
-        return b"POST %b HTTP/1.1\r\n%b%b%bcontent-length: %d\r\n\r\n%b" % (
-            path.encode(), self._common, named, lines, len(body), body,
-        )  # fmt: skip
+        return self.upstream.written(b"POST " + path.encode(), named + lines, body)
 
     async def _call(self, method: str, path: str, body: bytes, timeout_s: float) -> bytes:
-        head = f"{method} /tailor/{path} HTTP/1.1\r\n".encode() + self._common
-        request = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
+        request = self._control.written(f"{method} /tailor/{path}".encode(), b"", body)
         async with asyncio.timeout(timeout_s):
             connection = await self._control.send(request)
             try:

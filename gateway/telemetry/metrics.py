@@ -1,48 +1,26 @@
-"""The gateway's metrics: one call at the end of each request, a page when Prometheus asks.
+"""The gateway's metrics: one call at the end of each request (`counting`), a page when Prometheus asks.
 
-`Metrics.request` is on the hot path: about 2.5 µs, no lock, no lookup of labels, nothing allocated for a label seen
-before. Everything that another part knows anyway (states, gauges, its own counters) is read when the page is written.
+Everything that another part knows anyway (states, gauges, its own counters) is read when the page is written.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
 from importlib.metadata import version
 from typing import Final
 
 from gateway.telemetry import names, process
+from gateway.telemetry.counting import Bounds, GenerationCounts, Route
 from gateway.telemetry.exposition import head, labelled, sample
 from gateway.telemetry.names import Metric
-from gateway.telemetry.observation import Observation
-from gateway.telemetry.series import OTHER, OUTCOMES, Capped, Histogram, Tokens, Usage, outcome_of
+from gateway.telemetry.series import OUTCOMES, Capped, Histogram, Usage
 
 log = logging.getLogger("tailor.metrics")
 
-# seconds; fine where a good answer lies, coarse where only "too long" matters
-Bounds = Sequence[float]
-DURATION_BOUNDS: Final[Bounds] = (
-    *(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0),
-)
-TTFT_BOUNDS: Final[Bounds] = (
-    *(0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8, 1.0),
-    *(1.5, 2.5, 4.0, 6.0, 10.0, 20.0, 40.0, 60.0),
-)
-INTER_TOKEN_BOUNDS: Final[Bounds] = (
-    *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05),
-    *(0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5),
-)
-WAIT_BOUNDS: Final[Bounds] = (
-    *(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0),
-)
 LAG_BOUNDS: Final[Bounds] = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
-
-REPLICA_LIMIT: Final = 256
 SLICE_S: Final = 0.001
-MOST_WAITING: Final = 256
 Labels = str | tuple[str, ...]
 Reading = float | Mapping[Labels, float]
 Read = Callable[[], Reading]
@@ -79,19 +57,6 @@ READABLE: Final = (
 """What the other parts know and `Metrics.watch` attaches."""
 
 
-class Route:
-    """What came to one route."""
-
-    __slots__ = ("duration", "inter_token", "statuses", "tokens", "ttft")
-
-    def __init__(self) -> None:
-        self.statuses: dict[int, int] = {}
-        self.duration = Histogram(DURATION_BOUNDS)
-        self.inter_token = Histogram(INTER_TOKEN_BOUNDS)
-        self.ttft: dict[str, Histogram] = {}
-        self.tokens = Tokens()
-
-
 class Metrics:
     """All metrics of one gateway process.
 
@@ -99,51 +64,12 @@ class Metrics:
     """
 
     def __init__(self, *, tenants: int, adapters: int) -> None:
-        self._waiting: list[Observation] = []
-        self._generation: dict[str, Route] = {}
+        self.generation = GenerationCounts(tenants=tenants, adapters=adapters)
         self._control: dict[tuple[str, str], Route] = {}
-        self._tenants = Capped(tenants)
-        self._adapters = Capped(adapters)
-        self._replicas: dict[str, list[int]] = {}
-        self._tiers: dict[str, int] = {}
-        self._queue = Histogram(WAIT_BOUNDS)
-        self._load_wait: dict[str, Histogram] = {}
         self._lag = Histogram(LAG_BOUNDS)
         self._reads: dict[Metric, Read] = {}
         self._faults = 0
         self._version = version("tailor")
-
-    def later(self, seen: Observation) -> None:
-        """As `request`, a quarter of a second later: many at once cost a third, as their code is in the caches then."""
-        self._waiting.append(seen)
-        if len(self._waiting) >= MOST_WAITING:
-            self._count_waiting()
-
-    def _count_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for seen in waiting:
-            self.request(seen)
-
-    def request(self, seen: Observation) -> None:
-        """Count a generation request that has ended; never raises for what a client can send."""
-        route = self._generation.get(seen.route)
-        if route is None:
-            route = self._generation[seen.route] = Route()
-        status = seen.status
-        route.statuses[status] = route.statuses.get(status, 0) + 1
-        route.duration.observe(seen.ended - seen.began)
-        outcome = outcome_of(status)
-        ttft_s = self._first_token(route, seen) if seen.streamed and seen.first_at else None
-        tokens = route.tokens
-        tokens.prompt += seen.prompt_tokens
-        tokens.cached += seen.cached_tokens
-        tokens.completion += seen.completion_tokens
-        if seen.tenant_id:
-            self._tenants.of(seen.tenant_id, "", seen.ended).count(seen, outcome, ttft_s)
-            if seen.adapter_id:
-                self._adapters.of(seen.adapter_id, seen.tenant_id, seen.ended).count(seen, outcome, ttft_s)
-        if seen.tier:
-            self._placed(seen, outcome)
 
     def control(self, route: str, method: str, status: int, duration_s: float) -> None:
         """Count any other request; `route` is the template, so that no path of a client's becomes a label."""
@@ -184,14 +110,14 @@ class Metrics:
             due = time.monotonic() + every_s
             await asyncio.sleep(every_s)
             self._lag.observe(max(0.0, time.monotonic() - due))
-            self._count_waiting()
+            self.generation.catch_up()
 
     async def page(self) -> bytes:
         """Everything in Prometheus' text format, written in slices of a millisecond: requests go on between them.
 
         A family's numbers may be some milliseconds older than another's; one histogram's are always of one moment.
         """
-        self._count_waiting()
+        self.generation.catch_up()
         pieces = []
         pause_at = time.perf_counter() + SLICE_S
         for piece in self.pieces():
@@ -205,8 +131,8 @@ class Metrics:
         """The page's text, piece by piece; numbers and labels may change between two of them."""
         yield from self._requests()
         yield from self._generations()
-        yield from _usage(self._tenants, names.TENANT_REQUESTS, names.TENANT_TOKENS, names.TENANT_TTFT)
-        yield from _usage(self._adapters, names.ADAPTER_REQUESTS, names.ADAPTER_TOKENS, names.ADAPTER_TTFT)
+        yield from _usage(self.generation.tenants, names.TENANT_REQUESTS, names.TENANT_TOKENS, names.TENANT_TTFT)
+        yield from _usage(self.generation.adapters, names.ADAPTER_REQUESTS, names.ADAPTER_TOKENS, names.ADAPTER_TTFT)
         for metric, read in list(self._reads.items()):
             yield self._read(metric, read)
         yield head(names.EVENT_LOOP_LAG) + self._lag.lines(names.EVENT_LOOP_LAG.name, "")
@@ -215,33 +141,9 @@ class Metrics:
         for metric, value in process.figures().items():
             yield _single(metric, value)
 
-    def _first_token(self, route: Route, seen: Observation) -> float:
-        ttft_s = seen.first_at - seen.began
-        histogram = route.ttft.get(seen.tier)
-        if histogram is None:
-            histogram = route.ttft[seen.tier] = Histogram(TTFT_BOUNDS)
-        histogram.observe(ttft_s)
-        if seen.completion_tokens > 1:
-            route.inter_token.observe((seen.ended - seen.first_at) / (seen.completion_tokens - 1))
-        return ttft_s
-
-    def _placed(self, seen: Observation, outcome: int) -> None:
-        tier = seen.tier
-        self._tiers[tier] = self._tiers.get(tier, 0) + 1
-        self._queue.observe(seen.queue_s)
-        if seen.load_s:
-            waits = self._load_wait.get(tier)
-            if waits is None:
-                waits = self._load_wait[tier] = Histogram(WAIT_BOUNDS)
-            waits.observe(seen.load_s)
-        outcomes = self._replicas.get(seen.replica)
-        if outcomes is None:
-            name = seen.replica if len(self._replicas) < REPLICA_LIMIT else OTHER
-            outcomes = self._replicas.setdefault(name, [0] * len(OUTCOMES))
-        outcomes[outcome] += 1
-
     def _requests(self) -> Iterator[str]:
-        routes = [(("POST", name), route) for name, route in self._generation.items()] + list(self._control.items())
+        generation = [(("POST", name), route) for name, route in self.generation.routes.items()]
+        routes = generation + list(self._control.items())
         yield head(names.REQUESTS)
         for (method, name), route in routes:
             for status, count in list(route.statuses.items()):
@@ -253,22 +155,22 @@ class Metrics:
             yield route.duration.lines(duration.name, labelled(duration.labels, key))
 
     def _generations(self) -> Iterator[str]:
-        routes = list(self._generation.items())
+        routes = list(self.generation.routes.items())
         yield head(names.TTFT)
         for name, route in routes:
             yield from _by_tier(names.TTFT, route.ttft, (name,))
         yield head(names.INTER_TOKEN)
         for name, route in routes:
             yield route.inter_token.lines(names.INTER_TOKEN.name, labelled(("route",), (name,)))
-        yield head(names.QUEUE) + self._queue.lines(names.QUEUE.name, "")
+        yield head(names.QUEUE) + self.generation.queue.lines(names.QUEUE.name, "")
         yield head(names.LOAD_WAIT)
-        yield from _by_tier(names.LOAD_WAIT, self._load_wait, ())
-        yield _family(names.SLOT_REQUESTS, [((tier,), count) for tier, count in self._tiers.items()])
+        yield from _by_tier(names.LOAD_WAIT, self.generation.load_wait, ())
+        yield _family(names.SLOT_REQUESTS, [((tier,), count) for tier, count in self.generation.tiers.items()])
         tokens = [((name, kind), count) for name, route in routes for kind, count in route.tokens.by_kind()]
         yield _family(names.TOKENS, tokens)
         outcomes = [
             ((replica, outcome), count)
-            for replica, counts in self._replicas.items()
+            for replica, counts in self.generation.replicas.items()
             for outcome, count in zip(OUTCOMES, counts, strict=True)
         ]
         yield _family(names.REPLICA_REQUESTS, outcomes)

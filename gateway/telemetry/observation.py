@@ -1,9 +1,6 @@
 """What is known of one generation request at its end: read once by the metrics, the trace and the ledger."""
 
-from dataclasses import dataclass
 
-
-@dataclass(slots=True)
 class Observation:
     """Filled by the hot path as a request goes. Moments are `time.monotonic()`, 0 where it never came so far.
 
@@ -11,22 +8,29 @@ class Observation:
     error would have had in a head, and for a client that left, which is 499. `adapter_id` is empty for the base model.
     """
 
-    route: str
-    began: float
-    request_id: str = ""
-    tenant_id: str = ""
-    adapter_id: str = ""
-    version: int = 0
-    replica: str = ""
-    tier: str = ""
-    streamed: bool = False
-    status: int = 0
-    placing_at: float = 0.0
-    queue_s: float = 0.0
-    load_s: float = 0.0
-    sent_at: float = 0.0
-    first_at: float = 0.0
-    ended: float = 0.0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
+    __slots__ = (
+        "adapter_id", "began", "cached_tokens", "completion_tokens", "ended", "first_at", "load_s", "placing_at",
+        "prompt_tokens", "queue_s", "replica", "request_id", "route", "sent_at", "status", "streamed", "tenant_id",
+        "tier", "version",
+    )  # fmt: skip
+
+    def __init__(self, route: str, began: float) -> None:  # a dataclass's own would stay interpreted
+        self.route = route
+        self.began = began
+        self.request_id = ""
+        self.tenant_id = ""
+        self.adapter_id = ""
+        self.version = 0
+        self.replica = ""
+        self.tier = ""
+        self.streamed = False
+        self.status = 0
+        self.placing_at = 0.0
+        self.queue_s = 0.0
+        self.load_s = 0.0
+        self.sent_at = 0.0
+        self.first_at = 0.0
+        self.ended = 0.0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.completion_tokens = 0

@@ -6,6 +6,7 @@ A request that is not traced, 99 in 100 by default, costs about a microsecond he
 """
 
 import re
+from binascii import hexlify
 from collections.abc import Mapping
 from dataclasses import dataclass
 from random import getrandbits
@@ -103,10 +104,12 @@ class Tracing:
             return self._go_on(parent, tracestate)
         if self._spans is None:
             return None, b""
-        trace_id = getrandbits(128) or 1
+        number = getrandbits(192)  # trace id and span id
+        trace_id = number >> 64
         if trace_id % _RANGE >= self._bound:
-            return None, b"traceparent: 00-%032x-%016x-00\r\n" % (trace_id, random_id())
-        trace = Trace(self._spans, trace_id, None)
+            digits = hexlify(number.to_bytes(24, "big"))  # half the time that `%x` takes
+            return None, b"traceparent: 00-%b-%b-00\r\n" % (digits[:32], digits[32:])
+        trace = Trace(self._spans, trace_id or 1, None)
         return trace, trace.header
 
     async def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:

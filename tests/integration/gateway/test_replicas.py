@@ -35,7 +35,7 @@ from gateway.plans import Plan
 from gateway.replicas.client import ReplicaClient
 from gateway.replicas.pool import Place, ReplicaPool
 from gateway.replicas.replica import Replica, ReplicaOptions, ReplicaState
-from gateway.replicas.upstream import Upstream, UpstreamError
+from gateway.replicas.upstream import UpstreamError
 from loadtests.fake.engine import EngineModel
 from loadtests.fake.replica import TOKEN, FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, error_of
@@ -147,7 +147,7 @@ async def run_pool() -> AsyncIterator[RunPool]:
     ) -> Caller:
         pool = ReplicaPool(
             [replica.url for replica in replicas],
-            lambda url: ReplicaClient(Upstream(url), TOKEN),
+            lambda url: ReplicaClient(url, TOKEN),
             fingerprint=replicas[0].fingerprint,
             options=options,
             spread_at=spread_at,

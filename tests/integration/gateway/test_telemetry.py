@@ -37,7 +37,8 @@ TRACEPARENT = f"00-{TRACE_ID}-{SPAN_ID}-01".encode()
 def observation(**more: Any) -> Observation:
     """A stream that has just ended: queued 20 ms, loaded 200 ms, first token 100 ms after it was sent."""
     began = time.monotonic() - 1.0
-    seen = Observation(CHAT, began, request_id="5f" * 16, tenant_id="tnt_a", adapter_id="adp_a", version=3)
+    seen = Observation(CHAT, began)
+    seen.request_id, seen.tenant_id, seen.adapter_id, seen.version = "5f" * 16, "tnt_a", "adp_a", 3
     seen.replica, seen.tier, seen.streamed, seen.status = "unix:/run/r0.sock", "cold", True, 200
     seen.placing_at, seen.queue_s, seen.load_s = began + 0.01, 0.02, 0.2
     seen.sent_at, seen.first_at, seen.ended = began + 0.25, began + 0.35, began + 0.95
@@ -69,7 +70,7 @@ async def exchange(port: OperatorPort, request: bytes) -> bytes:
 async def test_a_scrape_reads_what_was_counted() -> None:
     """Over a socket, as Prometheus would; tenants are ids."""
     metrics = Metrics(tenants=10, adapters=10)
-    metrics.request(observation())
+    metrics.generation.count(observation())
     async with operator_port(metrics) as port, httpx.AsyncClient() as client:
         scraped = await client.get(f"http://127.0.0.1:{port.port}/metrics")
     assert scraped.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -103,7 +104,7 @@ async def test_a_peer_that_stalls_is_cut() -> None:
         with suppress(ConnectionError):
             assert await exchange(port, b"GET /metrics HTTP/1.1\r\n") == b""
         for n in range(50_000):  # more than the kernel's buffers hold
-            metrics.request(observation(tenant_id=f"tnt_{n}", adapter_id=f"adp_{n}"))
+            metrics.generation.count(observation(tenant_id=f"tnt_{n}", adapter_id=f"adp_{n}"))
     page = b"".join(piece.encode() for piece in metrics.pieces())
 
     async def written_before() -> bytes:

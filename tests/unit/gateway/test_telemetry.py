@@ -68,7 +68,8 @@ def page_of(metrics: Metrics) -> Samples:
 
 def observation(**more: Any) -> Observation:
     """A stream of 11 tokens: first one after 0.5 s, the last a second later."""
-    seen = Observation(CHAT, began=100.0, first_at=100.5, ended=101.5, status=200, streamed=True)
+    seen = Observation(CHAT, 100.0)
+    seen.first_at, seen.ended, seen.status, seen.streamed = 100.5, 101.5, 200, True
     seen.tenant_id, seen.adapter_id, seen.tier, seen.replica = "tnt_a", "adp_a", "gpu", "http://10.0.0.5:9000"
     seen.prompt_tokens, seen.cached_tokens, seen.completion_tokens = 20, 5, 11
     for name, value in more.items():
@@ -79,7 +80,7 @@ def observation(**more: Any) -> Observation:
 def test_a_request_is_counted_once_everywhere() -> None:
     """By route, tenant, adapter, replica and tier, with its times and tokens."""
     metrics = Metrics(tenants=10, adapters=10)
-    metrics.request(observation())
+    metrics.generation.count(observation())
     found = page_of(metrics)
     assert of(found, "tailor_requests_total", method="POST", route=CHAT, status="200") == 1
     assert of(found, "tailor_request_duration_seconds_sum", method="POST", route=CHAT) == 1.5
@@ -112,15 +113,17 @@ def test_a_request_is_counted_once_everywhere() -> None:
 def test_an_outcome_follows_from_the_status(status: int, outcome: str) -> None:
     """Limits, clients that leave and failures are told apart."""
     metrics = Metrics(tenants=10, adapters=10)
-    metrics.request(observation(status=status))
+    metrics.generation.count(observation(status=status))
     assert total(page_of(metrics), "tailor_tenant_requests_total", outcome=outcome) == 1
 
 
 def test_what_never_happened_is_not_observed() -> None:
     """A whole answer has no first token, a stranger no tenant, a refused request no tier, a base request no adapter."""
     metrics = Metrics(tenants=10, adapters=10)
-    metrics.request(observation(streamed=False, adapter_id="", tier="base"))
-    metrics.request(observation(status=401, tenant_id="", adapter_id="", tier="", first_at=0.0, completion_tokens=0))
+    metrics.generation.count(observation(streamed=False, adapter_id="", tier="base"))
+    metrics.generation.count(
+        observation(status=401, tenant_id="", adapter_id="", tier="", first_at=0.0, completion_tokens=0)
+    )
     found = page_of(metrics)
     assert total(found, "tailor_requests_total") == 2
     assert total(found, "tailor_slot_requests_total") == 1
@@ -154,7 +157,7 @@ def test_the_cap_keeps_sums_exact(requests: list[tuple[int, int, float]], limit:
     now, asked, tokens = 1_000.0, Counter[int](), 0
     for tenant, status, later_s in requests:
         now += later_s
-        metrics.request(
+        metrics.generation.count(
             observation(tenant_id=f"tnt_{tenant}", adapter_id=f"adp_{tenant}", status=status, began=now, ended=now + 1)
         )
         asked[status] += 1
@@ -243,8 +246,8 @@ def test_a_page_may_be_written_while_everything_changes() -> None:
             "adapter_id": f"adp_{n}",
             "replica": f"r{n}",
         }
-        metrics.request(observation(load_s=1.0, **new))
-        metrics.request(observation(route=f"/v1/{n}"))
+        metrics.generation.count(observation(load_s=1.0, **new))
+        metrics.generation.count(observation(route=f"/v1/{n}"))
         metrics.control("/v1/models", "GET", 200 + n, 0.1)
         metrics.control(f"/v1/models/{n}", "GET", 200, 0.1)
 
@@ -259,7 +262,7 @@ async def test_requests_go_on_while_a_large_page_is_written() -> None:
     """The event loop turns many times before it is out."""
     metrics = Metrics(tenants=2_000, adapters=2_000)
     for n in range(2_000):
-        metrics.request(observation(tenant_id=f"tnt_{n}", adapter_id=f"adp_{n}"))
+        metrics.generation.count(observation(tenant_id=f"tnt_{n}", adapter_id=f"adp_{n}"))
     page = asyncio.create_task(metrics.page())
     turns = 0
     while not page.done():
@@ -272,7 +275,7 @@ async def test_requests_go_on_while_a_large_page_is_written() -> None:
 def full_page() -> str:
     """A page on which every family has a sample."""
     metrics = Metrics(tenants=1, adapters=1)
-    metrics.request(observation(load_s=1.0))
+    metrics.generation.count(observation(load_s=1.0))
     for metric in READABLE:
         values = tuple("x" for _ in metric.labels)
         metrics.watch(metric, lambda values=values: {values: 1.0} if values else 1.0)  # type: ignore[misc]
