@@ -140,6 +140,7 @@ def create_app(settings: Settings, *, operators: socket.socket | None = None) ->
             services,
             max_body_bytes=settings.max_body_bytes,
             first_byte_timeout_s=settings.first_byte_timeout_s,
+            hear_out_s=settings.hear_out_s,
         )
         for path, dialect in all_dialects(_bounds(settings)).items()
     }

@@ -110,6 +110,12 @@ class Settings(BaseSettings):
     max_choices: int = Field(4, ge=1, le=128, description="ceiling of n")
     max_schema_bytes: int = Field(16_384, ge=256, le=1 << 20, description="largest JSON schema an answer is held to")
     first_byte_timeout_s: Seconds = Field(300, description="longest wait for a replica's first byte")
+    hear_out_s: float = Field(
+        10,
+        ge=0,
+        le=600,
+        description="how long an engine may go on with a whole answer whose client has left, for its count",
+    )
     tool_call_parser: str | None = Field(
         None,
         pattern="^[a-z0-9_-]{1,64}$",

@@ -184,11 +184,13 @@ class _Request:
     # as who is served
 
     def leave(self) -> None:
-        """The client has gone: nothing more is done for it, but an engine's stream is heard out."""
+        """The client has gone: nothing more is done for it, but an engine that works for it is heard out."""
         if self.ended:
             return
         if self.pipe is not None:
             self.pipe.leave()
+        elif self.at_work and self.generation.hear_out_s:  # only the whole answer says what it took
+            self.deadline = time.monotonic() + self.generation.hear_out_s
         else:
             self._end(ClientGone())
 
@@ -211,19 +213,28 @@ class _Request:
     def expire(self) -> None:
         """Its time is over: for the first byte of an answer, or for hearing an engine out whose client has left."""
         self.deadline = 0.0
-        if self.pipe is None:
-            self.stop(_late())
-        else:
+        if self.pipe is not None:
             self.pipe.expire()
+        elif self.exchange.disconnected:
+            self._end(ClientGone())
+        else:
+            self.stop(_late())
 
 
 class Generation:
     """One endpoint; the hot path of its dialect."""
 
     def __init__(
-        self, dialect: Dialect, services: Services, *, max_body_bytes: int, first_byte_timeout_s: float
+        self,
+        dialect: Dialect,
+        services: Services,
+        *,
+        max_body_bytes: int,
+        first_byte_timeout_s: float,
+        hear_out_s: float,
     ) -> None:
         self.max_body_bytes = max_body_bytes
+        self.hear_out_s = hear_out_s
         self._dialect = dialect
         self._asks = b"POST " + dialect.upstream_path.encode()
         self._first_byte_timeout_s = first_byte_timeout_s
@@ -463,6 +474,8 @@ class Generation:
         """Until an answer's head has come that is to be passed on."""
         request.forgotten = request.forgotten and request.pipe is None
         while True:
+            if request.exchange.disconnected:
+                raise ClientGone
             request.seen.placing_at = time.monotonic()
             await self._wait_for_place_or_stand_in(request)
             place = request.place
@@ -565,8 +578,10 @@ class Generation:
         place = request.place
         assert place is not None
         stream = self._dialect.stream(place.name, request.asked)
-        request.pipe = _Pipe(request, connection, stream, self._head(request, EVENTS))
-        request.pipe.begin()
+        pipe = request.pipe = _Pipe(request, connection, stream, self._head(request, EVENTS))
+        pipe.begin()
+        if request.exchange.disconnected:
+            pipe.leave()
 
     def _answer(self, request: _Request) -> Wait | None:
         """Tell the client what the engine has answered, or the stream's end."""
@@ -579,6 +594,8 @@ class Generation:
         request.usage = usage
         head = self._head(request, JSON)
         self._give_back(request, usage.tokens)  # the engine is done
+        if request.exchange.disconnected:
+            raise ClientGone
         request.seen.status = 200
         wait = request.exchange.answer(200, head, told)
         if wait is not None:
@@ -728,6 +745,9 @@ class Generation:
             tokens = usage.tokens
         elif request.at_work:
             tokens = None  # the engine never said how much it has done
+            if request.exchange.disconnected:  # the client's choice: the ledger counts what its limits do
+                seen.completion_tokens = request.asked.max_tokens
+                seen.prompt_tokens = request.cost - request.asked.max_tokens
         self._give_back(request, tokens)
         if version is not None and version.rollout is not None and seen.placing_at:
             self._note_for_rollout(request, version)

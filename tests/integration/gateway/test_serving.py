@@ -4,12 +4,14 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
 from adapter_store.ids import TenantId
+from gateway.limits.memory import MemoryLimits
 from loadtests.fake.replica import FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, Tenant, error_of, until_ready
 
@@ -188,8 +190,9 @@ async def test_many_first_requests_are_one_load(acme: Tenant, good: Path, replic
     assert len(replica.loads) == 1
 
 
-async def test_a_client_that_leaves_cancels_upstream(acme: Tenant, good: Path, replica: FakeReplica) -> None:
-    """Streaming or not, the engine stops working for nobody."""
+async def test_a_client_that_leaves_cancels_upstream(run_gateway: RunGateway, good: Path, replica: FakeReplica) -> None:
+    """Streaming or not, the engine stops working for nobody; a whole answer has its time to end first."""
+    acme = await (await run_gateway(replica, hear_out_s=0.5)).tenant("acme")
     await acme.publish(good)
     await acme.ask()
     replica.faults.hang_before_answer = True
@@ -199,6 +202,7 @@ async def test_a_client_that_leaves_cancels_upstream(acme: Tenant, good: Path, r
             json={"model": "bot", "messages": [{"role": "user", "content": "x"}]},
             timeout=0.3,
         )
+    assert replica.cancelled == 0
     await _until(lambda: replica.cancelled == 1)
     replica.faults.hang_before_answer = False
     replica.faults.event_delay_s, replica.events = 0.05, 200
@@ -206,6 +210,37 @@ async def test_a_client_that_leaves_cancels_upstream(acme: Tenant, good: Path, r
     async with acme.client.stream("POST", "/v1/chat/completions", json=body) as response:
         await anext(response.aiter_lines())
     await _until(lambda: replica.cancelled == 2)
+
+
+@pytest.mark.parametrize("hears_out", [True, False])
+async def test_a_whole_answer_whose_client_has_left_is_counted(
+    run_gateway: RunGateway, replica: FakeReplica, hears_out: bool
+) -> None:
+    """As the engine counted it; where it did not end in time, as the limits count it: what was reserved."""
+    gateway = await run_gateway(replica, hear_out_s=10 if hears_out else 0.1, usage_flush_s=0.05)
+    await gateway.operator.post("/admin/v1/plans", json={"name": "month", "tokens_per_month": 100_000})
+    acme = await gateway.tenant("acme")
+    await gateway.operator.patch("/admin/v1/tenants/acme", json={"plan": "month"})
+    replica.faults.latency_s = 1.0
+    body = {"model": BASE, "max_tokens": 200, "messages": [{"role": "user", "content": "x" * 4_000}]}
+    with pytest.raises(httpx.ReadTimeout):
+        await acme.client.post("/v1/chat/completions", json=body, timeout=0.3)
+
+    async def told() -> list[dict[str, Any]]:
+        return list((await acme.client.get("/v1/usage")).json()["data"])
+
+    async with asyncio.timeout(10):
+        while not (rows := await told()):
+            await asyncio.sleep(0.05)
+    used = (rows[0]["prompt_tokens"], rows[0]["completion_tokens"])
+    if hears_out:
+        assert used == (replica.served[0].prompt_tokens, replica.served[0].completion_tokens)
+    else:
+        assert used == (len(json.dumps(body, separators=(",", ":"))) // 4, 200)
+    assert (rows[0]["requests"], rows[0]["failed"]) == (1, 0)
+    limits = gateway.parts.limits
+    assert isinstance(limits, MemoryLimits)
+    assert [account.used for account in limits._tenants.values()] == [sum(used)]
 
 
 async def test_an_adapter_that_the_replica_forgot_is_loaded_again(
