@@ -3,13 +3,18 @@
 A version's score is of the examples that there were when its proof began. Where it is of others, or of none, the proof
 is to be run again before anything is said: a proof that a rollout finds running, or that ended before the tenant set
 its examples, says nothing of them.
+
+What the engine refuses of the examples is in no score. Two versions of which it refused the same are compared on the
+others; where it refused others of each, as after it was replaced, nothing is compared: asking again would not end.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapter_store import examples, proofs
 from adapter_store.catalog import Version
 from adapter_store.engine import AsyncConnection
+from adapter_store.examples import Example, Score
 from adapter_store.ids import VersionId
 from adapter_store.proofs import Proof, Reason, Status
 from adapter_store.rollouts import Rollout
@@ -24,12 +29,21 @@ class Finding:
     """`proof`: "proved", another word where the rollout goes back, None for nothing yet.
 
     `not_compared`: why a version that is proved is not compared with the one before; empty: it is.
+    `left_out`: examples, by place, without which it is: the engine refuses them.
     `to_prove`: what is proved again before there is more.
     """
 
     proof: str | None = None
     not_compared: str = ""
+    left_out: tuple[int, ...] = ()
     to_prove: tuple[Version, ...] = ()
+
+    @property
+    def remark(self) -> str:
+        """What the history is to say of a comparison that was not made, or not of all examples; mostly empty."""
+        if self.not_compared:
+            return f"not compared on the examples: {self.not_compared}"
+        return _without(self.left_out) if self.left_out else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +52,7 @@ class _Side:
 
     version: Version | None
     proof: Proof | None
-    score: float | None  # on the examples as they are
+    score: Score | None  # on the examples as they are
 
     @property
     def is_judged(self) -> bool:
@@ -51,29 +65,50 @@ async def compare(connection: AsyncConnection, rollout: Rollout) -> Finding:
     digest = examples.digest_of(wanted)
     candidate = await _side(connection, rollout.candidate_id, digest)
     baseline = await _side(connection, rollout.baseline_id, digest)
-    return _finding(candidate, baseline, rollout, has_examples=bool(wanted))
+    return _finding(candidate, baseline, rollout, wanted)
 
 
 async def _side(connection: AsyncConnection, version_id: VersionId, digest: str) -> _Side:
     badges = await proofs.find_all(connection, [version_id])
     found = await examples.score_of(connection, version_id)
-    score = found[1] if found is not None and found[0] == digest else None
+    score = found if found is not None and found.digest == digest else None
     return _Side(await proofs.find_version(connection, version_id), badges.get(version_id), score)
 
 
-def _finding(candidate: _Side, baseline: _Side, rollout: Rollout, *, has_examples: bool) -> Finding:
+def _finding(candidate: _Side, baseline: _Side, rollout: Rollout, wanted: Sequence[Example]) -> Finding:
     proof = candidate.proof
     if proof is not None and proof.status not in (Status.PENDING, Status.PROVED):
         return Finding(_spelled(proof))
-    not_compared = _not_compared(candidate, baseline, rollout) if has_examples else "there are none"
+    not_compared = _not_compared(candidate, baseline, rollout) if wanted else "there are none"
     sides = (candidate,) if not_compared else (candidate, baseline)
-    scores = [side.score for side in sides if side.score is not None]
     unscored = [] if not_compared else [side for side in sides if side.score is None]
     to_prove = [side for side in sides if side.proof is None or (side in unscored and side.is_judged)]
     if unscored or to_prove or not candidate.is_judged:
         return Finding(to_prove=tuple(side.version for side in to_prove if side.version is not None))
-    worse = None if not_compared else examples.worse(*scores)
-    return Finding(worse or Status.PROVED, not_compared)
+    if not_compared or candidate.score is None or baseline.score is None:
+        return Finding(Status.PROVED, not_compared)
+    return _compared(candidate.score, baseline.score, rollout, len(wanted))
+
+
+def _compared(candidate: Score, baseline: Score, rollout: Rollout, count: int) -> Finding:
+    """Two scores of the same `count` examples."""
+    left_out = candidate.refused
+    if left_out != baseline.refused:
+        by_side = ((rollout.candidate, candidate), (rollout.baseline, baseline))
+        told = " and ".join(
+            f"{examples.spelled(score.refused) or 'none'} of version {number}" for number, score in by_side
+        )
+        return Finding(Status.PROVED, f"the engine refused {told}")
+    if len(left_out) == count:
+        return Finding(Status.PROVED, "the engine refuses them all")
+    worse = examples.worse(candidate.mean, baseline.mean)
+    if worse and left_out:
+        worse += f" ({_without(left_out)})"
+    return Finding(worse or Status.PROVED, left_out=left_out)
+
+
+def _without(left_out: Sequence[int]) -> str:
+    return f"compared without {examples.spelled(left_out)}: refused by the engine"
 
 
 def _not_compared(candidate: _Side, baseline: _Side, rollout: Rollout) -> str:

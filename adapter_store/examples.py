@@ -7,6 +7,7 @@ its own tenant's examples does. Rows and the comparison; `gateway/proofs.py` ask
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 from sqlalchemy import BigInteger, Column, Double, ForeignKey, Table, Text, delete, insert, select
@@ -53,9 +54,24 @@ scores = Table(
         ForeignKey("versions.id", name="fk_scores_version_id", ondelete="CASCADE"),
         primary_key=True,
     ),
-    Column("digest", Text, nullable=False),  # of the examples that it is of
+    Column("digest", Text, nullable=False),  # of the examples that it is of; " without 1,3": the engine refused these
     Column("score", Double, nullable=False),
 )
+
+
+_WITHOUT = " without "
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Mean log probability of the tokens of the examples that `digest` names; all of them `refused`: 0, and no measure.
+
+    `refused`: places in the tenant's list, from 0, of those that the engine refused and that are not counted.
+    """
+
+    digest: str
+    mean: float
+    refused: tuple[int, ...] = ()
 
 
 def check(given: Sequence[Example]) -> None:
@@ -74,6 +90,11 @@ def check(given: Sequence[Example]) -> None:
 def digest_of(given: Sequence[Example]) -> str:
     """What names these examples."""
     return hashlib.sha256(msgspec.json.encode(list(given))).hexdigest()
+
+
+def spelled(places: Sequence[int]) -> str:
+    """As `check` names them."""
+    return ", ".join(f"examples[{place}]" for place in places)
 
 
 def worse(candidate: float, baseline: float) -> str | None:
@@ -112,16 +133,23 @@ async def newest(connection: AsyncConnection, adapter_id: AdapterId) -> Sequence
     return [VersionId(found) for found in (await connection.execute(statement)).scalars()]
 
 
-async def keep_score(connection: AsyncConnection, version_id: VersionId, digest: str, score: float) -> None:
-    """Mean log probability of the examples' tokens; one that is no number is kept as the worst."""
+async def keep_score(connection: AsyncConnection, version_id: VersionId, score: Score) -> None:
+    """In the place of the one that there was; a mean that is no number is kept as the worst."""
     await connection.execute(delete(scores).where(scores.c.version_id == version_id))
-    row = {"version_id": version_id, "digest": digest, "score": score if math.isfinite(score) else -1e9}
+    row = {
+        "version_id": version_id,
+        "digest": score.digest + (_WITHOUT + ",".join(map(str, score.refused)) if score.refused else ""),
+        "score": score.mean if math.isfinite(score.mean) else -1e9,
+    }
     await connection.execute(insert(scores).values(row))
 
 
-async def score_of(connection: AsyncConnection, version_id: VersionId) -> tuple[str, float] | None:
-    """(digest of the examples, score)"""
+async def score_of(connection: AsyncConnection, version_id: VersionId) -> Score | None:
+    """The version's, of the examples that there were when it was asked."""
     row = (
         await connection.execute(select(scores.c.digest, scores.c.score).where(scores.c.version_id == version_id))
     ).one_or_none()
-    return None if row is None else (row.digest, row.score)
+    if row is None:
+        return None
+    digest, _, refused = row.digest.partition(_WITHOUT)
+    return Score(digest, row.score, tuple(map(int, refused.split(","))) if refused else ())

@@ -315,15 +315,15 @@ class Rollouts:
                     row = {"rollout_id": rollout_id, "version_id": version_id, "gateway": gateway}
                     await connection.execute(insert(rollout_counts).values(**row, tally=tally.encoded()))
 
-    async def advance(self, rollout: Rollout, *, proof: str | None = None, not_compared: str = "") -> Rollout | None:
+    async def advance(self, rollout: Rollout, *, proof: str | None = None, remark: str = "") -> Rollout | None:
         """Take the decision that is due on a running one; None: there is none.
 
         `proof`: "proved", or what else the new version's proof has come to; None: it, or the comparison, is to come.
-        `not_compared`: why its examples' answers were not compared with the old version's, for the history.
+        `remark`: what the history says of the comparison with the old version where it completes.
         """
         async with reading(self._engine) as connection:
             candidate, baseline = await self._tallies(connection, rollout)
-        decided = self._decide(rollout, candidate, baseline, proof, not_compared)
+        decided = self._decide(rollout, candidate, baseline, proof, remark)
         if decided is None:
             return None
         status, reason = decided
@@ -339,7 +339,7 @@ class Rollouts:
             return await self._find(connection, rollout.id)
 
     def _decide(
-        self, rollout: Rollout, candidate: Tally, baseline: Tally, proof: str | None, not_compared: str
+        self, rollout: Rollout, candidate: Tally, baseline: Tally, proof: str | None, remark: str
     ) -> tuple[Status, str] | None:
         policy = rollout.policy
         reason = judge(candidate, baseline, policy)
@@ -358,7 +358,7 @@ class Rollouts:
         if lasted_s < policy.step_s:
             return None
         if rollout.step + 1 == len(policy.steps):
-            return Status.COMPLETED, f"not compared on the examples: {not_compared}" if not_compared else ""
+            return Status.COMPLETED, remark
         return Status.RUNNING, ""
 
     async def _step(self, connection: AsyncConnection, rollout: Rollout, requests: int) -> None:

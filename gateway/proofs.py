@@ -24,7 +24,7 @@ from adapter_store.changes import Change, record_change, take_turn
 from adapter_store.comparison import Finding
 from adapter_store.engine import AsyncEngine
 from adapter_store.errors import AdapterNotFound, StorageError
-from adapter_store.examples import Example
+from adapter_store.examples import Example, Score
 from adapter_store.ids import TenantId, VersionId
 from adapter_store.proofs import (
     ANSWER_TOKENS,
@@ -56,6 +56,8 @@ ACCOUNT: Final = TenantId("proof")
 PLAN: Final = Plan(name="proof", weight=0.05)
 UNSETTLED: Final = "unsettled"
 """The verdict of a proof that is tried again."""
+REFUSALS: Final = (400, 413, 422)
+"""The engine's answers to an example that asking again does not mend. One replica speaks for all of them."""
 JUDGED: Final = (Status.PROVED, Status.NO_EFFECT, Status.FAILED)
 LOOK_EVERY_S: Final = 5.0  # for what other gateways published, and what dead ones left
 LEASE_S: Final = 30.0  # past a proof's own deadline
@@ -174,6 +176,13 @@ class Proofs:
             if version is None:
                 raise AdapterNotFound(f"{name}@{number}")
             return version, await proofs.find(connection, version.id)
+
+    async def refused_examples(self, version: Version) -> tuple[int, ...]:
+        """Those of the examples as they are, by place, that the engine refused when the version was last scored."""
+        async with reading(self._engine) as connection:
+            wanted = await examples.of(connection, version.adapter_id)
+            score = await examples.score_of(connection, version.id)
+        return score.refused if score is not None and score.digest == examples.digest_of(wanted) else ()
 
     async def ask_again(self, tenant_id: TenantId, name: str, number: int) -> tuple[Version, Proof]:
         """Prove a version from nothing; one that is being proved is left to end. Raises AdapterNotFound."""
@@ -369,7 +378,7 @@ class Proofs:
         async with writing(self._engine) as connection:
             written = await proofs.judge(connection, claim, proof, fingerprint)
             if written and score is not None:
-                await examples.keep_score(connection, version.id, *score)
+                await examples.keep_score(connection, version.id, score)
         if not written and await self._is_gone(version):
             await self._pool.unload(version.tenant_id, [version.digest])  # the delete may have come before our load
 
@@ -383,8 +392,8 @@ class Proofs:
 
     async def _examine(
         self, version: Version, prompts: Sequence[str], reference: Reference | None
-    ) -> tuple[Proof, tuple[str, Fingerprint] | None, tuple[str, float] | None]:
-        """The verdict, the fingerprint with the build that it is of, and the score with its examples' digest.
+    ) -> tuple[Proof, tuple[str, Fingerprint] | None, Score | None]:
+        """The verdict, the fingerprint with the build that it is of, and the score on the examples.
 
         A prompt's two answers are of one replica, and all of one build.
         """
@@ -437,18 +446,27 @@ class Proofs:
         finally:
             place.release(cost)
 
-    async def _score(self, version: Version, wanted: Sequence[Example], yield_until: float) -> tuple[str, float]:
-        """Mean log probability of the examples' tokens, with what names the examples."""
+    async def _score(self, version: Version, wanted: Sequence[Example], yield_until: float) -> Score:
+        """Of the examples that the engine takes: one that it refuses, it would refuse for ever."""
         total, count = 0.0, 0
-        for example in wanted:
+        refused: list[int] = []
+        for number, example in enumerate(wanted):
             async with self._placed(version, yield_until, _cost(example.prompt)) as place:
-                found, tokens = await place.replica.client.likelihood(
-                    place.name, place.adapter, example.prompt, example.answer,
-                    base_name=place.replica.base_name, priority=place.priority,
-                )  # fmt: skip
+                try:
+                    found, tokens = await place.replica.client.likelihood(
+                        place.name, place.adapter, example.prompt, example.answer,
+                        base_name=place.replica.base_name, priority=place.priority,
+                        context_length=place.replica.context_length,
+                    )  # fmt: skip
+                except AgentRefusedError as error:
+                    if error.status not in REFUSALS:
+                        raise
+                    log.warning("version %s: the engine refuses examples[%d]: %s", version.id, number, error)
+                    refused.append(number)
+                    continue
             total += found
             count += tokens
-        return examples.digest_of(wanted), total / max(1, count)
+        return Score(examples.digest_of(wanted), total / max(1, count), tuple(refused))
 
     def _verdict(
         self, status: Status, prompts: Sequence[str], reason: Reason | None, from_base: float | None = None

@@ -80,7 +80,7 @@ class RolloutWatch:
                 raise
         for rollout in running:
             finding = await self._compare(rollout) if rollout.policy.needs_proof else UNASKED
-            moved = await self._rollouts.advance(rollout, proof=finding.proof, not_compared=finding.not_compared)
+            moved = await self._rollouts.advance(rollout, proof=finding.proof, remark=finding.remark)
             if moved is not None:
                 self._tell(moved)
 

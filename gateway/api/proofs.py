@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import Path
 from pydantic import BaseModel, Field
 
+from adapter_store.catalog import Version
 from adapter_store.examples import MOST_EXAMPLES, MOST_TEXT_BYTES, Example
 from adapter_store.proofs import MOST_PROMPT_BYTES, MOST_PROMPTS, PROMPTS, Proof, Status
 from gateway.api.lazy import LazyRouter
@@ -26,9 +27,12 @@ class ProofObject(BaseModel):
 
 
 class ProofOfVersion(ProofObject):
+    """`refused_examples`: places, from 0, of the examples that the engine refuses; the version is judged without."""
+
     object: str = "proof"
     adapter: str
     version: int
+    refused_examples: list[int]
 
 
 class ExampleObject(BaseModel, extra="forbid"):
@@ -58,15 +62,15 @@ class GoldenPromptsObject(BaseModel):
 @router.get("/{name}/versions/{number}/proof")
 async def show(name: str, number: Number, tenant_id: AdapterTenant, parts: AppParts) -> ProofOfVersion:
     """A version's badge."""
-    _, proof = await parts.proofs.find(tenant_id, name, number)
-    return _of_version(name, number, proof)
+    version, proof = await parts.proofs.find(tenant_id, name, number)
+    return _of_version(version, proof, await parts.proofs.refused_examples(version))
 
 
 @router.post("/{name}/versions/{number}/proof", status_code=202)
 async def prove_again(name: str, number: Number, tenant_id: AdapterTenant, parts: AppParts) -> ProofOfVersion:
     """Prove a version again, from nothing; the verdict comes later."""
-    _, proof = await parts.proofs.ask_again(tenant_id, name, number)
-    return _of_version(name, number, proof)
+    version, proof = await parts.proofs.ask_again(tenant_id, name, number)
+    return _of_version(version, proof, await parts.proofs.refused_examples(version))
 
 
 @router.get("/{name}/prompts")
@@ -97,8 +101,9 @@ def proof_object(proof: Proof) -> ProofObject:
     )
 
 
-def _of_version(name: str, number: int, proof: Proof) -> ProofOfVersion:
-    return ProofOfVersion(adapter=name, version=number, **proof_object(proof).model_dump())
+def _of_version(version: Version, proof: Proof, refused: Sequence[int]) -> ProofOfVersion:
+    badge = proof_object(proof).model_dump()
+    return ProofOfVersion(adapter=version.adapter_name, version=version.number, refused_examples=list(refused), **badge)
 
 
 def _prompts(name: str, own: Sequence[str], examples: Sequence[Example]) -> GoldenPromptsObject:

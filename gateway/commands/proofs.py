@@ -81,4 +81,7 @@ def _sentence(proof: dict[str, Any]) -> str:
         told += f" ({proof['reason']})"
     if proof["max_logprob_difference"] is not None:
         told += f", {proof['max_logprob_difference']:.4g} from the base over {proof['prompts']} prompts"
+    if proof["refused_examples"]:
+        places = ", ".join(f"examples[{place}]" for place in proof["refused_examples"])
+        told += f"; the engine refuses {places}"
     return told

