@@ -50,6 +50,7 @@ from gateway.api import (
 )
 from gateway.api.generation import Generation, Patience, Services, new_batches
 from gateway.auth import Auth
+from gateway.body_room import BodyRoom
 from gateway.change_feed import ChangeFeed
 from gateway.database import migrate, open_engine
 from gateway.dependencies import FileLimits, Parts
@@ -297,6 +298,7 @@ def _services(parts: Parts, salt_of: Callable[[str], str]) -> Services:
         pool=parts.pool,
         journal=parts.ledger.journal,
         counts=parts.metrics.generation,
+        body_room=BodyRoom(),
         tracing=parts.tracing,
         rollouts=parts.rollout_watch,
         patience=Patience(),
@@ -434,7 +436,7 @@ def _as_ours(error: Exception) -> Exception:
     if isinstance(error, HTTPException) and error.status_code == 404:
         return RouteUnknown("There is no such path; docs/api.md lists those that exist.")
     if isinstance(error, HTTPException) and error.status_code == 405:
-        return MethodNotAllowed("This path does not take that method.")
+        return MethodNotAllowed("This path does not take that method.", allow=(error.headers or {}).get("Allow", ""))
     if isinstance(error, HTTPException) and error.status_code == 413:
         return BodyTooLarge(f"The body is larger than {SMALL_BODY_BYTES} bytes.")
     if isinstance(error, HTTPException):

@@ -101,9 +101,13 @@ class RouteUnknown(GatewayError):
 
 
 class MethodNotAllowed(GatewayError):
-    """The path exists, the method does not."""
+    """The path exists, the method does not; `allow`: which do, separated by commas."""
 
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+    def __init__(self, message: str, *, allow: str) -> None:
+        super().__init__(message)
+        self.headers = ((b"allow", allow.encode()),)
 
 
 def _how_to_scale(model: str) -> str:

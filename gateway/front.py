@@ -53,7 +53,7 @@ class Front:
             try:
                 await self._auth.live_key(authorization_of(scope))
                 if path in self._hot_paths:
-                    raise MethodNotAllowed("This path takes POST only.")
+                    raise MethodNotAllowed("This path takes POST only.", allow="POST")
                 if "\0" in path or b"%00" in scope["query_string"]:
                     raise RequestInvalid("Paths and queries have no NUL characters.")  # PostgreSQL cannot hold one
             except (GatewayError, AdapterStoreError) as error:

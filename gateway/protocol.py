@@ -7,10 +7,13 @@ with uvicorn 0.54: `response_complete`, `disconnected`, `keep_alive`, `body`, `m
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Final, Protocol, cast
+from urllib.parse import unquote_to_bytes
 
+import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -24,6 +27,8 @@ MOST_PIPELINED: Final = 16
 BODY_S: Final = 300.0
 PIECE_BYTES: Final = 65_536
 LOOK_S: Final = 5.0
+NO_HTTP: Final = "Invalid HTTP request received."
+OFFERS: Final = frozenset((b"upgrade", b"connection", b"http2-settings"))
 LAST_CALL_S: Final = 5  # an int, as uvicorn declares the limit that it becomes: compiled code takes no other
 
 
@@ -79,6 +84,8 @@ class Exchange:
         self.response_complete = False
         self.keep_alive = True
         # ours
+        self.knows_chunks = True
+        """Whether the client speaks HTTP/1.1."""
         self.begun = False
         self.streams = False
         self.flow: Flow | None = None
@@ -101,6 +108,12 @@ class Exchange:
             return 0
         body += piece
         return len(body)
+
+    @property
+    def declared_bytes(self) -> int:
+        """What the body's head says that it has; more than any where it says nothing."""
+        declared = self.header(b"content-length")
+        return int(declared) if declared is not None else sys.maxsize  # digits alone: the parser has seen to that
 
     async def receive(self, limit_bytes: int) -> bytes:
         """The body, once it is whole. Call it once the sender is known: only what came with the head is read before.
@@ -220,21 +233,25 @@ class Exchange:
         if self._gone:
             return
         close = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
-        self._out.write(
-            self._protocol.transport,
-            b"%btransfer-encoding: chunked\r\n%b%b%x\r\n%b\r\n"
-            % (self._head(200), headers, close, len(events), events),
-        )
+        if self.knows_chunks:
+            told = b"%btransfer-encoding: chunked\r\n%b%b%x\r\n%b\r\n" % (
+                self._head(200), headers, close, len(events), events,
+            )  # fmt: skip
+        else:  # its end is the connection's
+            told = b"%b%b%b%b" % (self._head(200), headers, close, events)
+        self._out.write(self._protocol.transport, told)
 
     def write(self, events: bytes) -> None:
         """Whole events of the stream; `flow` is told when the client cannot take more."""
         if not self._gone:
-            self._out.write(self._protocol.transport, b"%x\r\n%b\r\n" % (len(events), events))
+            told = b"%x\r\n%b\r\n" % (len(events), events) if self.knows_chunks else events
+            self._out.write(self._protocol.transport, told)
 
     def end(self) -> None:
         """The end of the stream."""
         if not self._gone:
-            self._out.write(self._protocol.transport, b"0\r\n\r\n")
+            if self.knows_chunks:
+                self._out.write(self._protocol.transport, b"0\r\n\r\n")
             self._finish()
 
     def stop(self, reason: GatewayError) -> None:
@@ -299,11 +316,14 @@ class FrontProtocol(HttpToolsProtocol):
         self._hot: Mapping[bytes, HotPath] = self.app.hot  # the app is `front.Front`, unwrapped
         self._head_bytes = 0
         self._in_head = True
+        self._head_is_new = True
         self._waits_since = 0.0
         self._look: asyncio.TimerHandle | None = None
         self._arriving: Exchange | None = None
         self._running: Exchange | None = None
         self._drains = False
+        self._passes_over = False
+        self._kept_alive = True
         self._in_trailers = False
         self._trailer_bytes = 0
 
@@ -374,8 +394,9 @@ class FrontProtocol(HttpToolsProtocol):
     # parsing
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._in_head:
+        self._head_is_new = False
+        self._parse(data)
+        if self._in_head and not self._head_is_new:  # what a body has brought along is no more than one read
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_LIMIT_BYTES:
                 self.transport.abort()
@@ -391,6 +412,34 @@ class FrontProtocol(HttpToolsProtocol):
                 self.transport.abort()
         if len(self.pipeline) > MOST_PIPELINED:
             self.transport.abort()
+
+    def _parse(self, data: bytes) -> None:
+        while len(self.pipeline) <= MOST_PIPELINED:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                if self.parser.get_method() != b"CONNECT":
+                    data = self._without_offer(data[upgrade.args[0] :])
+                    continue
+                self.send_400_response(NO_HTTP)
+            except httptools.HttpParserError:
+                self.send_400_response(NO_HTTP)
+            return
+
+    def _without_offer(self, rest: bytes) -> bytes:
+        """The request again, but for its offer of another protocol, and what follows its head.
+
+        Java's client makes one, which a server may pass over (RFC 9110, 7.8); but the parser ends the message there,
+        before its body.
+        """
+        method, version = self.parser.get_method(), self.parser.get_http_version()
+        kept = [line for line in self.headers if line[0] not in OFFERS]
+        if not self._kept_alive:
+            kept.append((b"connection", b"close"))
+        lines = b"".join([b"%b: %b\r\n" % line for line in kept])
+        head = b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version.encode(), lines)
+        self.parser = httptools.HttpRequestParser(self)
+        return head + rest
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_head:  # a trailer, behind a chunked body, says nothing here
@@ -414,6 +463,8 @@ class FrontProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._in_trailers = False
+        if self._passes_over:
+            return
         exchange: Any = self.cycle
         if not isinstance(exchange, Exchange):
             super().on_message_complete()
@@ -425,27 +476,40 @@ class FrontProtocol(HttpToolsProtocol):
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
-        self._in_head = True
+        self._in_head = self._head_is_new = True
+        self._head_bytes = 0
         self._waits_since = self.loop.time()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._head_bytes = 0
-        hot = self._hot.get(self.url.partition(b"?")[0]) if self.parser.get_method() == b"POST" else None
+        self._passes_over = self.parser.should_upgrade()
+        if self._passes_over:
+            self._kept_alive = self.parser.should_keep_alive()
+            return
+        hot = self._hot_path() if self.parser.get_method() == b"POST" else None
         if hot is None:
             self._begin_asgi()
             self.cycle.keep_alive = self.cycle.keep_alive and not self._drains
             return
         exchange = Exchange(self, hot, self.headers)
-        exchange.keep_alive = (
-            self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive() and not self._drains
-        )
+        exchange.knows_chunks = self.parser.get_http_version() != "1.0"
+        exchange.keep_alive = exchange.knows_chunks and self.parser.should_keep_alive() and not self._drains
         before, self.cycle = self.cycle, exchange  # type: ignore[assignment]  # keeps the contract
         if before is None or before.response_complete:
             self._arriving = exchange
         else:  # pipelined: it waits its turn
             self.flow.pause_reading()
             self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
+
+    def _hot_path(self) -> HotPath | None:
+        hot = self._hot.get(self.url.partition(b"?")[0])
+        if hot is None and (b"%" in self.url or not self.url.startswith(b"/")):  # spelled in another way
+            try:
+                path = httptools.parse_url(self.url).path
+            except httptools.HttpParserInvalidURLError:
+                return None
+            hot = self._hot.get(unquote_to_bytes(path or b""))
+        return hot
 
     def _begin_asgi(self) -> None:
         url, headers, expects = self.url, self.headers, self.expect_100_continue

@@ -23,6 +23,7 @@ from adapter_store.ids import TenantId
 from gateway.api_key import ApiKey
 from gateway.auth import Auth
 from gateway.batches import PARKED, Batches, Parked, Wait
+from gateway.body_room import BodyRoom
 from gateway.dialects import Checked, Dialect, Stream
 from gateway.errors import (
     AdapterNotLoadable,
@@ -90,6 +91,7 @@ class Services:
     pool: ReplicaPool
     journal: Journal
     counts: GenerationCounts
+    body_room: BodyRoom
     tracing: Tracing
     rollouts: RolloutWatch
     patience: Patience
@@ -244,6 +246,7 @@ class Generation:
         self._limits = services.limits
         self._journal = services.journal
         self._counts = services.counts
+        self._body_room = services.body_room
         self._base_receipt = _receipt_of("-", b"base", services.base_fingerprint)
         self._pool = services.pool
         self._running = services.patience.running
@@ -290,7 +293,13 @@ class Generation:
 
     async def _receive(self, request: _Request) -> None:
         """A body that came slowly: the sender is asked for again, for the key may be over by now."""
-        request.body = await request.exchange.receive(self._most_bytes(request))
+        exchange, tenant_id, most = request.exchange, request.tenant_id, self._most_bytes(request)
+        size = min(exchange.declared_bytes, most)
+        await self._body_room.enter(tenant_id, size)
+        try:
+            request.body = await exchange.receive(most)
+        finally:
+            self._body_room.leave(tenant_id, size)
         await self._ask_for_sender(request)
 
     def _most_bytes(self, request: _Request) -> int:

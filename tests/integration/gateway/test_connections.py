@@ -5,9 +5,12 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from gateway.body_room import ROOM_BYTES
+from gateway.protocol import FrontProtocol
 from loadtests.fake.replica import FakeReplica
 from tests.fakes.transport import protocol_of
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, Tenant
@@ -79,6 +82,112 @@ async def test_garbage_in_the_middle_of_a_stream_is_not_answered_into_it(
     assert b"HTTP/1.1" not in rest
     assert b"[DONE]" not in rest
     writer.close()
+
+
+async def answered(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
+    """Head and body of the next answer."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    return head, await reader.readexactly(length)
+
+
+H2C = (b"connection: Upgrade, HTTP2-Settings", b"upgrade: h2c", b"http2-settings: AAMAAABkAARAAAAAAAIAAAAA")
+
+
+async def test_an_offer_of_another_protocol_is_passed_over(acme: Tenant, gateway: Gateway) -> None:
+    """Java's client makes one with its first request; the body comes with the head, or later, and more behind it."""
+    reader, writer = await connect(gateway)
+    writer.write(chat(acme.key, BODY, *H2C) + chat(acme.key, b"{}"))
+    assert (await answered(reader))[0].startswith(b"HTTP/1.1 200")
+    assert (await answered(reader))[0].startswith(b"HTTP/1.1 400")
+    for piece in (chat(acme.key, BODY, *H2C)[: -len(BODY)], BODY[:9], BODY[9:]):
+        writer.write(piece)
+        await writer.drain()
+        await asyncio.sleep(0.05)
+    assert (await answered(reader))[0].startswith(b"HTTP/1.1 200")
+    made = b'{"label": "mine", "scopes": ["inference"]}'
+    writer.write(chat(acme.key, made, *H2C).replace(b"/v1/chat/completions", b"/v1/keys"))
+    assert (await answered(reader))[0].startswith(b"HTTP/1.1 403")  # this key may not, which is told of the whole body
+    writer.write(chat(acme.key, b"{}", *H2C, b"connection: close"))
+    assert (await answered(reader))[0].startswith(b"HTTP/1.1 400")
+    assert await reader.read() == b""
+    writer.close()
+
+
+async def test_offers_without_end_are_cut_off(acme: Tenant, gateway: Gateway) -> None:
+    """Each is read again: no more of them than of other requests."""
+    reader, writer = await connect(gateway)
+    writer.write(chat(acme.key, b"", *H2C) * 1_000)
+
+    async def read_all() -> None:
+        for _ in range(1_000):
+            await answered(reader)
+
+    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+        await read_all()
+    writer.close()
+
+
+@pytest.mark.parametrize("url", [b"http://x/v1/chat/completions", b"/v1/chat/%63ompletions", b"//x"])
+async def test_a_path_may_be_spelled_in_other_ways(acme: Tenant, gateway: Gateway, url: bytes) -> None:
+    """As clients of proxies do it, or careful ones; what is no path of ours is a 404."""
+    reader, writer = await connect(gateway)
+    writer.write(chat(acme.key).replace(b"/v1/chat/completions", url))
+    head, _ = await answered(reader)
+    assert head.startswith(b"HTTP/1.1 404" if url == b"//x" else b"HTTP/1.1 200")
+    writer.close()
+
+
+async def test_a_stream_for_http_1_0_ends_with_its_connection(acme: Tenant, gateway: Gateway) -> None:
+    """It knows no chunks: events as they are, then the end."""
+    reader, writer = await connect(gateway)
+    body = BODY[:-1] + b', "stream": true}'
+    writer.write(chat(acme.key, body).replace(b"HTTP/1.1", b"HTTP/1.0"))
+    head, _, events = (await reader.read(-1)).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert events.startswith(b"data: {")
+    assert events.endswith(b"data: [DONE]\n\n")
+    writer.close()
+
+
+async def test_a_large_body_may_bring_the_next_head_along(acme: Tenant, gateway: Gateway) -> None:
+    """It is no part of that head, whose bound is smaller."""
+    reader, writer = await connect(gateway)
+    long = BODY.replace(b'"x"', b'"%b"' % (b"x" * 90_000))
+    writer.write(chat(acme.key, long) + chat(acme.key)[:60])
+    assert (await answered(reader))[0].startswith(b"HTTP/1.1 200")
+    writer.write(chat(acme.key)[60:])
+    assert (await answered(reader))[0].startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+async def test_slow_bodies_of_one_tenant_take_no_more_than_their_room(
+    acme: Tenant, globex: Tenant, gateway: Gateway
+) -> None:
+    """The others wait, unread; another tenant's come at once."""
+    size = 1 << 20
+    connections = [await connect(gateway) for _ in range(64)]
+    for _, writer in connections:
+        writer.write(chat(acme.key, b"x" * size)[:-1])
+
+    def held() -> int:
+        cycles = [cast(FrontProtocol, each).cycle for each in gateway.parts.connections]
+        return sum(len(cycle.body) for cycle in cycles if cycle is not None)
+
+    await until(lambda: held() >= ROOM_BYTES - 32)
+    await asyncio.sleep(0.3)
+    assert held() <= ROOM_BYTES + 32 * (256 << 10)  # a read of each that waits
+    reader, writer = await connect(gateway)
+    writer.write(chat(globex.key)[: -len(BODY)])
+    await asyncio.sleep(0.05)
+    writer.write(BODY)
+    assert (await answered(reader))[0].startswith(b"HTTP/1.1 200")
+    for _, slow in connections:
+        slow.write(b"x")
+    heads = [(await answered(slow))[0] for slow, _ in connections]
+    assert {head[:12] for head in heads} == {b"HTTP/1.1 400"}
+    for _, each in [*connections, (reader, writer)]:
+        each.close()
 
 
 async def test_trailers_without_end_are_cut_off(gateway: Gateway) -> None:
