@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +73,15 @@ class Staging:
             return folder, lock
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Other uploads that a cap holds for too: together they have at most so many bytes, else `refusal` is raised."""
+
+    most_bytes: int
+    others_bytes: Callable[[], int]  # asked in threads too
+    refusal: Exception
+
+
 class StagedBundle:
     """The files of one upload: `sha256` and `sizes` by file name, once written."""
 
@@ -83,11 +93,19 @@ class StagedBundle:
         self._taken_bytes = 0
         self._most_bytes: int | None = None
         self._refusal: Exception | None = None
+        self._beside: Beside | None = None
+        self._is_refused = False
 
-    def cap(self, most_bytes: int, refusal: Exception) -> None:
+    def cap(self, most_bytes: int, refusal: Exception, beside: Beside | None = None) -> None:
         """From now on the files together may have so many bytes; one more, and `refusal` is raised mid-stream."""
         self._most_bytes = most_bytes
         self._refusal = refusal
+        self._beside = beside
+
+    @property
+    def counted_bytes(self) -> int:
+        """What it has taken, as it counts for others: what was refused is about to go, and is in nobody's way."""
+        return 0 if self._is_refused else self._taken_bytes
 
     async def write(self, name: str, chunks: AsyncIterable[bytes]) -> None:
         """Writes one of the two files. Raises BundleTooLarge, BundleIncomplete, StorageError."""
@@ -149,7 +167,12 @@ class StagedBundle:
         self._taken_bytes += size_bytes
         if self._most_bytes is not None and self._taken_bytes > self._most_bytes:
             assert self._refusal is not None
+            self._is_refused = True
             raise self._refusal
+        beside = self._beside
+        if beside is not None and self._taken_bytes + beside.others_bytes() > beside.most_bytes:
+            self._is_refused = True
+            raise beside.refusal
 
     def check_complete(self) -> None:
         """Raises BundleIncomplete where a file is missing or empty."""

@@ -49,6 +49,7 @@ from gateway.api import (
     usage,
 )
 from gateway.api.generation import Generation, Patience, Services, new_batches
+from gateway.arrivals import Arrivals
 from gateway.auth import Auth
 from gateway.body_room import BodyRoom
 from gateway.change_feed import ChangeFeed
@@ -168,6 +169,7 @@ def _build(settings: Settings, home: Home) -> Parts:
     rollouts = Rollouts(engine, base.fingerprint)
     freshness = Freshness(settings.max_staleness_s)
     key_rows = Keys(engine)
+    staging = Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes)
     auth = Auth(key_rows, freshness)
     known_models = Models(store, base.name, freshness)
     held_back = Quarantine(engine)
@@ -208,7 +210,8 @@ def _build(settings: Settings, home: Home) -> Parts:
         erasures=store.erasures,
         eraser=eraser,
         inspector=opened.inspector,
-        staging=Staging(home.path / "staging", weights_limit_bytes=settings.max_adapter_bytes),
+        staging=staging,
+        arrivals=Arrivals(staging, most_at_once=settings.uploads_at_once),
         uploads=Uploads(engine, blobs, part_bytes=settings.upload_part_bytes, expiry_s=settings.upload_expiry_s),
         imports=Imports(blobs, settings.import_root),
         files=Files(engine, blobs, in_use=jobs.uses_of_file, on_erase=files.forgetting(answers)),

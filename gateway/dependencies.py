@@ -22,6 +22,7 @@ from adapter_store.signing import Signer
 from adapter_store.store import AdapterStore
 from adapter_store.uploads import Uploads
 from gateway.api_key import ApiKey
+from gateway.arrivals import Arrivals
 from gateway.auth import Auth
 from gateway.change_feed import ChangeFeed
 from gateway.erasing import Eraser
@@ -79,6 +80,7 @@ class Parts:
     eraser: Eraser
     inspector: Inspector
     staging: Staging
+    arrivals: Arrivals
     uploads: Uploads
     imports: Imports
     files: Files

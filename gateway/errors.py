@@ -32,6 +32,7 @@
     │   ├── TooManyWaiting              429 + Retry-After
     │   ├── TooManyLoads                429 + Retry-After
     │   ├── TooManyStreams              429 + Retry-After
+    │   ├── UploadsUnderWay             429 + Retry-After
     │   ├── ReplicaFailed               502
     │   └── AdapterNotLoadable          503 + Retry-After
     │       └── AdapterQuarantined      503 + Retry-After where it ends by itself
@@ -282,6 +283,12 @@ class TooManyStreams(GatewayError):
     """The tenant follows as many jobs at once as one may."""
 
     status, type, code = 429, "requests", "too_many_streams"
+
+
+class UploadsUnderWay(GatewayError):
+    """The tenant sends as much at once as it may; when that has ended there is room again."""
+
+    status, type, code = 429, "requests", "uploads_under_way"
 
 
 class TooManyLoads(GatewayError):

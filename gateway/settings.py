@@ -143,6 +143,9 @@ class Settings(BaseSettings):
         0, ge=0, le=604_800, description="unload an adapter without a request for so long; 0: none is; seconds"
     )
     upload_stall_s: Seconds = Field(30, description="an upload that brings nothing for so long is cut")
+    uploads_at_once: int = Field(
+        8, ge=1, le=1_000, description="uploads of one tenant, and parts of them, that a process takes in at a time"
+    )
     upload_part_bytes: int = Field(16 << 20, ge=1_024, le=1 << 30, description="size of a resumable upload's parts")
     upload_expiry_s: int = Field(
         86_400, ge=60, le=30 * 86_400, description="an upload without a new part for so long is dropped; seconds"

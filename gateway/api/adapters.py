@@ -33,6 +33,7 @@ from gateway.api.publishing import (
     publish_bundle,
     request_of,
 )
+from gateway.arrivals import Kind
 from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, TenantKey
 from gateway.erasing import REQUEST_WAIT_S
 from gateway.errors import GatewayError, RequestInvalid
@@ -198,24 +199,23 @@ async def _upload(
 ) -> Response:
     """From a body to an answer; `receive` gives the adapter's name, where it is not known before."""
     body = Body(request.receive, stall_s=parts.stall_s)
-    async with parts.staging.stage() as bundle:
-        try:
+    try:
+        async with parts.arrivals.stage(asker.tenant_id, Kind.ADAPTER) as bundle:
             repeat = once(request, parts, asker.tenant_id)
             if name is not None:
                 parts.store.check_name(name)
             check_published_alias(parts, alias)
-            await hold_to_quota(parts, asker, name, bundle, repeat)
+            await hold_to_quota(parts, asker, name, bundle, repeated=await repeat.is_known())
             name = await receive(body, bundle)
-        except (GatewayError, AdapterStoreError):
-            await body.discard()
-            raise
-        asked = request_of(request.scope["route"].path, name, alias, bundle)
-        publication = Publication(repeat, asked, respond, alias=alias or None)
-        try:
+            asked = request_of(request.scope["route"].path, name, alias, bundle)
+            publication = Publication(repeat, asked, respond, alias=alias or None)
             await repeat.check(publication.request_sha256)
             return await publish_bundle(request, parts, asker, name, bundle, publication)
-        except Repeated as repeated:
-            return as_response(repeated.kept)
+    except Repeated as repeated:
+        return as_response(repeated.kept)
+    except (GatewayError, AdapterStoreError):
+        await body.discard()  # what was staged is gone by now: it waits for no slow client
+        raise
 
 
 async def _receive_archive(body: Body, bundle: StagedBundle) -> None:

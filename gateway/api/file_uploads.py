@@ -1,6 +1,7 @@
 """`/v1/uploads`: a training file in parts, as OpenAI's Uploads API has it."""
 
 import hashlib
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Annotated, Final, Literal
@@ -28,12 +29,13 @@ from gateway.api.files import (
 from gateway.api.lazy import LazyRouter
 from gateway.api.multipart import Form, Writes
 from gateway.api.publishing import as_response, once
-from gateway.dependencies import AppParts, Parts, TrainingKey
+from gateway.arrivals import Arrivals, Kind
+from gateway.dependencies import AppParts, Parts, TenantKey, TrainingKey
 from gateway.errors import GatewayError, RequestInvalid, answer
 from gateway.idempotency import Kept, Once, Repeated, fingerprint
 from training.errors import FileInvalid, FileTooLarge, Md5Differs, PartTooLarge, TrainingError
 from training.file_uploads import MOST_PARTS, FileUpload, NewUpload, Part, check_pending
-from training.files import File, Purpose
+from training.files import File, Purpose, kept_by
 
 router = LazyRouter(prefix="/v1/uploads", tags=["files"])
 
@@ -96,13 +98,19 @@ class _PartForm(Form):
 class _Declaration(Together[FileUpload]):
     """An upload and the answer to who declared it are written together, once."""
 
-    def __init__(self, once: Once, request_sha256: str) -> None:
+    def __init__(self, arrivals: Arrivals, asker: TenantKey, size_bytes: int, once: Once, request_sha256: str) -> None:
         self.answer: Kept | None = None
+        self._arrivals = arrivals
+        self._asker = asker
+        self._size_bytes = size_bytes
         self._once = once
         self._request = request_sha256
 
     async def before(self, connection: AsyncConnection) -> None:
         await self._once.check_in(connection, self._request)
+        tenant_id = self._asker.tenant_id
+        left = (await kept_by(connection, tenant_id, now=time.time())).bytes_left(self._asker.key.plan.file_quota)
+        self._arrivals.check_room(tenant_id, Kind.FILE, self._size_bytes, left)
 
     async def after(self, connection: AsyncConnection, made: FileUpload) -> None:
         self.answer = Kept(self._request, 200, "", upload_object(made).model_dump_json())
@@ -144,7 +152,7 @@ async def create(body: NewUploadBody, request: Request, asker: TrainingKey, part
     expires_after_s = None if body.expires_after is None else body.expires_after.seconds
     new = NewUpload(asker.tenant_id, purpose, check_filename(body.filename), body.bytes, expires_after_s)
     asked = fingerprint("create upload", purpose, body.filename, str(body.bytes), str(expires_after_s))
-    declaration = _Declaration(once(request, parts, asker.tenant_id), asked)
+    declaration = _Declaration(parts.arrivals, asker, body.bytes, once(request, parts, asker.tenant_id), asked)
     try:
         await parts.file_uploads.create(new, asker.key.plan.file_quota, declaration)
     except Repeated as repeated:
@@ -160,7 +168,7 @@ async def add_part(upload_id: str, request: Request, asker: TrainingKey, parts: 
     try:
         upload = await parts.file_uploads.find(asker.tenant_id, upload_id)
         check_pending(upload)
-        async with parts.staging.stage({DATA: MOST_PART_BYTES + 1}) as staged:
+        async with parts.arrivals.stage(asker.tenant_id, Kind.DECLARED, {DATA: MOST_PART_BYTES + 1}) as staged:
             most = min(MOST_PART_BYTES, upload.size_bytes)
             staged.cap(most, PartTooLarge(most, MOST_PARTS))
             await _PartForm(request, body, staged).receive()
@@ -186,7 +194,10 @@ async def complete(upload_id: str, body: Completion, request: Request, asker: Tr
     completed = _Completed(parts, upload, once(request, parts, asker.tenant_id), asked)
     described = Described(upload.purpose, upload.filename, upload.expires_after_s)
     in_order = await parts.file_uploads.parts_in_order(upload, body.part_ids)
-    async with parts.staging.stage({DATA: upload.size_bytes}) as staged:
+    async with parts.arrivals.complete(asker.tenant_id, upload.id, {DATA: upload.size_bytes}) as staged:
+        now = await parts.file_uploads.find(asker.tenant_id, upload.id)
+        if now.answer is not None:
+            return as_response(Kept.from_text(now.answer))
         await _assemble(parts, upload, in_order, staged, body.md5)
         try:
             await keep_staged(request, parts, asker, staged, described, completed)

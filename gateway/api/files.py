@@ -21,6 +21,7 @@ from gateway.api.erasures import Erased
 from gateway.api.lazy import LazyRouter
 from gateway.api.multipart import Form, Writes
 from gateway.api.publishing import as_response, once
+from gateway.arrivals import Kind
 from gateway.dependencies import AppParts, Parts, TenantKey, TrainingKey, trainer
 from gateway.erasing import REQUEST_WAIT_S
 from gateway.errors import GatewayError, RequestInvalid
@@ -197,8 +198,8 @@ async def create(request: Request, asker: TrainingKey, parts: AppParts) -> Respo
     It is checked line by line: 400 `invalid_training_file` names every fault, and nothing of it is kept.
     """
     body = Body(request.receive, stall_s=parts.stall_s)
-    async with parts.staging.stage({DATA: parts.file_limits.most_bytes + 1}) as staged:
-        try:
+    try:
+        async with parts.arrivals.stage(asker.tenant_id, Kind.FILE, {DATA: parts.file_limits.most_bytes + 1}) as staged:
             repeat = once(request, parts, asker.tenant_id)
             await _hold_to_limits(parts, asker, staged, repeat)
             form = _FileForm(request, body, staged)
@@ -206,16 +207,15 @@ async def create(request: Request, asker: TrainingKey, parts: AppParts) -> Respo
             purpose, expires_after_s = form.purpose(), form.expires_after_s()
             if DATA not in staged.sha256:
                 raise RequestInvalid(f"The file is missing: send {WANTED}.", param="file")
-        except (GatewayError, AdapterStoreError, TrainingError):
-            await body.discard()
-            raise
-        described = Described(purpose, form.filename, expires_after_s)
-        creation = _Creation(repeat, described.fingerprint(staged.sha256[DATA]))
-        try:
+            described = Described(purpose, form.filename, expires_after_s)
+            creation = _Creation(repeat, described.fingerprint(staged.sha256[DATA]))
             await repeat.check(creation.request_sha256)
             await keep_staged(request, parts, asker, staged, described, creation)
-        except Repeated as repeated:
-            return as_response(repeated.kept)
+    except Repeated as repeated:
+        return as_response(repeated.kept)
+    except (GatewayError, AdapterStoreError, TrainingError):
+        await body.discard()  # what was staged is gone by now: it waits for no slow client
+        raise
     assert creation.answer is not None
     return as_response(creation.answer)
 
@@ -246,17 +246,25 @@ async def keep_staged(
 
 
 async def _hold_to_limits(parts: Parts, asker: TenantKey, staged: StagedBundle, once: Once) -> None:
-    """Refuses at once what cannot fit, and caps the rest; a repeated request takes nothing. Raises QuotaExceeded."""
+    """Refuses at once what cannot fit, and caps the rest beside what else is under way. Raises QuotaExceeded.
+
+    A repeated request takes nothing of what is left; it brings no more than the tenant may have, or has.
+    """
     most = parts.file_limits.most_bytes
     staged.cap(most, FileTooLarge(most))
     quota = asker.key.plan.file_quota
-    if not quota.counts or await once.is_known():
+    if not quota.counts:
         return
     kept = await parts.files.kept(asker.tenant_id)
-    kept.check(quota, 0)
     left = kept.bytes_left(quota)
-    if left is not None and left < most:
-        staged.cap(left, bytes_exceeded(quota, kept))
+    if not await once.is_known():
+        kept.check(quota, 0)
+    elif left is not None:
+        left = left + kept.stored_bytes
+    if left is not None:
+        beside = parts.arrivals.beside(asker.tenant_id, Kind.FILE, staged, left)
+        too_large = FileTooLarge(most) if most <= left else bytes_exceeded(quota, kept)
+        staged.cap(min(most, left), too_large, beside)
 
 
 @router.get("")

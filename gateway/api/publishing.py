@@ -14,6 +14,7 @@ from adapter_store.errors import AdapterNotFound, OtherBaseModel
 from adapter_store.ids import TenantId
 from adapter_store.quota import bytes_exceeded
 from adapter_store.together import Together
+from gateway.arrivals import Kind
 from gateway.dependencies import Parts, TenantKey, publisher
 from gateway.errors import ProofMissing
 from gateway.idempotency import HEADER, Kept, Once, fingerprint
@@ -66,16 +67,25 @@ def once(request: Request, parts: Parts, tenant_id: TenantId) -> Once:
     return parts.answers.once(tenant_id, request.headers.get(HEADER))
 
 
-async def hold_to_quota(parts: Parts, asker: TenantKey, name: str | None, bundle: StagedBundle, once: Once) -> None:
-    """Refuses at once what cannot fit, and caps the rest; a repeated request takes nothing. Raises QuotaExceeded."""
+async def hold_to_quota(
+    parts: Parts, asker: TenantKey, name: str | None, bundle: StagedBundle, *, repeated: bool
+) -> None:
+    """Refuses at once what cannot fit, and caps the rest beside what else is under way. Raises QuotaExceeded.
+
+    What is `repeated` takes nothing of what is left; it brings no more than the tenant may have, or has.
+    """
     quota = asker.key.plan.quota
-    if not quota.counts or await once.is_known():
+    if not quota.counts:
         return
     kept = await parts.store.kept(asker.tenant_id, name)
-    kept.check(quota, 0)
     left = kept.bytes_left(quota)
+    if not repeated:
+        kept.check(quota, 0)
+    elif left is not None:
+        left = left + kept.stored_bytes
     if left is not None:
-        bundle.cap(left, bytes_exceeded(quota, kept))
+        beside = parts.arrivals.beside(asker.tenant_id, Kind.ADAPTER, bundle, left)
+        bundle.cap(left, bytes_exceeded(quota, kept), beside)
 
 
 def request_of(route: str, name: str, alias: str | None, bundle: StagedBundle) -> str:

@@ -17,9 +17,11 @@ from gateway.api.publishing import (
     Publication,
     as_response,
     check_published_alias,
+    hold_to_quota,
     once,
     publish_bundle,
 )
+from gateway.arrivals import Kind
 from gateway.dependencies import AdapterKey, AppParts
 from gateway.idempotency import Repeated, fingerprint
 
@@ -66,9 +68,10 @@ async def scale(
     digest = fingerprint(ROUTE, name, str(asked), body.alias)
     publication = _Scaled(once(request, parts, asker.tenant_id), digest, respond, alias=body.alias or None)
     publication.scaling = asked
-    async with parts.staging.stage() as bundle:
+    async with parts.arrivals.stage(asker.tenant_id, Kind.ADAPTER) as bundle:
         try:
             await publication.once.check(digest)
+            await hold_to_quota(parts, asker, name, bundle, repeated=True)  # the version may be there already
             await parts.store.stage_scaled(source, asked.factor, bundle)
             return await publish_bundle(request, parts, asker, name, bundle, publication, provenance=Provenance.SCALED)
         except Repeated as repeated:

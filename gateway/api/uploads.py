@@ -17,6 +17,7 @@ from gateway.api.adapters import PublishedVersion, published_version
 from gateway.api.body import Body
 from gateway.api.lazy import LazyRouter
 from gateway.api.publishing import Publication, PublishedAlias, as_response, check_published_alias, once, publish_bundle
+from gateway.arrivals import Arrivals, Kind
 from gateway.dependencies import AdapterKey, AdapterTenant, AppParts, Parts, TenantKey
 from gateway.errors import GatewayError, RequestInvalid, answer
 from gateway.idempotency import Kept, Once, Repeated, fingerprint
@@ -72,8 +73,11 @@ class UploadList(BaseModel):
 class _Creation(Together[Upload]):
     """An upload is declared within the tenant's quota, and once for each Idempotency-Key."""
 
-    def __init__(self, asker: TenantKey, name: str, size_bytes: int, once: Once, request: str) -> None:
+    def __init__(
+        self, arrivals: Arrivals, asker: TenantKey, name: str, size_bytes: int, once: Once, request: str
+    ) -> None:
         self.answer: Kept | None = None
+        self._arrivals = arrivals
         self._asker = asker
         self._name = name
         self._size_bytes = size_bytes
@@ -84,8 +88,10 @@ class _Creation(Together[Upload]):
         await self._once.check_in(connection, self._request)
         quota = self._asker.key.plan.quota
         if quota.counts:
-            kept = await kept_by(connection, self._asker.tenant_id, self._name)
+            tenant_id = self._asker.tenant_id
+            kept = await kept_by(connection, tenant_id, self._name)
             kept.check(quota, self._size_bytes)
+            self._arrivals.check_room(tenant_id, Kind.ADAPTER, self._size_bytes, kept.bytes_left(quota))
 
     async def after(self, connection: AsyncConnection, made: Upload) -> None:
         location = f"/v1/adapters/{made.adapter_name}/uploads/{made.id}"
@@ -132,7 +138,7 @@ async def create(name: str, body: NewUpload, request: Request, asker: AdapterKey
     told = sorted((file, str(declared.size_bytes), declared.sha256) for file, declared in files.items())
     asked = fingerprint("create upload", name, *(word for file in told for word in file))
     size_bytes = sum(declared.size_bytes for declared in files.values())
-    creation = _Creation(asker, name, size_bytes, once(request, parts, asker.tenant_id), asked)
+    creation = _Creation(parts.arrivals, asker, name, size_bytes, once(request, parts, asker.tenant_id), asked)
     try:
         await parts.uploads.create(asker.tenant_id, name, files, creation)
     except Repeated as repeated:
@@ -175,7 +181,7 @@ async def put_part(
         if (file, number) in found.parts:
             await body.discard()
             return _upload(found)
-        async with parts.staging.stage({file: size_bytes}) as bundle:
+        async with parts.arrivals.stage(tenant_id, Kind.DECLARED, {file: size_bytes}) as bundle:
             await bundle.write(file, body.pieces())
             if bundle.sizes[file] != size_bytes or bundle.sha256[file] != x_content_sha256:
                 raise PartInvalid(
@@ -222,7 +228,8 @@ async def _complete(
 ) -> Response:
     await completion.once.check(completion.request_sha256)
     check_complete(upload)
-    async with parts.staging.stage() as bundle:
+    async with parts.arrivals.complete(asker.tenant_id, upload.id) as bundle:
+        await _repeat_if_answered(parts, upload)
         try:
             await parts.uploads.assemble(upload, bundle)
         except UploadNotFound:
