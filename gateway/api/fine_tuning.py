@@ -26,9 +26,9 @@ from adapter_store.together import Together
 from gateway.api.erasures import Erased, requests_on
 from gateway.api.lazy import LazyRouter
 from gateway.api.publishing import as_response, check_published_alias, once
-from gateway.dependencies import AppParts, Parts, TenantKey, TrainingKey
+from gateway.dependencies import AppParts, Parts, TenantKey, TrainingKey, trainer
 from gateway.erasing import REQUEST_WAIT_S
-from gateway.errors import ModelUnknown, RequestInvalid, TooManyStreams
+from gateway.errors import GatewayError, ModelUnknown, RequestInvalid, TooManyStreams, envelope
 from gateway.idempotency import Answers, Kept, Once, Repeated, fingerprint
 from gateway.plans import Plan
 from training import auto
@@ -408,6 +408,7 @@ async def delete(
 @router.get("/jobs/{job}/events", response_model=EventList)
 async def list_events(
     job: str,
+    request: Request,
     asker: TrainingKey,
     parts: AppParts,
     after: After = None,
@@ -421,7 +422,7 @@ async def list_events(
         raise RequestInvalid(f"after: '{after}' is no event of this job.", param="after")
     if stream:
         await parts.jobs.find(asker.tenant_id, job)
-        return _stream(parts, asker, job, number or 0)
+        return _stream(request, parts, asker, job, number or 0)
     page = await parts.jobs.events(asker.tenant_id, job, before=number, limit=limit + 1)
     return EventList(data=[event_object(event) for event in page[:limit]], has_more=len(page) > limit)
 
@@ -707,30 +708,39 @@ def checkpoint_object(point: Checkpoint) -> CheckpointObject:
     )
 
 
-def _stream(parts: Parts, asker: TenantKey, job: str, after: int) -> StreamingResponse:
+def _stream(request: Request, parts: Parts, asker: TenantKey, job: str, after: int) -> StreamingResponse:
     """Raises TooManyStreams."""
     if parts.event_streams[asker.tenant_id] >= MOST_STREAMS:
         raise TooManyStreams(
             f"{MOST_STREAMS} streams of your jobs' events are open here: close one first.", retry_after_s=5
         )
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-    return StreamingResponse(_follow(parts, asker, job, after), headers=headers, media_type="text/event-stream")
+    events = _follow(request, parts, asker, job, after)
+    return StreamingResponse(events, headers=headers, media_type="text/event-stream")
 
 
-async def _follow(parts: Parts, asker: TenantKey, job: str, after: int) -> AsyncIterator[bytes]:
-    """Every event after that number, until the job is over or this gateway drains."""
+async def _follow(request: Request, parts: Parts, asker: TenantKey, job: str, after: int) -> AsyncIterator[bytes]:
+    """Every event after that number, until the job is over, the key good no more, or this gateway drains."""
     loop = asyncio.get_running_loop()
     parts.event_streams[asker.tenant_id] += 1
     try:
         spoken = loop.time()
         while not parts.draining.is_set():
-            is_over, events = await _news(parts, asker, job, after)
+            try:
+                is_over, events = await _news(request, parts, asker, job, after)
+            except GatewayError as refusal:
+                yield b"data: " + envelope(refusal) + b"\n\n"
+                return
+            asked = loop.time()
             for event in events:
+                if loop.time() - asked >= LOOK_EVERY_S:
+                    break  # who reads slowly may have no key any more
                 after = event.number
                 yield b"data: " + event_object(event).model_dump_json().encode() + b"\n\n"
-            if is_over and len(events) < 1_000:
-                yield b"data: [DONE]\n\n"
-                return
+            else:
+                if is_over and len(events) < 1_000:
+                    yield b"data: [DONE]\n\n"
+                    return
             if events:
                 spoken = loop.time()
                 continue
@@ -744,9 +754,13 @@ async def _follow(parts: Parts, asker: TenantKey, job: str, after: int) -> Async
             del parts.event_streams[asker.tenant_id]
 
 
-async def _news(parts: Parts, asker: TenantKey, job: str, after: int) -> tuple[bool, Sequence[Event]]:
-    """Whether the job is over or erased, and its next events, at most 1,000; none while the database is away."""
+async def _news(request: Request, parts: Parts, asker: TenantKey, job: str, after: int) -> tuple[bool, Sequence[Event]]:
+    """Whether the job is over or erased, and its next events, at most 1,000; none while the database is away.
+
+    Raises KeyInvalid: the key may not ask any more.
+    """
     try:
+        await trainer(request, parts)
         is_over = (await parts.jobs.find(asker.tenant_id, job)).status in OVER  # before its last events are read
         return is_over, await parts.jobs.events(asker.tenant_id, job, after=after, limit=1_000)
     except JobNotFound:

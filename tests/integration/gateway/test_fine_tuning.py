@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -294,6 +295,27 @@ async def test_events_outlast_what_a_body_may_stall(run_gateway: RunGateway, rep
         await asyncio.sleep(1)  # twice as long
         await client.fine_tuning.jobs.cancel(job.id)
         assert [line async for line in lines if line][-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("how", ["revoked", "suspended", "expired"])
+async def test_events_end_with_their_key(gateway: Gateway, acme: Tenant, openai: AsyncOpenAI, how: str) -> None:
+    """A stream that is open when its key ends is told so in its last event, and tells nothing more."""
+    job = await openai.fine_tuning.jobs.create(model=BASE, training_file=await upload(openai))
+    ends = {"expires_at": int(time.time()) + 3} if how == "expired" else {}
+    key = (await gateway.operator.post("/admin/v1/tenants/acme/keys", json=ends)).json()
+    async with gateway.client(key["secret"]).stream("GET", f"{JOBS}/{job.id}/events?stream=true") as answer:
+        lines = answer.aiter_lines()
+        assert "Created fine-tuning job" in await anext(lines)
+        if how == "revoked":
+            assert (await gateway.operator.delete(f"/admin/v1/keys/{key['id']}")).status_code == 204
+        elif how == "suspended":
+            suspended = await gateway.operator.patch("/admin/v1/tenants/acme", json={"suspended": True})
+            assert suspended.status_code == 200
+        async with asyncio.timeout(20):
+            rest = [line async for line in lines if line]
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "invalid_api_key"
+    assert not any("[DONE]" in line for line in rest)
+    assert gateway.parts.event_streams == {}
 
 
 async def test_permissions(
