@@ -21,6 +21,8 @@ from gateway.plans import DEFAULT, Plan, require_plan
 KeyId = NewType("KeyId", str)
 NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 TENANT_CHANGE: Final = "tenant"
+SUSPENDED: Final = select(tenants.c.id).where(tenants.c.suspended_at.is_not(None))
+"""The ids of those that are suspended."""
 
 
 class Scope(StrEnum):

@@ -29,6 +29,7 @@ from gateway.home import ConfigurationError, Home
 from gateway.logs import set_up_logging
 from gateway.settings import Settings, explain
 from gateway.store_opening import open_store
+from gateway.tenants import SUSPENDED
 from training.results import Results
 from training.worker import Options, Worker
 
@@ -94,6 +95,7 @@ def _options(settings: Settings, fingerprint: str) -> Options:
         save_every_s=settings.training_save_every_s,
         lease_s=settings.training_lease_s,
         stop_s=STOP_SHARE * settings.drain_s,
+        held_back=SUSPENDED,
     )
 
 

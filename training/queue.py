@@ -5,7 +5,8 @@ job is still running under the worker's own number, in the same transaction; one
 lease can write nothing more, and drops what it has. Workers' clocks may differ by less than a lease.
 
 Who is next: the tenant with the fewest running jobs by weight, among those the least served one (trained tokens by
-weight), and of its jobs the one that has waited longest.
+weight), and of its jobs the one that has waited longest. Never so a tenant that is held back (`HeldBack`); a
+job of its own that runs already goes on.
 """
 
 import csv
@@ -18,7 +19,7 @@ from json import dumps, loads
 from secrets import token_hex
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Row, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, func, insert, or_, select, update
 
 from adapter_store.catalog import Version
 from adapter_store.changes import take_turn
@@ -48,6 +49,8 @@ from training.jobs import (
     training_accounts,
 )
 
+HeldBack = Select[tuple[str]]
+"""A query for the ids of tenants whose jobs wait; who a tenant is, and why it is held back, is the caller's matter."""
 LEASE_S: Final = 60
 MOST_LOSSES: Final = 10
 """Leases that end by themselves while the job gets no further: then it is the job that ends its workers."""
@@ -117,28 +120,29 @@ async def claim(
     most: int,
     lease_s: int = LEASE_S,
     most_losses: int = MOST_LOSSES,
+    held_back: HeldBack | None = None,
 ) -> list[Claimed]:
     """Leases up to `most` jobs for that base model; jobs whose workers fell silent are dealt with first.
 
     A job that has been saved goes on from `job.saved`. Raises StorageError.
     """
-    if not await is_work(engine, base_fingerprint, now):
+    if not await is_work(engine, base_fingerprint, now, held_back=held_back):
         return []  # as mostly: nobody's turn is taken for it
     found: list[Claimed] = []
     async with writing(engine) as connection:
         await take_turn(connection)
         await _deal_with_abandoned(connection, now, most_losses)
         while len(found) < most:
-            job = await _next(connection, base_fingerprint)
+            job = await _next(connection, base_fingerprint, held_back)
             if job is None:
                 break
             found.append(await _lease(connection, job, worker, now, lease_s))
     return found
 
 
-async def is_work(engine: AsyncEngine, base_fingerprint: str, now: int) -> bool:
+async def is_work(engine: AsyncEngine, base_fingerprint: str, now: int, *, held_back: HeldBack | None = None) -> bool:
     """Whether a job of that base model waits, or a worker fell silent. Raises StorageUnavailable."""
-    waits = (jobs.c.status == Status.QUEUED.value) & (jobs.c.base_fingerprint == base_fingerprint)
+    waits = _waits(base_fingerprint, held_back)
     silent = (jobs.c.status == Status.RUNNING.value) & (jobs.c.lease_until <= now)
     async with reading(engine) as connection:
         return (await connection.execute(select(jobs.c.id).where(or_(waits, silent)).limit(1))).first() is not None
@@ -339,7 +343,12 @@ async def _deal_with_abandoned(connection: AsyncConnection, now: int, most_losse
             await move(connection, job, Status.QUEUED, now, told, **UNLEASED, losses=job.losses + 1)
 
 
-async def _next(connection: AsyncConnection, base_fingerprint: str) -> Job | None:
+def _waits(base_fingerprint: str, held_back: HeldBack | None) -> ColumnElement[bool]:
+    waits = (jobs.c.status == Status.QUEUED.value) & (jobs.c.base_fingerprint == base_fingerprint)
+    return waits if held_back is None else waits & jobs.c.tenant_id.not_in(held_back)
+
+
+async def _next(connection: AsyncConnection, base_fingerprint: str, held_back: HeldBack | None) -> Job | None:
     account = training_accounts.c
     running = (
         select(jobs.c.tenant_id, func.count().label("count"))
@@ -349,7 +358,7 @@ async def _next(connection: AsyncConnection, base_fingerprint: str) -> Job | Non
     )
     waiting = (
         select(jobs.c.tenant_id, func.min(jobs.c.queued_at).label("since"))
-        .where(jobs.c.status == Status.QUEUED.value, jobs.c.base_fingerprint == base_fingerprint)
+        .where(_waits(base_fingerprint, held_back))
         .group_by(jobs.c.tenant_id)
         .subquery()
     )

@@ -42,7 +42,7 @@ SAVED: Final = "saved"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`tokens`: of a batch, padding included, above which no further job is taken in."""
+    """`tokens`: of a batch, padding included, above which no further job is taken in; `held_back`: whose jobs wait."""
 
     name: str
     base_fingerprint: str
@@ -53,6 +53,7 @@ class Options:
     lease_s: int = queue.LEASE_S
     renew_every_s: float = 2.0  # so soon an owner's pause or cancellation is heard
     stop_s: float = 20.0
+    held_back: queue.HeldBack | None = None
 
 
 @dataclass(slots=True)
@@ -127,18 +128,22 @@ class Worker:
             return
         self._look_at = monotonic() + self._options.look_every_s
         try:
-            if not await queue.is_work(self._results.engine, self._options.base_fingerprint, self._results.now):
+            options = self._options
+            if not await queue.is_work(
+                self._results.engine, options.base_fingerprint, self._results.now, held_back=options.held_back
+            ):
                 return
             if self._base is None:  # before the claim: what goes wrong here is no job's fault
                 self._base = await self._in_torch(self._load)
             found = await queue.claim(
                 self._results.engine,
-                self._options.name,
-                base_fingerprint=self._options.base_fingerprint,
+                options.name,
+                base_fingerprint=options.base_fingerprint,
                 now=self._results.now,
                 most=1,
-                lease_s=self._options.lease_s,
+                lease_s=options.lease_s,
                 most_losses=MOST_LOSSES,
+                held_back=options.held_back,
             )
         except StorageError as error:
             log.warning("no job is looked for: %s", error)

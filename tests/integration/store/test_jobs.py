@@ -15,6 +15,7 @@ from adapter_store.engine import AsyncConnection
 from adapter_store.ids import TenantId, new_version_id
 from adapter_store.together import Together
 from adapter_store.transactions import reading, writing
+from gateway.tenants import SUSPENDED, Tenants
 from training import queue
 from training.errors import JobNotFound, LeaseLost, StateConflict, TooManyQueued
 from training.jobs import (
@@ -93,9 +94,15 @@ class Worker:
     name: str = "w1"
     held: list[Claimed] = field(default_factory=list)
 
-    async def claim(self, most: int = 1, **more: int) -> list[Claimed]:
+    async def claim(self, most: int = 1, *, held_back: queue.HeldBack | None = None, **more: int) -> list[Claimed]:
         found = await queue.claim(
-            self.engine, self.name, base_fingerprint=BASE, now=self.clock.second, most=most, **more
+            self.engine,
+            self.name,
+            base_fingerprint=BASE,
+            now=self.clock.second,
+            most=most,
+            held_back=held_back,
+            **more,
         )
         self.held += found
         return found
@@ -402,6 +409,25 @@ async def test_one_who_comes_back_is_not_ahead_for_the_time_away(jobs: Jobs, wor
     await jobs.create(new_job(OTHER))
     await jobs.create(new_job())
     assert [one.job.tenant_id for one in await worker.claim(1)] == [TENANT]
+
+
+async def test_jobs_of_a_suspended_tenant_wait(engine: AsyncEngine, jobs: Jobs, worker: Worker) -> None:
+    """None of its is begun, others' are; one that runs goes on to its end; let go on, its turn comes as before."""
+    tenants = Tenants(engine)
+    mine, other = [(await tenants.create(name)).id for name in ("acme", "globex")]
+    await jobs.create(new_job(mine))
+    (running,) = await worker.claim(held_back=SUSPENDED)
+    queued = {(await jobs.create(new_job(mine))).id for _ in range(2)}
+    await tenants.change("acme", suspended=True)
+    assert not await queue.is_work(engine, BASE, worker.clock.second, held_back=SUSPENDED)
+    assert await worker.claim(3, held_back=SUSPENDED) == []
+    await jobs.create(new_job(other))
+    assert [one.job.tenant_id for one in await worker.claim(3, held_back=SUSPENDED)] == [other]
+    assert await worker.orders(running) == [Order.GO_ON]
+    await worker.end(running)
+    assert (await jobs.find(mine, running.job.id)).status is Status.SUCCEEDED
+    await tenants.change("acme", suspended=False)
+    assert {one.job.id for one in await worker.claim(3, held_back=SUSPENDED)} == queued
 
 
 async def test_jobs_of_another_base_are_left(jobs: Jobs, worker: Worker) -> None:

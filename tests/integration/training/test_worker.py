@@ -14,6 +14,9 @@ import pytest
 from adapter_store.bundle import WEIGHTS_FILE
 from adapter_store.ids import TenantId
 from adapter_store.transactions import reading
+from gateway import training_worker
+from gateway.settings import Settings
+from gateway.tenants import Tenants
 from tests.integration.training.conftest import OTHER, RECIPE, TENANT, Desk, chats, saves
 from tests.waiting import until
 from training import evaluations, queue
@@ -109,6 +112,20 @@ async def test_a_job_becomes_a_version_with_metrics_checkpoints_and_a_result_fil
     assert [int(line.split(",")[0]) for line in lines[1:]] == STEPS
     assert done.trained_tokens > 0
     assert await saves(desk) == []
+
+
+async def test_a_worker_takes_no_job_of_a_suspended_tenant(desk: Desk, warm: WarmBase) -> None:
+    """As `tailor worker` is put together: it waits, until the tenant is let go on; another's is trained meanwhile."""
+    options = training_worker._options(Settings(_env_file=None, home=desk.home), desk.base.fingerprint)
+    tenants = Tenants(desk.engine)
+    mine, other = [(await tenants.create(name)).id for name in ("acme", "globex")]
+    await tenants.change("acme", suspended=True)
+    waiting, trained = [await desk.job(tenant=tenant) for tenant in (mine, other)]
+    async with desk.working(warm, held_back=options.held_back):
+        assert (await desk.ended(trained)).status is Status.SUCCEEDED
+        assert (await desk.find(waiting)).status is Status.QUEUED
+        await tenants.change("acme", suspended=False)
+        assert (await desk.ended(waiting)).status is Status.SUCCEEDED
 
 
 async def test_rows_that_validation_shares_with_training_are_told(desk: Desk, warm: WarmBase) -> None:
