@@ -515,9 +515,12 @@ async def send_error(send: Send, error: Exception, *more_headers: tuple[bytes, b
 
 
 def authorization_of(scope: Scope) -> bytes | None:
-    """The request's `Authorization` header."""
+    """The request's `Authorization` header; without one, its `x-api-key` as such a header would have it."""
+    key_alone: bytes | None = None
     for name, value in scope["headers"]:
         if name == b"authorization":
             found: bytes = value
             return found
-    return None
+        if name == b"x-api-key" and key_alone is None:
+            key_alone = value
+    return None if key_alone is None else b"Bearer " + key_alone

@@ -143,7 +143,7 @@ def _complete(path: str, method: str, operation: Json) -> None:
         if path == "/ready":
             answers["503"] = {"description": "Not ready; the same object says why.", "content": _content({})}
         return
-    operation["security"] = [{"bearer": []}]
+    operation["security"] = _KEYS
     statuses = {400, 401, 403, 404, 500, 503}
     if method != "get":
         statuses |= {408, 409, 413, 507}
@@ -210,7 +210,7 @@ def _generation(dialect: type[Dialect], request: Json) -> Json:
         "tags": ["generation" if dialect.generates else "counting"],
         "summary": dialect.__name__,
         "operationId": dialect.path.strip("/").replace("/", "_"),
-        "security": [{"bearer": []}, {"x-api-key": []}],
+        "security": _KEYS,
         "parameters": [REQUEST_ID],
         "requestBody": {"required": True, "content": {JSON: {"schema": request}}},
         "responses": {"200": {"description": "The answer.", "headers": headers, "content": content}, **errors},
@@ -261,13 +261,14 @@ _ABOUT: Final = (
     "Every call but `/health` and `/ready` needs a key. Other paths answer 404, other methods 405, both with the same "
     "envelope; without a key both are 401."
 )
+_KEYS: Final[list[Json]] = [{"bearer": []}, {"x-api-key": []}]
 _SECURITY: Final = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "A key, `sk-tailor-…`; its scopes say what for."},
     "x-api-key": {
         "type": "apiKey",
         "in": "header",
         "name": "x-api-key",
-        "description": "The same key, for generation.",
+        "description": "The same key, where there is no `Authorization`.",
     },
 }
 _TAGS: Final = {

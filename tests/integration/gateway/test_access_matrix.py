@@ -664,3 +664,26 @@ async def test_a_key_in_anthropics_header_is_held_to_the_same(world: World, repl
         both = {"authorization": world.keys["revoked"], "x-api-key": secrets["tenant"]}
         assert (await client.post(path, json={"model": BASE, **body}, headers=both)).status_code == 401
         assert replica.request_count == before + 1
+
+
+async def test_a_key_in_anthropics_header_opens_the_control_routes(world: World) -> None:
+    """Those of its scopes, as in `Authorization`, which goes before it; an unknown path is a 404 to a known key."""
+    client = world.gateway.client()
+    secrets = {caller: key.removeprefix("Bearer ") for caller, key in world.keys.items() if key.isascii()}
+    for path, caller, status in (
+        ("/v1/models", "tenant", 200),
+        ("/v1/adapters", "tenant", 200),
+        ("/v1/files", "tenant", 200),
+        ("/v1/usage", "tenant", 200),
+        ("/v1/keys", "admin", 200),
+        ("/v1/keys", "tenant", 403),
+        ("/admin/v1/tenants", "operator", 200),
+        ("/admin/v1/tenants", "tenant", 403),
+        ("/v1/nowhere", "tenant", 404),
+        ("/v1/models", "revoked", 401),
+        ("/v1/nowhere", "unknown", 401),
+    ):
+        answer = await client.get(path, headers={"x-api-key": secrets[caller]})
+        assert answer.status_code == status, f"{path} as {caller}"
+        both = {"x-api-key": secrets[caller], "authorization": world.keys["revoked"]}
+        assert (await client.get(path, headers=both)).status_code == 401, f"{path} as {caller}"
