@@ -14,7 +14,7 @@ from gateway.errors import KeyInvalid, ScopeMissing
 from gateway.fresh_cache import FreshCache
 from gateway.freshness import Freshness
 from gateway.key_uses import KeyUses
-from gateway.keys import KEY_CHANGE, Keys
+from gateway.keys import KEY_CHANGE, KEY_MADE, SHAPE, Keys
 from gateway.plans import PLAN_CHANGE, Plan
 from gateway.tenants import TENANT_CHANGE, Scope, Standing
 
@@ -24,13 +24,17 @@ _REFUSAL = (
 _BEARER: Final = b"bearer "
 _LONGEST: Final = 256
 _NOTED_EVERY_S: Final = 60.0
+_UNKNOWN_S: Final = 2.0
+"""For so long a key that does not exist is refused without another query; a key that is made meanwhile ends it."""
+_UNKNOWN_LIMIT: Final = 1_024
 _OPERATORS: Final = Standing(None, Plan())
 
 
 class Auth:
     """Looks keys up by their SHA-256 and compares it in constant time; a known key costs no query.
 
-    What is cached is served for as long as `freshness` allows without a word from the change feed.
+    What is cached is served for as long as `freshness` allows without a word from the change feed. What is not spelled
+    like a key is refused unasked, and one that was not found is not asked for again at once.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class Auth:
         self._clock = clock
         self._cache: FreshCache[bytes, ApiKey] = FreshCache(cache_limit)
         self._standings: WeakValueDictionary[TenantId, Standing] = WeakValueDictionary()
+        self._unknown: dict[bytes, float] = {}  # until when, the oldest first
+        self._keys_made = 0
 
     def known(self, authorization: bytes | None) -> ApiKey | None:
         """The live key behind an `Authorization` header, where nothing has to be asked; None: ask `live_key`."""
@@ -79,9 +85,14 @@ class Auth:
             return key
         if authorization is None or authorization[:7].lower() != _BEARER or len(authorization) > _LONGEST:
             raise KeyInvalid(_REFUSAL)
+        secret = authorization[7:].strip()
+        if not SHAPE.fullmatch(secret):
+            raise KeyInvalid(_REFUSAL)
         self._freshness.check()
-        digest = sha256(authorization[7:].strip()).digest()
+        digest = sha256(secret).digest()
         key = self._cache.get(digest)
+        if key is None and self._monotonic() < self._unknown.get(digest, 0.0):
+            raise KeyInvalid(_REFUSAL)
         if key is None or key.tenant.stale:
             key = await self._look_up(digest)
         if not key.is_live(self._clock()):
@@ -115,6 +126,8 @@ class Auth:
         """A change of a key, a tenant or a plan, from the change feed."""
         if change.noun == KEY_CHANGE and change.name is not None:
             self.forget(change.name)
+        elif change.noun == KEY_MADE:
+            self.forget_unknown()
         elif change.noun == TENANT_CHANGE and change.tenant_id is not None:
             self.forget_tenant(change.tenant_id)
         elif change.noun == PLAN_CHANGE and change.name is not None:
@@ -123,6 +136,12 @@ class Auth:
     def forget(self, sha256_hex: str) -> None:
         """A key has changed: ask the database again."""
         self._cache.forget(bytes.fromhex(sha256_hex))
+
+    def forget_unknown(self) -> None:
+        """A key was made: ask the database again for those that were not found."""
+        self._keys_made += 1
+        self._unknown.clear()
+        self._cache.outdate()
 
     def forget_tenant(self, tenant_id: TenantId) -> None:
         """A tenant has changed: ask the database again for each of its keys."""
@@ -140,6 +159,7 @@ class Auth:
 
     def clear(self) -> None:
         """Ask the database again for every key."""
+        self.forget_unknown()
         self._cache.clear()
         self._standings.clear()
 
@@ -154,13 +174,22 @@ class Auth:
 
     async def _look_up(self, digest: bytes) -> ApiKey:
         async def read() -> ApiKey:
+            made = self._keys_made
             key = await self._keys.by_hash(digest)
             if key is None:
+                if made == self._keys_made:
+                    self._note_unknown(digest)
                 raise KeyInvalid(_REFUSAL)
             key.tenant = self._shared(key.tenant)
             return key
 
         return await self._cache.fill(digest, read)
+
+    def _note_unknown(self, digest: bytes) -> None:
+        self._unknown.pop(digest, None)
+        if len(self._unknown) >= _UNKNOWN_LIMIT:
+            del self._unknown[next(iter(self._unknown))]
+        self._unknown[digest] = self._monotonic() + _UNKNOWN_S
 
     def _shared(self, read: Standing) -> Standing:
         """One standing for all keys of a tenant, so that one mark reaches them all."""

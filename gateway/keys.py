@@ -6,6 +6,7 @@ no successor.
 """
 
 import hashlib
+import re
 import secrets
 import string
 import time
@@ -52,9 +53,13 @@ from gateway.tenants import KeyId, Scope, Standing
 
 KEY_PREFIX: Final = "sk-tailor-"
 KEY_CHANGE: Final = "key"  # named by the key's hash
+KEY_MADE: Final = "key made"  # likewise; nothing that is known of another changes
 LIVE_KEYS_LIMIT: Final = 1_000
 """Of one tenant: what a tenant's own admin can fill the database with has an end."""
 _ALPHABET = string.ascii_letters + string.digits  # a double click selects all of it
+_CHARACTERS: Final = 43  # of them, after the prefix
+SHAPE: Final = re.compile(rb"%b[A-Za-z0-9]{%d}" % (KEY_PREFIX.encode(), _CHARACTERS))
+"""Of every key's secret that was ever made: what is spelled otherwise is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,7 @@ class Rotation:
 
 def new_secret() -> str:
     """256 random bits, spelled so that they can be told for a key of ours."""
-    return KEY_PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(43))
+    return KEY_PREFIX + "".join(secrets.choice(_ALPHABET) for _ in range(_CHARACTERS))
 
 
 def hash_key(secret: bytes) -> str:
@@ -137,6 +142,7 @@ class Keys:
             await self._check_room(connection, tenant_id, now)
             made = await self._bounded(connection, asked, maker)
             await _insert(connection, made)
+            await record_change(connection, KEY_MADE, made.tenant_id, made.sha256)
         return made, secret
 
     async def rotate(
@@ -165,6 +171,7 @@ class Keys:
             ends_at = now + overlap_s if old.expires_at is None else min(old.expires_at, now + overlap_s)
             await connection.execute(update(api_keys).where(api_keys.c.id == old.id).values(expires_at=ends_at))
             await record_change(connection, KEY_CHANGE, old.tenant_id, old.sha256)
+            await record_change(connection, KEY_MADE, made.tenant_id, made.sha256)
         return Rotation(made, secret, old)
 
     async def revoke(self, whose: "TenantId | Anyone | None", key_id: str) -> KeyDetails:

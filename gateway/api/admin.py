@@ -193,7 +193,7 @@ async def create_key(tenant: str, body: NewKey, operator: Operator, parts: AppPa
     made, secret = await parts.keys.create(
         owner.id, scopes, maker=operator, label=body.label, expires_at=body.expires_at
     )
-    return with_secret(made, secret)
+    return with_secret(made, secret, parts)
 
 
 @router.get("/tenants/{tenant}/keys")
@@ -212,7 +212,7 @@ async def create_operator_key(body: NewOperatorKey, operator: Operator, parts: A
     made, secret = await parts.keys.create(
         None, [Scope.OPERATOR], maker=operator, label=body.label, expires_at=body.expires_at
     )
-    return with_secret(made, secret)
+    return with_secret(made, secret, parts)
 
 
 @router.get("/keys")

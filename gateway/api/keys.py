@@ -77,7 +77,7 @@ async def create(body: NewKey, admin: KeyAdmin, parts: AppParts) -> KeyWithSecre
     made, secret = await parts.keys.create(
         admin.tenant_id, tenant_scopes(body, admin.key), maker=admin.key, label=body.label, expires_at=body.expires_at
     )
-    return with_secret(made, secret)
+    return with_secret(made, secret, parts)
 
 
 @router.get("")
@@ -119,10 +119,11 @@ def tenant_scopes(body: NewKey, maker: ApiKey) -> frozenset[Scope]:
 
 def rotated(rotation: Rotation, parts: AppParts) -> KeyWithSecret:
     parts.auth.forget(rotation.old.sha256)
-    return with_secret(rotation.made, rotation.secret)
+    return with_secret(rotation.made, rotation.secret, parts)
 
 
-def with_secret(key: KeyDetails, secret: str) -> KeyWithSecret:
+def with_secret(key: KeyDetails, secret: str, parts: AppParts) -> KeyWithSecret:
+    parts.auth.forget_unknown()  # it may have been asked for before it was there
     return KeyWithSecret(**key_object(key).model_dump(), secret=secret)
 
 

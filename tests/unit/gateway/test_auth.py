@@ -26,7 +26,7 @@ from gateway.database import migrate, open_engine
 from gateway.errors import GrantTooWide, KeyInvalid, KeyIsOver, TooManyKeys
 from gateway.fresh_cache import FreshCache
 from gateway.freshness import Freshness
-from gateway.keys import ANYONE, Keys, _key_of
+from gateway.keys import ANYONE, Keys, _key_of, new_secret
 from gateway.models import Models
 from gateway.plans import COLUMNS as PLAN_COLUMNS
 from gateway.plans import Plan, Plans
@@ -122,6 +122,78 @@ async def test_what_is_no_key_is_refused(bench: Bench, header: bytes | None) -> 
     assert bench.auth.known(header) is None
     with pytest.raises(KeyInvalid):
         await bench.auth.live_key(header)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["sk-tailor-nope", "sk-tailor-" + "0" * 42, "sk-tailor-" + "0" * 44, "sk-tailor-" + "0" * 42 + "-", "0" * 53],
+)
+async def test_what_is_not_spelled_like_a_key_costs_no_query(bench: Bench, secret: str) -> None:
+    """One character less, more, or of another kind."""
+    with counted_queries(bench.engine) as queries, pytest.raises(KeyInvalid):
+        await bench.auth.live_key(f"Bearer {secret}".encode())
+    assert queries == []
+
+
+async def test_a_key_that_is_unknown_is_not_asked_for_again_at_once(bench: Bench) -> None:
+    """For two seconds, however often it comes; what is remembered has a bound, which drops what came first."""
+    header = f"Bearer {new_secret()}".encode()
+    with counted_queries(bench.engine) as queries:
+        for after_s, asked in ((0.0, 1), (1.9, 1), (0.2, 2), (0.0, 2)):
+            bench.monotonic.now += after_s
+            for _ in range(10):
+                with pytest.raises(KeyInvalid):
+                    await bench.auth.live_key(header)
+            assert len(queries) == asked
+    for _ in range(1_100):
+        with pytest.raises(KeyInvalid):
+            await bench.auth.live_key(f"Bearer {new_secret()}".encode())
+    assert len(bench.auth._unknown) == 1_024
+    with counted_queries(bench.engine) as queries, pytest.raises(KeyInvalid):
+        await bench.auth.live_key(header)
+    assert len(queries) == 1
+
+
+async def test_a_key_that_was_asked_for_before_it_was_made_works_with_the_next_change(bench: Bench) -> None:
+    """At once where it was made, with the next look at the change feed elsewhere."""
+    acme = (await bench.tenants.create("acme")).id
+    other = Auth(bench.keys, bench.freshness, clock=bench.wall)
+    secret = new_secret()
+    header = f"Bearer {secret}".encode()
+    for auth in (bench.auth, other):
+        with pytest.raises(KeyInvalid):
+            await auth.live_key(header)
+    made, _ = await bench.keys.create(acme, SERVING, maker=None, secret=secret)
+    other.forget_unknown()  # as the route does
+    assert (await other.live_key(header)).id == made.id
+    await bench.feed.catch_up()
+    assert (await bench.live(header)).id == made.id
+
+
+async def test_a_key_that_is_made_while_it_is_looked_up_is_not_remembered_as_unknown(bench: Bench) -> None:
+    """The lookup that began before does not refuse it afterwards."""
+    acme = (await bench.tenants.create("acme")).id
+    inside, go_on = asyncio.Event(), asyncio.Event()
+    read = bench.keys.by_hash
+
+    class Slow(Keys):
+        async def by_hash(self, sha256: bytes) -> ApiKey | None:
+            found = await read(sha256)
+            inside.set()
+            await go_on.wait()
+            return found
+
+    auth = Auth(Slow(bench.engine), bench.freshness, clock=bench.wall)
+    secret = new_secret()
+    header = f"Bearer {secret}".encode()
+    task = asyncio.create_task(auth.live_key(header))
+    await inside.wait()
+    made, _ = await bench.keys.create(acme, SERVING, maker=None, secret=secret)
+    auth.forget_unknown()
+    go_on.set()
+    with pytest.raises(KeyInvalid):
+        await task
+    assert (await auth.live_key(header)).id == made.id
 
 
 async def test_a_key_ends_with_its_day(bench: Bench) -> None:
