@@ -95,6 +95,12 @@ FILE_UPLOADS: Final = "/v1/uploads"
 CHECKING: Final = (FILES_PATH, f"{FILE_UPLOADS}/{{upload_id}}/complete")
 """Where a training file is checked line by line."""
 KEEPING: Final = (*CHECKING, FILE_UPLOADS)
+ARRIVING: Final = (
+    *(path for path in PUBLISHING if path != IMPORT_PATH),
+    *KEEPING,
+    f"{UPLOAD_PATH}/{{name}}/versions/{{number}}/scaled",
+)
+"""What counts as an upload that is under way, beside those whose bodies are streamed."""
 JOBS: Final = "/v1/fine_tuning/jobs"
 ONCE: Final = (JOBS, "/v1/fine_tuning/checkpoints/{checkpoint}/permissions")
 IDEMPOTENCY_KEY: Final = {
@@ -149,6 +155,9 @@ def _complete(path: str, method: str, operation: Json) -> None:
         statuses |= {408, 409, 413, 507}
     if path in _UPLOADS and method in ("post", "put"):
         operation["requestBody"] = _UPLOADS[path]
+        statuses.add(429)
+    if path in ARRIVING and method == "post":
+        statuses.add(429)
     if path in PUBLISHING and method == "post":
         answers["422"] = _error(422, "RejectedError")
         if path != IMPORT_PATH:
