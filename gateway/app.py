@@ -73,6 +73,7 @@ from gateway.idempotency import Answers
 from gateway.job_figures import JobFigures
 from gateway.keys import Keys
 from gateway.limits import open_limits
+from gateway.logs import ids
 from gateway.models import Models
 from gateway.operator_port import OperatorPort
 from gateway.pins import Pins
@@ -84,6 +85,7 @@ from gateway.replicas.client import ReplicaClient
 from gateway.replicas.pool import ReplicaPool
 from gateway.replicas.replica import ReplicaOptions
 from gateway.replicas.roster import Roster
+from gateway.request_ids import request_id_of
 from gateway.rollouts import RolloutWatch
 from gateway.settings import Settings
 from gateway.store_opening import open_store
@@ -394,7 +396,15 @@ def _install_error_handlers(app: FastAPI) -> None:
     async def respond(request: Request, error: Exception) -> Response:
         told = answer(_as_ours(error))
         if told.status == 500:
-            log.error("%s %s failed", request.method, template_of(request.scope), exc_info=error)
+            request_id = request_id_of(request.scope)
+            log.error(
+                "request %s failed: %s %s",
+                request_id,
+                request.method,
+                template_of(request.scope),
+                exc_info=error,
+                extra=ids(request_id=request_id),
+            )
         return Response(told.body, told.status, {name.decode(): value.decode() for name, value in told.headers})
 
     for kind in (GatewayError, AdapterStoreError, TrainingError, RequestValidationError, HTTPException):

@@ -14,6 +14,7 @@ from gateway.auth import Auth
 from gateway.dependencies import Parts
 from gateway.errors import GatewayError, MethodNotAllowed, RequestInvalid, authorization_of, send_error
 from gateway.protocol import Out
+from gateway.request_ids import HEADER, name_request
 
 OPEN_PATHS: Final = ("/health", "/ready")
 UPLOAD_PATH: Final = "/v1/adapters"
@@ -30,7 +31,7 @@ class Front:
 
     FastAPI reads a body before it asks who sends it: without a key nothing of a body is read here, and with one no more
     than 64 KiB, but for uploads, which are streamed. Generation requests (`hot`, by path) never come here:
-    `protocol.FrontProtocol` gives them to their endpoint.
+    `protocol.FrontProtocol` gives them to their endpoint. Each answer carries its request's id.
     """
 
     def __init__(self, app: ASGIApp, parts: Parts, hot: Mapping[str, Generation], out: Out) -> None:
@@ -48,6 +49,7 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        send = _named(send, name_request(scope))
         path: str = scope["path"]
         if path not in OPEN_PATHS:
             try:
@@ -61,6 +63,17 @@ class Front:
             if not UPLOADS.fullmatch(path):
                 receive = _bounded(receive, self.parts.stall_s)
         return await self._app(scope, receive, send)
+
+
+def _named(send: Send, request_id: bytes) -> Send:
+    """Every answer says which request it is for."""
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (HEADER, request_id)]}
+        await send(message)
+
+    return named
 
 
 def _bounded(receive: Receive, stall_s: float) -> Receive:

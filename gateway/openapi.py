@@ -145,10 +145,15 @@ def _complete(path: str, method: str, operation: Json) -> None:
     """What FastAPI does not know: keys, errors, bodies that it does not read."""
     answers: Json = operation["responses"]
     answers.pop("422", None)
-    if path in OPEN_PATHS:
-        if path == "/ready":
-            answers["503"] = {"description": "Not ready; the same object says why.", "content": _content({})}
-        return
+    if path not in OPEN_PATHS:
+        _complete_guarded(path, method, operation, answers)
+    elif path == "/ready":
+        answers["503"] = {"description": "Not ready; the same object says why.", "content": _content({})}
+    for told in answers.values():
+        told.setdefault("headers", {})["x-request-id"] = _text_header(RECEIPTS["x-request-id"])
+
+
+def _complete_guarded(path: str, method: str, operation: Json, answers: Json) -> None:
     operation["security"] = _KEYS
     statuses = {400, 401, 403, 404, 500, 503}
     if method != "get":
