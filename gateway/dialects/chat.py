@@ -2,25 +2,35 @@
 
 from typing import Any, ClassVar, Final
 
-import msgspec
-from msgspec import UNSET, Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from gateway.dialects.chat_shapes import (
+    MOST_PARTS,
     UPSTREAM_STREAM,
-    AnswerParts,
     Assistant,
     ChatRequest,
     CompletionRequest,
     Message,
     NamedTool,
-    Parts,
     RefusalPart,
     ResponseFormat,
+    TextPart,
     Tool,
+    ToolCall,
 )
-from gateway.dialects.dialect import Checked, Dialect, Stream, check_bias, check_entries
+from gateway.dialects.dialect import MOST_TOOLS, Checked, Dialect, Stream, check_bias, check_entries
+from gateway.dialects.lists import ListDecoder
 from gateway.dialects.schemas import SchemaBudget
-from gateway.dialects.words import Pieces, hold_text, hold_tokens, is_null, is_text
+from gateway.dialects.words import (
+    MOST_TOKENS,
+    MOST_VALUES,
+    Pieces,
+    hold_null,
+    hold_text,
+    hold_tokens,
+    is_null,
+    is_text,
+)
 from gateway.errors import ReplicaFailed, RequestInvalid
 from gateway.relay import StreamTranslation, Translation
 from gateway.tokens import Usage
@@ -60,7 +70,7 @@ OPT_IN_SAMPLING: Final = frozenset(
 class OpenAIGeneration(Dialect):
     """What chat and plain completions share."""
 
-    def _checked(self, request: Any, body: bytes, param: str, default: int | None, alternatives: int) -> Checked:
+    def _checked(self, request: Any, size: int, param: str, default: int | None, alternatives: int) -> Checked:
         stream = bool(request.stream)
         if request.stream_options is not None and not stream:
             raise RequestInvalid("stream_options goes with stream: true.", param="stream_options")
@@ -80,7 +90,7 @@ class OpenAIGeneration(Dialect):
             length=length,
             own_length=request.max_tokens is not None,
             choices=request.n or 1,
-            prompt_bytes=len(body),
+            prompt_bytes=size,
             affinity=request.prompt_cache_key or request.user,
             wants_usage=bool(request.stream_options and request.stream_options.include_usage),
         )
@@ -115,12 +125,13 @@ class Chat(OpenAIGeneration):
     upstream_path = "/v1/chat/completions"
     prompt_param = "messages"
     request = ChatRequest
+    message = Message
     opt_in = OPT_IN_SAMPLING | {"chat_template_kwargs", "include_reasoning", "reasoning_effort"}
     hints: ClassVar = {".type": "this server reads text and calls functions only", ".audio": "text only"}
 
-    def bound(self, request: ChatRequest, body: bytes) -> Checked:
+    def bound(self, request: ChatRequest, size: int, pieces: Pieces) -> Checked:
         if len(request.messages) > self.bounds.max_messages:
-            raise RequestInvalid(f"At most {self.bounds.max_messages} messages are read.", param="messages")
+            raise self.too_many_messages()
         param = "max_tokens"
         if request.max_completion_tokens is not None:
             if request.max_tokens is not None:
@@ -135,8 +146,8 @@ class Chat(OpenAIGeneration):
         self._check_choice(request)
         if request.tools is not None:
             check_tools(request.tools, schemas, request.tool_choice)
-        check_messages(request.messages, Pieces(self.invalid))
-        return self._checked(request, body, param, None, request.top_logprobs or 0)
+        check_messages(request.messages, pieces)
+        return self._checked(request, size, param, None, request.top_logprobs or 0)
 
     def _check_choice(self, request: ChatRequest) -> None:
         choice = request.tool_choice
@@ -152,8 +163,9 @@ class Chat(OpenAIGeneration):
             raise RequestInvalid(f"tool_choice 'auto' {NO_PARSER}", param="tool_choice", code="unsupported_parameter")
 
 
-_PARTS: Final = msgspec.json.Decoder(Parts)
-_ANSWER_PARTS: Final = msgspec.json.Decoder(AnswerParts)
+_PARTS: Final = ListDecoder(TextPart, least=1, most=MOST_PARTS)
+_ANSWER_PARTS: Final = ListDecoder(TextPart | RefusalPart, least=1, most=MOST_PARTS)
+_CALLS: Final = ListDecoder(ToolCall, most=MOST_TOOLS)
 
 
 def check_messages(messages: list[Message], pieces: Pieces) -> None:
@@ -166,10 +178,36 @@ def check_messages(messages: list[Message], pieces: Pieces) -> None:
         content = message.content
         if isinstance(content, Raw) and not is_text(content):
             message.content = _parts(message, content, f"messages[{number}].content", pieces)
-        if isinstance(message, Assistant) and message.tool_calls:
-            for call in message.tool_calls:
-                call.index, call.type = None, "function"
-                pieces.hold(call.function.arguments or "{}", f"messages[{number}].tool_calls")
+        if isinstance(message, Assistant):
+            if isinstance(message.reasoning, Raw):
+                message.reasoning = _thought(message.reasoning, f"messages[{number}].reasoning")
+            if isinstance(message.reasoning_content, Raw):
+                message.reasoning_content = _thought(message.reasoning_content, f"messages[{number}].reasoning_content")
+            if isinstance(message.refusal, Raw):
+                message.refusal = _thought(message.refusal, f"messages[{number}].refusal")
+            if isinstance(message.tool_calls, Raw):
+                message.tool_calls = _calls(message.tool_calls, f"messages[{number}].tool_calls", pieces)
+    pieces.hold_depth("messages")
+
+
+def _thought(told: Raw, place: str) -> Raw | UnsetType:
+    if is_text(told):
+        return told
+    hold_null(told, place)
+    return UNSET
+
+
+def _calls(given: Raw, place: str, pieces: Pieces) -> Any:
+    if is_null(given):
+        return UNSET
+    calls = pieces.calls(_CALLS, given, place)
+    for call in calls:
+        call.index, call.type = None, "function"
+        arguments = call.function.arguments
+        if not is_text(arguments):
+            raise RequestInvalid(f"{place}: arguments are JSON in a string.", param=place)
+        pieces.hold(arguments, place)
+    return calls
 
 
 def _parts(message: Message, content: Raw, place: str, pieces: Pieces) -> Any:
@@ -207,11 +245,12 @@ class Completions(OpenAIGeneration):
     prompt_param = "prompt"
     request = CompletionRequest
     opt_in = OPT_IN_SAMPLING
+    most_values = MOST_TOKENS + MOST_VALUES
 
-    def bound(self, request: CompletionRequest, body: bytes) -> Checked:
+    def bound(self, request: CompletionRequest, size: int, pieces: Pieces) -> Checked:
         if request.response_format is not None:
             self._check_format(request.response_format, self.schemas())
         if not is_text(request.prompt):
             hold_tokens(request.prompt, "prompt")
         # OpenAI's default of a plain completion is 16; a chat runs to the model's end, within our ceiling
-        return self._checked(request, body, "max_tokens", 16, request.logprobs or 0)
+        return self._checked(request, size, "max_tokens", 16, request.logprobs or 0)

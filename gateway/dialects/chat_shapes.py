@@ -24,7 +24,6 @@ from gateway.dialects.fields import (
     Stop,
     StopTokens,
     Temperature,
-    Text,
     ToolName,
     TopK,
     TopP,
@@ -40,8 +39,8 @@ class RefusalPart(Struct, forbid_unknown_fields=True, tag_field="type", tag="ref
     refusal: Raw
 
 
-Parts = Annotated[list[TextPart], Meta(min_length=1, max_length=256)]
-AnswerParts = Annotated[list[TextPart | RefusalPart], Meta(min_length=1, max_length=256)]
+MOST_PARTS: Final = 256
+"""Of one message."""
 Speaker = Annotated[str, Meta(max_length=64)] | None
 
 
@@ -66,7 +65,7 @@ class User(Told, tag="user"):
 
 class CalledFunction(Struct, forbid_unknown_fields=True, gc=False):
     name: ToolName
-    arguments: Text
+    arguments: Raw
 
 
 class ToolCall(Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False):
@@ -82,11 +81,11 @@ class Assistant(
     """An answer of the model, as it was answered or as a client writes it."""
 
     content: Raw | UnsetType = UNSET
-    tool_calls: Annotated[list[ToolCall], Meta(max_length=MOST_TOOLS)] | None = None
+    tool_calls: Raw | UnsetType = UNSET
     name: Speaker = None
-    reasoning: Text | None = None
-    reasoning_content: Text | None = None
-    refusal: Text | None = None
+    reasoning: Raw | UnsetType = UNSET
+    reasoning_content: Raw | UnsetType = UNSET
+    refusal: Raw | UnsetType = UNSET
     annotations: Nothing = None
     audio: None = None
     function_call: None = None

@@ -24,7 +24,12 @@ def beginning(request: Any) -> bytes:
     """
     messages = getattr(request, "messages", None)
     if messages is not None:
-        return _up_to_user([_ENCODER.encode(message) for message in messages[:MOST_BEFORE]])
+        told = bytearray()
+        for message in messages[:MOST_BEFORE]:
+            told += _ENCODER.encode(message)[:MOST]
+            if _role_of(message) == "user":
+                break
+        return bytes(told)
     given = getattr(request, "input", None)
     if given is None:
         given = getattr(request, "prompt", b"")
@@ -33,6 +38,12 @@ def beginning(request: Any) -> bytes:
 
 
 MOST_BEFORE: Final = 8
+
+
+def _role_of(message: msgspec.Struct) -> object:
+    """Messages of a chat have a type each, which bears their role; turns of a count have it as a member."""
+    tag = message.__struct_config__.tag
+    return tag if tag is not None else getattr(message, "role", None)
 
 
 def _up_to_user(items: list[bytes]) -> bytes:

@@ -28,7 +28,7 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True, omit_defaults=True, kw
     tools: Annotated[list[Tool], Meta(min_length=1, max_length=MOST_TOOLS)] | None = None
 
 
-def _counting(request: Any, body: bytes) -> Checked:
+def _counting(request: Any, size: int) -> Checked:
     return Checked(
         model=request.model,
         stream=False,
@@ -38,7 +38,7 @@ def _counting(request: Any, body: bytes) -> Checked:
         length=0,
         own_length=False,
         choices=0,
-        prompt_bytes=len(body),
+        prompt_bytes=size,
         affinity=None,
     )
 
@@ -56,23 +56,24 @@ class Tokenize(Dialect):
     prompt_param = "messages"
     generates = False
     request = TokenizeRequest
+    message = Message
     opt_in: ClassVar = frozenset({"chat_template_kwargs"})
     hints: ClassVar = {".type": "this server reads text and calls functions only"}
 
-    def bound(self, request: Any, body: bytes) -> Checked:
+    def bound(self, request: Any, size: int, pieces: Pieces) -> Checked:
         if (request.prompt is UNSET) == (request.messages is None):
             raise RequestInvalid("Send prompt or messages, one of them.", param="prompt")
         if request.messages is not None and len(request.messages) > self.bounds.max_messages:
-            raise RequestInvalid(f"At most {self.bounds.max_messages} messages are read.", param="messages")
+            raise self.too_many_messages()
         if request.tools is not None:
             if request.messages is None:
                 raise RequestInvalid("tools go with messages.", param="tools")
             check_tools(request.tools, self.schemas(), None)
         if request.messages is not None:
-            check_messages(request.messages, Pieces(self.invalid))
+            check_messages(request.messages, pieces)
         else:
             hold_text(request.prompt, "prompt")
-        return _counting(request, body)
+        return _counting(request, size)
 
     def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
         return ENCODER.encode(counted(body)), Usage()
@@ -103,9 +104,9 @@ class CountTokens(Spoken):
     request = Conversation
     opt_in: ClassVar = frozenset({"chat_template_kwargs", "thinking"})
 
-    def bound(self, request: Any, body: bytes) -> Checked:
-        self.conversation(request)
-        return _counting(request, body)
+    def bound(self, request: Any, size: int, pieces: Pieces) -> Checked:
+        self.conversation(request, pieces)
+        return _counting(request, size)
 
     def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
         try:
@@ -142,11 +143,11 @@ class InputTokens(Conversing):
     generates = False
     request = InputTokensRequest
 
-    def bound(self, request: Any, body: bytes) -> Checked:
+    def bound(self, request: Any, size: int, pieces: Pieces) -> Checked:
         self.asked(request)
         tools = [Tool(Function(one.name, one.description, one.parameters, one.strict)) for one in request.tools or ()]
         return _counting(
-            AskedTokens(request.model, _turns(request, self.items(request.input)), True, tools or None), body
+            AskedTokens(request.model, _turns(request, self.items(request.input, pieces)), True, tools or None), size
         )
 
     def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
@@ -180,4 +181,5 @@ def _turns(request: Asked, items: list[Item]) -> list[Turn]:
 
 
 def _call(item: Item) -> ToolCall:
-    return ToolCall(item.call_id or "", CalledFunction(item.name or "", item.arguments or ""))
+    arguments = item.arguments if isinstance(item.arguments, Raw) else Raw(b'""')
+    return ToolCall(item.call_id or "", CalledFunction(item.name or "", arguments))

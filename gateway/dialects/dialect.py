@@ -15,12 +15,14 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Final, Protocol
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct, UnsetType
 from mypy_extensions import mypyc_attr
 
 from gateway.dialects.conversation import beginning
-from gateway.dialects.fields import GATEWAY_SET, OPT_IN, REFUSED, EngineRefusal, LargeFields
+from gateway.dialects.fields import GATEWAY_SET, OPT_IN, REFUSED, EngineRefusal
+from gateway.dialects.lists import ListDecoder
 from gateway.dialects.schemas import SchemaBudget
+from gateway.dialects.words import MOST_VALUES, Pieces, decoded, hold_values, is_null
 from gateway.errors import ContextLengthExceeded, ErrorAnswer, GatewayError, ReplicaFailed, RequestInvalid, answer
 from gateway.tokens import Usage
 
@@ -30,6 +32,10 @@ MOST_ENTRIES: Final = 131_072
 MOST_TOOLS: Final = 128
 TOOLS_BYTES: Final = 131_072
 REST_BYTES: Final = 65_536
+LARGE: Final = ("messages", "prompt", "input", "system", "instructions", "tools")
+"""Fields that may be larger than `REST_BYTES`, of any dialect."""
+STAND_INS: Final = {"messages": b'[{"role":"user","content":""}]', "prompt": b'""', "input": b'""'}
+"""What a large prompt is while the other fields are decoded: so that it is read once less."""
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -161,15 +167,22 @@ class Dialect:
     generates: ClassVar[bool] = True
     """False for endpoints that only count: no token is generated, any model name of the engine does."""
     request: ClassVar[type[Struct]]
+    message: ClassVar[Any] = Raw
+    """What a list of `messages` holds."""
     refused: ClassVar[Mapping[str, str]] = REFUSED
     opt_in: ClassVar[frozenset[str]] = frozenset()
+    most_values: ClassVar[int] = MOST_VALUES
     hints: ClassVar[Mapping[str, str]] = {}
     """Why the last member of a faulty place is faulty, where msgspec's sentence does not tell."""
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
         allowed = sorted(self.opt_in & bounds.allowed_fields)
-        self._decoder = msgspec.json.Decoder(with_fields(self.request, allowed) if allowed else self.request)
+        request = with_fields(self.request, allowed) if allowed else self.request
+        self._decoder = msgspec.json.Decoder(request)
+        self._members = request.__struct_encode_fields__
+        self._whole = msgspec.json.Decoder(undecoded(self._members))
+        self._messages = ListDecoder(self.message, least=1, most=bounds.max_messages)
 
     # the client's words → the engine's
 
@@ -182,22 +195,59 @@ class Dialect:
         try:
             if not body.isascii():
                 body.decode()  # text that is kept as it came must be UTF-8 too
-            if len(body) > REST_BYTES:
-                _hold_rest(body)
-            request = self._decoder.decode(body)
+            request = self._decoder.decode(body) if len(body) <= REST_BYTES else self._in_parts(body)
         except msgspec.ValidationError as error:
             raise self.invalid(str(error)) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RequestInvalid(f"The body is not JSON: {error}.", code="invalid_json") from None
-        return self.bound(request, body)
+        return self.bound(request, len(body), Pieces(self.invalid, body))
 
-    def bound(self, request: Any, body: bytes) -> Checked:
-        """What no type can say; makes the request the engine's.
+    def bound(self, request: Any, size: int, pieces: Pieces) -> Checked:
+        """What no type can say; makes the request the engine's. `size`: of the body, in bytes.
 
         Raises:
             RequestInvalid: a bound is passed.
         """
         raise NotImplementedError
+
+    def _in_parts(self, body: bytes) -> Any:
+        """A large request: what would be slow to decode only to be refused is not decoded.
+
+        Raises:
+            RequestInvalid: too many values or messages; tools, or what is neither tools nor prompt, is too large.
+            msgspec.DecodeError: as the whole body's.
+        """
+        hold_values(body, self.most_values)
+        whole = self._whole.decode(body)
+        rest = len(body)
+        members: list[bytes] = []
+        prompts: list[tuple[str, Raw]] = []
+        for name in self._members:
+            value: Any = getattr(whole, name)
+            if not isinstance(value, Raw):
+                continue
+            if name == "tools" and len(value) > TOOLS_BYTES:
+                raise RequestInvalid(f"tools may have at most {TOOLS_BYTES} bytes.", param="tools")
+            if name in LARGE:
+                rest -= len(value)
+            stand_in = STAND_INS.get(name)
+            if stand_in is not None and not is_null(value):
+                prompts.append((name, value))
+                members.append(b'"%b":%b' % (name.encode(), stand_in))
+            else:
+                members.append(b'"%b":%b' % (name.encode(), value))
+        if rest > REST_BYTES:
+            raise RequestInvalid(f"All but the prompt and the tools may have at most {REST_BYTES} bytes.")
+        request = self._decoder.decode(b"{%b}" % b",".join(members))
+        for name, value in prompts:
+            setattr(request, name, value if name != "messages" else self._read_messages(value))
+        return request
+
+    def _read_messages(self, given: Raw) -> Any:
+        return decoded(self._messages, given, "messages", self.invalid)
+
+    def too_many_messages(self) -> RequestInvalid:
+        return RequestInvalid(f"At most {self.bounds.max_messages} messages are read.", param="messages")
 
     def schemas(self) -> SchemaBudget:
         return SchemaBudget(self.bounds.max_schema_bytes)
@@ -300,24 +350,10 @@ def _param(within: str, place: str) -> str | None:
     return (within + place.removeprefix("$")).removeprefix(".") or None
 
 
-_LARGE: Final = msgspec.json.Decoder(LargeFields)
-
-
-def _hold_rest(body: bytes) -> None:
-    """Refuse, before it is decoded, what would be slow to decode only to be refused.
-
-    Raises:
-        RequestInvalid: tools, or what is neither tools nor prompt, is too large.
-    """
-    large = _LARGE.decode(body)
-    rest = len(body)
-    for value in (large.messages, large.prompt, large.input, large.system, large.instructions, large.tools):
-        if isinstance(value, Raw):
-            rest -= len(value)
-    if isinstance(large.tools, Raw) and len(large.tools) > TOOLS_BYTES:
-        raise RequestInvalid(f"tools may have at most {TOOLS_BYTES} bytes.", param="tools")
-    if rest > REST_BYTES:
-        raise RequestInvalid(f"All but the prompt and the tools may have at most {REST_BYTES} bytes.")
+def undecoded(names: tuple[str, ...]) -> type[Struct]:
+    """A type of those members, each as the JSON that it is."""
+    fields = [(name, Raw | UnsetType, UNSET) for name in names]
+    return msgspec.defstruct("Undecoded", fields, forbid_unknown_fields=True)
 
 
 def with_fields(request: type[Struct], names: list[str]) -> type[Struct]:

@@ -7,7 +7,7 @@ reason a client is told; a test holds that against the installed vLLM.
 
 from typing import Annotated, Final, Literal
 
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import Meta, Struct
 
 Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
@@ -153,17 +153,6 @@ OPT_IN: Final[dict[str, tuple[object, str]]] = {
     "truncate_prompt_tokens": (Annotated[int, Meta(ge=1, le=1 << 20)], _MEANT),
 }
 """What `TAILOR_ALLOWED_FIELDS` may name: type with bounds, and the reason told where it is not named."""
-
-
-class LargeFields(Struct):
-    """The fields that may be large, of any dialect."""
-
-    messages: Raw | UnsetType = UNSET
-    prompt: Raw | UnsetType = UNSET
-    input: Raw | UnsetType = UNSET
-    system: Raw | UnsetType = UNSET
-    instructions: Raw | UnsetType = UNSET
-    tools: Raw | UnsetType = UNSET
 
 
 class EngineError(Struct):

@@ -17,15 +17,15 @@ from gateway.dialects.fields import (
     ModelName,
     Positive,
     StopTexts,
-    Text,
     ThinkingOff,
     ToolName,
     TopK,
     TopP,
     Unit,
 )
+from gateway.dialects.lists import ListDecoder
 from gateway.dialects.schemas import SchemaBudget
-from gateway.dialects.words import Pieces, hold_text, is_null, is_text
+from gateway.dialects.words import Pieces, hold_null, hold_text, is_null, is_text, not_text
 from gateway.errors import ErrorAnswer, GatewayError, ReplicaFailed, RequestInvalid
 from gateway.tokens import Usage
 
@@ -61,17 +61,12 @@ class ToolResult(Block, tag="tool_result", gc=False):
 
 
 class Thought(Block, tag="thinking", gc=False):
-    thinking: Text
-    signature: Text | None = None
+    thinking: Raw
+    signature: Raw | UnsetType = UNSET
 
 
 class HiddenThought(Block, tag="redacted_thinking", gc=False):
-    data: Text
-
-
-Told = Annotated[list[TextBlock | ToolResult], Meta(min_length=1, max_length=MOST_BLOCKS)]
-Answered = Annotated[list[TextBlock | ToolUse | Thought | HiddenThought], Meta(max_length=MOST_BLOCKS)]
-Blocks = Annotated[list[TextBlock], Meta(max_length=MOST_BLOCKS)]
+    data: Raw
 
 
 class User(Struct, forbid_unknown_fields=True, tag_field="role", tag="user"):
@@ -84,6 +79,9 @@ class Assistant(Struct, forbid_unknown_fields=True, tag_field="role", tag="assis
 
 class System(Struct, forbid_unknown_fields=True, tag_field="role", tag="system"):
     content: Raw
+
+
+Message = User | Assistant | System
 
 
 class Tool(Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -118,7 +116,7 @@ class Conversation(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_on
     """What a request and the count of its tokens share."""
 
     model: ModelName
-    messages: Annotated[list[User | Assistant | System], Meta(min_length=1)]
+    messages: Annotated[list[Message], Meta(min_length=1)]
     system: Raw | UnsetType = UNSET
     tools: Annotated[list[Tool], Meta(max_length=MOST_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
@@ -140,10 +138,10 @@ class MessagesRequest(Conversation, kw_only=True):
     inference_geo: Label | None = None
 
 
-_BLOCKS: Final = msgspec.json.Decoder(Blocks)
-_DECODERS: Final[dict[type[Struct], msgspec.json.Decoder[Any]]] = {
-    User: msgspec.json.Decoder(Told),
-    Assistant: msgspec.json.Decoder(Answered),
+_BLOCKS: Final = ListDecoder(TextBlock, most=MOST_BLOCKS)
+_DECODERS: Final[dict[type[Struct], ListDecoder]] = {
+    User: ListDecoder(TextBlock | ToolResult, least=1, most=MOST_BLOCKS),
+    Assistant: ListDecoder(TextBlock | ToolUse | Thought | HiddenThought, most=MOST_BLOCKS),
     System: _BLOCKS,
 }
 
@@ -151,6 +149,7 @@ _DECODERS: Final[dict[type[Struct], msgspec.json.Decoder[Any]]] = {
 class Spoken(Dialect):
     """What both endpoints of this API share."""
 
+    message = Message
     prompt_param = "messages"
     refused: ClassVar = {
         **REFUSED,
@@ -164,14 +163,14 @@ class Spoken(Dialect):
         ".type": "this server reads text, tool_use and tool_result only",
     }
 
-    def conversation(self, request: Conversation) -> None:
+    def conversation(self, request: Conversation, pieces: Pieces) -> None:
         """Bound and strip what both requests share.
 
         Raises:
             RequestInvalid: a bound is passed.
         """
         if len(request.messages) > self.bounds.max_messages:
-            raise RequestInvalid(f"At most {self.bounds.max_messages} messages are read.", param="messages")
+            raise self.too_many_messages()
         if request.messages[-1].__class__ is System:
             raise RequestInvalid("The last message is the user's, or an answer to go on with.", param="messages")
         schemas = self.schemas()
@@ -185,7 +184,6 @@ class Spoken(Dialect):
             self._check_format(request.output_config, schemas)
         self._check_choice(request)
         request.cache_control = None
-        pieces = Pieces(self.invalid)
         if isinstance(request.system, Raw) and not is_text(request.system):
             given = request.system
             request.system = UNSET if is_null(given) else _blocks(given, _BLOCKS, "system", pieces)
@@ -193,6 +191,7 @@ class Spoken(Dialect):
             if not is_text(message.content):
                 place = f"messages[{number}].content"
                 message.content = _blocks(message.content, _DECODERS[type(message)], place, pieces)
+        pieces.hold_depth("messages")
 
     def _check_format(self, config: OutputConfig, schemas: SchemaBudget) -> None:
         if config.format is not None:
@@ -224,7 +223,7 @@ class Spoken(Dialect):
         return b"event: error\ndata: " + self.error(error, request_id).body + b"\n\n"
 
 
-def _blocks(content: Raw, decoder: msgspec.json.Decoder[Any], place: str, pieces: Pieces) -> Any:
+def _blocks(content: Raw, decoder: ListDecoder, place: str, pieces: Pieces) -> Any:
     """Blocks without the marks that do nothing here.
 
     Raises:
@@ -233,14 +232,26 @@ def _blocks(content: Raw, decoder: msgspec.json.Decoder[Any], place: str, pieces
     blocks = pieces.parts(decoder, content, place)
     for number, block in enumerate(blocks):
         block.cache_control = None
-        if isinstance(block, TextBlock):
-            hold_text(block.text, f"{place}[{number}].text")
+        kind = block.__class__
+        if kind is TextBlock:
+            if not is_text(block.text):
+                not_text(f"{place}[{number}].text")
             block.citations = None
-        elif isinstance(block, ToolUse):
-            pieces.hold(block.input, f"{place}[{number}].input")
-        elif isinstance(block, ToolResult) and isinstance(block.content, Raw) and not is_text(block.content):
+        elif kind is ToolUse:
+            pieces.count_calls(1, place)
+            pieces.hold(block.input, place)
+        elif kind is ToolResult:
             given = block.content
-            block.content = UNSET if is_null(given) else _blocks(given, _BLOCKS, f"{place}[{number}].content", pieces)
+            if given is not UNSET and not is_text(given):
+                within = f"{place}[{number}].content"
+                block.content = UNSET if is_null(given) else _blocks(given, _BLOCKS, within, pieces)
+        elif kind is Thought:
+            hold_text(block.thinking, f"{place}[{number}].thinking")
+            if block.signature is not UNSET and not is_text(block.signature):
+                hold_null(block.signature, f"{place}[{number}].signature")
+                block.signature = UNSET
+        else:
+            hold_text(block.data, f"{place}[{number}].data")
     return blocks
 
 
@@ -255,8 +266,8 @@ class Messages(Spoken):
     request = MessagesRequest
     opt_in: ClassVar = frozenset({"chat_template_kwargs", "thinking"})
 
-    def bound(self, request: Any, body: bytes) -> Checked:
-        self.conversation(request)
+    def bound(self, request: Any, size: int, pieces: Pieces) -> Checked:
+        self.conversation(request, pieces)
         stream = bool(request.stream)
         affinity = request.metadata.user_id if request.metadata is not None else None
         request.metadata = request.service_tier = request.inference_geo = None
@@ -269,7 +280,7 @@ class Messages(Spoken):
             length=self.length(request.max_tokens, "max_tokens"),
             own_length=True,
             choices=1,
-            prompt_bytes=len(body),
+            prompt_bytes=size,
             affinity=affinity,
         )
 

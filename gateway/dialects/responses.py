@@ -7,7 +7,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from gateway.dialects.chat import NO_PARSER
 from gateway.dialects.chat_shapes import StreamOptions
-from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream, check_bias, check_entries
+from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Bounds, Checked, Dialect, Stream, check_bias, check_entries
 from gateway.dialects.events import NamedEvents, usage
 from gateway.dialects.fields import (
     REFUSED,
@@ -25,14 +25,14 @@ from gateway.dialects.fields import (
     Stop,
     StopTokens,
     Temperature,
-    Text,
     ToolName,
     TopK,
     TopP,
     Unit,
 )
+from gateway.dialects.lists import ListDecoder
 from gateway.dialects.schemas import SchemaBudget
-from gateway.dialects.words import Pieces, decoded, hold_text, is_null, is_text, not_text
+from gateway.dialects.words import Pieces, hold_text, is_null, is_text, not_text
 from gateway.errors import ReplicaFailed, RequestInvalid
 from gateway.tokens import Usage
 
@@ -45,11 +45,12 @@ class TextPart(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=T
     type: Literal["input_text", "output_text", "text", "refusal", "reasoning_text"]
     text: Raw | UnsetType = UNSET
     refusal: Raw | UnsetType = UNSET
-    annotations: Annotated[list[Raw], Meta(max_length=64)] | None = None
+    annotations: Raw | UnsetType = UNSET
     logprobs: Raw | UnsetType = UNSET
 
 
-Parts = Annotated[list[TextPart], Meta(max_length=256)]
+MOST_PARTS: Final = 256
+"""Of one item."""
 
 
 class Item(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True, gc=False):
@@ -64,10 +65,10 @@ class Item(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True,
     call_id: CallId | None = None
     name: ToolName | None = None
     namespace: None = None
-    arguments: Text | None = None
+    arguments: Raw | UnsetType = UNSET
     output: Raw | UnsetType = UNSET
-    summary: Annotated[list[Raw], Meta(max_length=256)] | None = None
-    encrypted_content: Text | None = None
+    summary: Raw | UnsetType = UNSET
+    encrypted_content: Raw | UnsetType = UNSET
 
 
 class Tool(Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -151,8 +152,7 @@ IGNORED: Final = (
     "truncation",
     "user",
 )
-_ITEMS: Final = msgspec.json.Decoder(Annotated[list[Item], Meta(min_length=1)])
-_PARTS: Final = msgspec.json.Decoder(Parts)
+_PARTS: Final = ListDecoder(TextPart, most=MOST_PARTS)
 LOGPROBS: Final = "message.output_text.logprobs"
 
 
@@ -171,6 +171,10 @@ class Conversing(Dialect):
         "verbosity": "say it in the prompt",
     }
 
+    def __init__(self, bounds: Bounds) -> None:
+        super().__init__(bounds)
+        self._items = ListDecoder(Item, least=1, most=bounds.max_messages)
+
     def asked(self, request: Asked) -> None:
         """Bound and simplify what both requests share.
 
@@ -186,7 +190,7 @@ class Conversing(Dialect):
             _check_text(request.text, schemas)
         self._check_tools(request, schemas)
 
-    def items(self, given: Raw) -> list[Item]:
+    def items(self, given: Raw, pieces: Pieces) -> list[Item]:
         """The input's items, simplified; none for a plain text.
 
         Raises:
@@ -194,11 +198,9 @@ class Conversing(Dialect):
         """
         if is_text(given):
             return []
-        found: list[Item] = decoded(_ITEMS, given, "input", self.invalid)
-        if len(found) > self.bounds.max_messages:
-            raise RequestInvalid(f"At most {self.bounds.max_messages} items are read.", param="input")
-        pieces = Pieces(self.invalid)
+        found: list[Item] = pieces.items(self._items, given, "input")
         plain = [self._plain(item, f"input[{n}]", pieces) for n, item in enumerate(found) if item.type != THOUGHT]
+        pieces.hold_depth("input")
         if not plain:
             raise RequestInvalid("The input has nothing to answer.", param="input")
         return plain
@@ -214,9 +216,12 @@ class Conversing(Dialect):
                 raise RequestInvalid(f"{place}: a message has role and content.", param=place)
             return Item(type="message", role=item.role, content=_words(item.content, f"{place}.content", pieces))
         if item.type == "function_call":
-            if item.call_id is None or item.name is None or item.arguments is None:
+            if item.call_id is None or item.name is None or not isinstance(item.arguments, Raw):
                 raise RequestInvalid(f"{place}: a function_call has call_id, name and arguments.", param=place)
-            pieces.hold(item.arguments or "{}", f"{place}.arguments")
+            if not is_text(item.arguments):
+                raise RequestInvalid(f"{place}: arguments are JSON in a string.", param=f"{place}.arguments")
+            pieces.count_calls(1, place)
+            pieces.hold(item.arguments, f"{place}.arguments")
             return Item(type=item.type, call_id=item.call_id, name=item.name, arguments=item.arguments)
         if item.call_id is None or item.output is UNSET:
             raise RequestInvalid(f"{place}: a function_call_output has call_id and output.", param=place)
@@ -260,7 +265,7 @@ def _words(content: Raw, place: str, pieces: Pieces) -> Raw:
         texts.append(text)
     if len(texts) == 1:
         return texts[0]
-    return Raw(ENCODER.encode("".join([msgspec.json.decode(text, type=str) for text in texts])))
+    return Raw(b'"%b"' % b"".join([bytes(text)[1:-1] for text in texts]))
 
 
 def _check_text(options: TextOptions, schemas: SchemaBudget) -> None:
@@ -286,9 +291,9 @@ class Responses(Conversing):
         {"chat_template_kwargs", "include_reasoning", "include_stop_str_in_output", "reasoning", "skip_special_tokens"}
     )
 
-    def bound(self, request: Any, body: bytes) -> Checked:
+    def bound(self, request: Any, size: int, pieces: Pieces) -> Checked:
         self.asked(request)
-        items = self.items(request.input)
+        items = self.items(request.input, pieces)
         if items:
             request.input = Raw(ENCODER.encode(items))
         logprobs = request.include is not None and LOGPROBS in request.include
@@ -307,7 +312,7 @@ class Responses(Conversing):
             length=length,
             own_length=request.max_output_tokens is not None,
             choices=1,
-            prompt_bytes=len(body),
+            prompt_bytes=size,
             affinity=request.prompt_cache_key or request.user,
             own={"metadata": request.metadata or {}, "text": request.text, "user": request.user},
         )

@@ -1,7 +1,7 @@
 """Text within a request, kept as the JSON it came in: a megabyte of it is neither decoded nor encoded again.
 
 msgspec has held its syntax, and `Dialect.check` its UTF-8. Lists of parts are decoded, and made anew of what was
-checked.
+checked. What is counted here is counted in bytes, before or instead of a walk through objects.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any, Final, NoReturn
 import msgspec
 from msgspec import Raw
 
-from gateway.dialects.schemas import deeper_than
+from gateway.dialects.lists import SMALL_BYTES, ListDecoder
 from gateway.errors import RequestInvalid
 
 _QUOTE: Final = ord('"')
@@ -18,8 +18,17 @@ _BRACKET: Final = ord("[")
 _NULL: Final = ord("n")
 DEEPEST: Final = 32
 MOST_PARTS: Final = 4_096
-MOST_BRACKETS: Final = 32_768
+MOST_CALLS: Final = 1_024
+MOST_BRACKETS: Final = 16_384
 """In all arguments of a request: what is nested costs a parser, what is long does not."""
+MOST_WALKED_BYTES: Final = 262_144
+"""All arguments of a request whose depth must be looked at, for they have more than `DEEPEST` brackets."""
+MOST_ESCAPES: Final = 131_072
+"""In all lists of parts and calls of a request: they are read three times, and a backslash costs as 7 letters do."""
+MOST_VALUES: Final = 65_536
+"""Of a body, outside of its texts: each is read once by every pass."""
+MOST_QUOTES: Final = 4_096
+"""With no more, commas outside of texts are told from those within."""
 
 
 def is_text(raw: Raw) -> bool:
@@ -36,6 +45,12 @@ def hold_text(raw: Raw, place: str) -> None:
         not_text(place)
 
 
+def hold_null(raw: Raw, place: str) -> None:
+    """Raises RequestInvalid where something stands in a text's place."""
+    if memoryview(raw)[0] != _NULL:
+        raise RequestInvalid(f"{place} is a string.", param=place)
+
+
 def not_text(place: str) -> NoReturn:
     raise RequestInvalid(f"{place} is a string or a list of parts that this call knows.", param=place)
 
@@ -44,42 +59,117 @@ Invalid = Callable[[str, str], RequestInvalid]
 """What is wrong with the JSON at a place, in the dialect's words."""
 
 
-def decoded(decoder: msgspec.json.Decoder[Any], raw: Raw, place: str, invalid: Invalid) -> Any:
+def decoded(decoder: ListDecoder, raw: Raw, place: str, invalid: Invalid) -> Any:
     """What is not plain text.
 
     Raises:
         RequestInvalid: it is none of this decoder's.
     """
     try:
-        return decoder.decode(raw)
+        return decoder.small.decode(raw) if len(raw) <= SMALL_BYTES else decoder.large(raw)
     except msgspec.ValidationError as error:
         raise invalid(str(error), place) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         not_text(place)
 
 
+_SPACE: Final = b" \t\r\n"
+_IDS: Final = b"0123456789," + _SPACE
 _ZEROS: Final = bytes.maketrans(b"123456789", b"000000000")
+_TOO_LARGE: Final = b"0" * 11
 MOST_TOKENS: Final = 1 << 18
 
 
-def hold_tokens(raw: Raw, place: str) -> None:
-    """Raises RequestInvalid where it is no list of token ids; which there are, the engine knows."""
-    shape = bytes(raw).translate(_ZEROS, b" \t\r\n")
-    if shape[:1] != b"[" or shape == b"[]" or shape[1:-1].strip(b"0,") or b"0" * 11 in shape:
-        raise RequestInvalid(f"{place} is a string or a list of token ids.", param=place)
-    if shape.count(b",") >= MOST_TOKENS:
+def hold_tokens(raw: Raw, place: str) -> int:
+    """How many token ids a list has; which there are, the engine knows.
+
+    Raises:
+        RequestInvalid: it is no list of token ids, or too long a one.
+    """
+    data = bytes(raw)
+    tokens = data.count(b",") + 1
+    if tokens > MOST_TOKENS:
         raise RequestInvalid(f"{place} may have at most {MOST_TOKENS} tokens.", param=place)
+    is_empty = tokens == 1 and data.translate(None, _SPACE) == b"[]"
+    if is_empty or data.translate(None, _IDS) != b"[]" or _TOO_LARGE in data.translate(_ZEROS):
+        raise RequestInvalid(f"{place} is a string or a list of token ids.", param=place)
+    return tokens
+
+
+def hold_values(body: bytes, most: int) -> None:
+    """Hold how many values a body may have: a million of them cost a pass of 2 ms, and a request takes several.
+
+    Raises:
+        RequestInvalid: there are more, or a text with so many commas has too many quotes to tell them apart.
+    """
+    values = body.count(b",")
+    if values <= most:
+        return
+    if body.count(b'"') <= MOST_QUOTES:
+        values = _commas_outside(body)
+    if values > most:
+        raise RequestInvalid(
+            f"The body may have at most {most} values; in a text with more than {MOST_QUOTES} quotes, commas count too."
+        )
+
+
+def _commas_outside(body: bytes) -> int:
+    commas = 0
+    within = False
+    for piece in body.split(b'"'):
+        if not within:
+            commas += piece.count(b",")
+            within = True
+        elif (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 0:  # else the quote is an escaped one
+            within = False
+    return commas
+
+
+_NO_OPENINGS: Final = bytes(byte for byte in range(256) if byte not in b"[{")
+_NO_BRACKETS: Final = bytes(byte for byte in range(256) if byte not in b'"[]{}')
+_ONE_KIND: Final = bytes.maketrans(b"{}", b"[]")
+
+
+def is_deeper(data: bytes, most: int) -> bool:
+    """Whether JSON is nested deeper than that; no object is made of it."""
+    if b"\\" in data:
+        data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    # a pair of quotes with no bracket in between says nothing of where the others are: within texts, or without
+    bare = data.translate(_ONE_KIND, _NO_BRACKETS).replace(b'""', b"")
+    bare = b"".join(bare.split(b'"')[::2])
+    for _ in range(most):
+        if not bare:
+            return False
+        bare = bare.replace(b"[]", b"")
+    return bool(bare)
 
 
 class Pieces:
     """What the messages of one request are made of, counted together."""
 
-    def __init__(self, invalid: Invalid) -> None:
+    def __init__(self, invalid: Invalid, body: bytes) -> None:
         self._invalid = invalid
+        self._body = body
+        self._counts_escapes = len(body) > MOST_ESCAPES
         self._parts = 0
+        self._calls = 0
         self._brackets = 0
+        self._walked_bytes = 0
+        self._escapes = 0
+        self._strings: list[bytes] = []
+        self._values: list[bytes] = []
 
-    def parts(self, decoder: msgspec.json.Decoder[Any], raw: Raw, place: str) -> Any:
+    def items(self, decoder: ListDecoder, raw: Raw, place: str) -> Any:
+        """A list of items; what they hold counts once more where it is a list itself.
+
+        Raises:
+            RequestInvalid: it is none, has an item that this call does not know, or a bound is passed.
+        """
+        if self._counts_escapes and bytes(raw).count(b"\\") > 2 * MOST_ESCAPES:
+            raise RequestInvalid(f"{place} may have at most {2 * MOST_ESCAPES} escaped characters.", param=place)
+        return decoded(decoder, raw, place, self._invalid)
+
+    def parts(self, decoder: ListDecoder, raw: Raw, place: str) -> Any:
         """A list of parts.
 
         Raises:
@@ -87,28 +177,92 @@ class Pieces:
         """
         if memoryview(raw)[0] != _BRACKET:
             not_text(place)
+        if self._counts_escapes:
+            self._hold_escapes(raw, place)
         found = decoded(decoder, raw, place, self._invalid)
         self._parts += len(found)
         if self._parts > MOST_PARTS:
             raise RequestInvalid(f"The messages of a request may have at most {MOST_PARTS} parts.", param=place)
         return found
 
-    def hold(self, raw: str | Raw, place: str) -> None:
-        """Hold the depth of a function's arguments: the engine's server parses them with a recursive parser.
+    def calls(self, decoder: ListDecoder, raw: Raw, place: str) -> Any:
+        """A list of called functions.
+
+        Raises:
+            RequestInvalid: as `parts`.
+        """
+        if memoryview(raw)[0] != _BRACKET:
+            not_text(place)
+        if self._counts_escapes:
+            self._hold_escapes(raw, place)
+        found = decoded(decoder, raw, place, self._invalid)
+        self.count_calls(len(found), place)
+        return found
+
+    def count_calls(self, number: int, place: str) -> None:
+        """Raises RequestInvalid where the request has too many."""
+        self._calls += number
+        if self._calls > MOST_CALLS:
+            raise RequestInvalid(f"The messages of a request may have at most {MOST_CALLS} calls.", param=place)
+
+    def _hold_escapes(self, raw: Raw, place: str) -> None:
+        if self._body:
+            self._counts_escapes = self._body.count(b"\\") > MOST_ESCAPES
+            self._body = b""
+        self._escapes += bytes(raw).count(b"\\")
+        if self._escapes > MOST_ESCAPES:
+            raise RequestInvalid(
+                f"The parts and calls of a request may have at most {MOST_ESCAPES} escaped characters: "
+                "send longer text as a string.",
+                param=place,
+            )
+
+    def hold(self, arguments: Raw, place: str) -> None:
+        """Take in a call's arguments: JSON, or a string that holds JSON.
 
         Raises:
             RequestInvalid: a bound is passed.
         """
-        data = raw.encode() if isinstance(raw, str) else bytes(raw)
-        brackets = data.count(b"{") + data.count(b"[")
+        size = len(arguments)
+        if size <= DEEPEST:
+            return
+        data = bytes(arguments)
+        brackets = len(data.translate(None, _NO_OPENINGS))
+        if b"\\u00" in data:
+            brackets += data.count(b"\\u005") + data.count(b"\\u007")
         if brackets <= DEEPEST:
             return
         self._brackets += brackets
         if self._brackets > MOST_BRACKETS:
             raise RequestInvalid(f"The arguments of a request may have at most {MOST_BRACKETS} brackets.", param=place)
+        self._walked_bytes += size
+        if self._walked_bytes > MOST_WALKED_BYTES:
+            raise RequestInvalid(
+                f"The arguments of a request that have more than {DEEPEST} brackets may have at most "
+                f"{MOST_WALKED_BYTES} bytes.",
+                param=place,
+            )
+        if data[0] == _QUOTE:
+            self._strings.append(data)
+        else:
+            self._values.append(data)
+
+    def hold_depth(self, place: str) -> None:
+        """Hold the depth of all arguments: the engine's server parses them with a recursive parser.
+
+        Raises:
+            RequestInvalid: some are nested too deeply, or are no JSON.
+        """
+        if not self._strings and not self._values:
+            return
+        values = self._values
         try:
-            found = msgspec.json.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            raise RequestInvalid(f"{place} is no JSON.", param=place) from None
-        if isinstance(found, dict | list) and deeper_than(DEEPEST, found):
-            raise RequestInvalid(f"{place} may be at most {DEEPEST} levels deep.", param=place)
+            if self._strings:
+                texts = msgspec.json.decode(b"[%b]" % b",".join(self._strings), type=list[str])
+                values = [*values, "\n,".join(texts).encode()]
+            data = b"[%b]" % b"\n,".join(values)  # no text goes on behind a line's end: each is read as if alone
+            msgspec.json.decode(data, type=Raw)
+        except (msgspec.DecodeError, UnicodeError, RecursionError):
+            raise RequestInvalid(f"Arguments in {place} are no JSON, or too many levels deep.", param=place) from None
+        if is_deeper(data, DEEPEST + 1):
+            raise RequestInvalid(f"Arguments in {place} may be at most {DEEPEST} levels deep.", param=place)

@@ -12,6 +12,18 @@ from gateway.dialects import DIALECTS, OPT_IN, Bounds, Checked, Dialect, all_dia
 from gateway.dialects.counts import AskedTokens, InputTokens
 from gateway.dialects.fields import GATEWAY_SET, REFUSED
 from gateway.dialects.schemas import MOST_CHOICES, MOST_NODES
+from gateway.dialects.words import (
+    MOST_BRACKETS,
+    MOST_CALLS,
+    MOST_ESCAPES,
+    MOST_PARTS,
+    MOST_QUOTES,
+    MOST_TOKENS,
+    MOST_VALUES,
+    MOST_WALKED_BYTES,
+    hold_values,
+    is_deeper,
+)
 from gateway.errors import ContextLengthExceeded, RequestInvalid
 
 BOUNDS = Bounds(max_messages=8, max_output_tokens=100, max_schema_bytes=8_000, calls_tools=True)
@@ -361,6 +373,194 @@ def test_a_deep_argument_is_refused() -> None:
     assert "levels" in refused(RESPONSES, input=[item]).message
     used = {"type": "tool_use", "id": "c", "name": "f", "input": {"a": json.loads(deep)}}
     assert "levels" in refused(MESSAGES, messages=[{"role": "assistant", "content": [used]}]).message
+
+
+def calling(arguments: str, number: int = 1) -> list[dict[str, Any]]:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    turns = [{"role": "assistant", "tool_calls": [call] * 100}] * (number // 100)
+    return [*HELLO, *turns, {"role": "assistant", "tool_calls": [call] * (number % 100 or 1)}]
+
+
+def using(given: Any, number: int = 1) -> list[dict[str, Any]]:
+    block = {"type": "tool_use", "id": "c1", "name": "f", "input": given}
+    return [{"role": "assistant", "content": [block] * min(number, 200)}] * -(-number // 200)
+
+
+def of_function(arguments: str, number: int = 1) -> list[dict[str, Any]]:
+    return [{"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments}] * number
+
+
+WIDE = f"[{'[],' * 40}{'0,' * 1_000}0]"
+"""More than 32 brackets, 2,123 bytes."""
+BRACKETS = "[" + "[]," * 900 + "0]"
+PART = {"type": "text", "text": "x"}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "told"),
+    [
+        (CHAT, {"messages": calling("{}", MOST_CALLS + 50)}, f"{MOST_CALLS} calls"),
+        (MESSAGES, {"messages": using({}, MOST_CALLS + 50)}, f"{MOST_CALLS} calls"),
+        (CHAT, {"messages": calling(WIDE, 130)}, f"{MOST_WALKED_BYTES} bytes"),
+        (MESSAGES, {"messages": using([[]] * 40 + ["x" * 2_000], 140)}, f"{MOST_WALKED_BYTES} bytes"),
+        (RESPONSES, {"input": of_function(WIDE, 130)}, f"{MOST_WALKED_BYTES} bytes"),
+        (CHAT, {"messages": calling(BRACKETS, 20)}, f"{MOST_BRACKETS} brackets"),
+        (MESSAGES, {"messages": using(json.loads(BRACKETS), 20)}, f"{MOST_BRACKETS} brackets"),
+        (CHAT, {"messages": [{"role": "user", "content": [PART] * 256}] * 17}, f"{MOST_PARTS} parts"),
+        (CHAT, {"messages": [{"role": "user", "content": [{**PART, "text": '"' * MOST_ESCAPES}]}] * 2}, "escaped"),
+        (RESPONSES, {"input": [{"role": "user", "content": '"' * (2 * MOST_ESCAPES + 1)}]}, "escaped"),
+        (COMPLETIONS, {"prompt": [1] * (MOST_TOKENS + 1)}, f"{MOST_TOKENS} tokens"),
+        (COMPLETIONS, {"prompt": [1] * (MOST_TOKENS + MOST_VALUES + 2)}, "values"),
+        (CHAT, {"messages": [{"role": "user", "content": [0] * (MOST_VALUES + 9)}]}, f"{MOST_VALUES} values"),
+        (MESSAGES, {"messages": using({"a": [0] * (MOST_VALUES + 9)})}, f"{MOST_VALUES} values"),
+        (RESPONSES, {"input": [*HELLO, *[{"type": "reasoning", "summary": [{}] * 200}] * 400]}, "values"),
+        (CHAT, {"messages": HELLO * 1_025}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 80}] * 1_025}, "1024"),
+        (RESPONSES, {"input": [{"role": "user", "content": "x" * 80}] * 1_025}, "1024"),
+    ],
+)
+def test_what_would_cost_the_event_loop_much_is_refused(path: str, fields: dict[str, Any], told: str) -> None:
+    """Calls, their arguments, parts, escapes, tokens and values are bounded in each request as a whole."""
+    assert told in refused(path, Bounds(calls_tools=True), **fields).message
+
+
+def test_an_agents_long_conversation_passes() -> None:
+    """500 calls with brackets in each one's arguments, 240 kB in all, are sent as they came."""
+    arguments = json.dumps({"path": "a.py", "text": "def f(x):\n    return {'a': [x]}\n" * 13})
+    call = {"id": "c1", "type": "function", "function": {"name": "edit", "arguments": arguments}}
+    turn = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c1", "content": "done"}]
+    assert sent(ask(CHAT, Bounds(calls_tools=True), messages=[*HELLO, *turn * 500]))["messages"] == [
+        *HELLO,
+        *turn * 500,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"messages": [*HELLO, {"role": "assistant", "content": "x" * 99_000, "tool_calls": [CALL]}]}),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 900}] * 100}]}),
+        (COMPLETIONS, {"prompt": "x" * 99_000}),
+        (COMPLETIONS, {"prompt": [12_345] * 20_000}),
+        (MESSAGES, {"system": "s" * 70_000, "messages": [{"role": "user", "content": "x" * 9_000}]}),
+        (MESSAGES, {"messages": using({"a": "x" * 900}, 100)}),
+        (RESPONSES, {"input": "x" * 99_000, "instructions": "i" * 70_000}),
+        ("/v1/tokenize", {"messages": [{"role": "user", "content": "x" * 99_000}]}),
+    ],
+)
+def test_a_large_request_is_sent_as_it_came(path: str, fields: dict[str, Any]) -> None:
+    """What is decoded in parts is whole again."""
+    told = sent(ask(path, Bounds(calls_tools=True), **fields))
+    assert {name: told[name] for name in fields} == fields
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (CHAT, {"messages": [*HELLO, {"role": "root", "content": "x" * 99_000}]}, "messages[1].role"),
+        (CHAT, {"messages": None, "tools": [TOOL] * 600}, "messages"),
+        (CHAT, {"messages": "x" * 99_000}, "messages"),
+        (CHAT, {"messages": [], "metadata": {"a": "x" * 9_000}, "tools": [TOOL] * 600}, "metadata[...]"),
+        (CHAT, {"messages": [{"role": "user", "content": "x" * 99_000}], "unheard_of": 1}, "unheard_of"),
+        (CHAT, {"messages": [{"role": "user", "content": [PART] * 255 + [{"type": "image", "text": "x" * 99_000}]}]},
+         "messages[0].content[255].type"),
+        (COMPLETIONS, {"prompt": None, "user": "x" * 99_000}, None),
+        (RESPONSES, {"input": [*HELLO, {"role": "root", "content": "x" * 99_000}]}, "input[1].role"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_a_large_request_is_named(path: str, fields: dict[str, Any], param: str | None) -> None:
+    """As in a small one."""
+    assert refused(path, **fields).param == param
+
+
+def test_a_long_list_is_decoded_no_further_than_its_bound() -> None:
+    """The first item too many ends it, whatever follows."""
+    parts = [{"type": "text", "text": "x" * 80}] * 256
+    beyond = [{"type": "image"}] * 2
+    assert "at most length 256" in refused(messages=[{"role": "user", "content": [*parts, *beyond]}]).message
+    calls = [{**CALL, "id": "c" * 100}] * 128 + [{"id": "c"}] * 2
+    assert "at most length 128" in refused(messages=[{"role": "assistant", "tool_calls": calls}]).message
+
+
+ANY_JSON = st.recursive(
+    st.none() | st.integers(0, 9) | st.text('"\\[]{},x', max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('"\\[]{},', max_size=3), inner, max_size=3),
+    max_leaves=20,
+)
+
+
+def depth_of(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(depth_of, inner), default=0)
+
+
+@given(ANY_JSON, st.integers(0, 6))
+def test_depth_is_told_without_decoding(value: Any, most: int) -> None:
+    """Brackets within texts are none, however their quotes are escaped."""
+    assert is_deeper(json.dumps(value).encode(), most) == (depth_of(value) > most)
+
+
+@given(ANY_JSON, st.integers(0, 12))
+def test_values_are_told_from_commas_in_a_text(value: Any, most: int) -> None:
+    """Only what stands between values counts."""
+
+    def commas(value: Any) -> int:
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        return max(0, len(inner) - 1) + sum(map(commas, inner))
+
+    refused = False
+    try:
+        hold_values(json.dumps(value).encode(), most)
+    except RequestInvalid:
+        refused = True
+    assert refused == (commas(value) > most)
+
+
+def test_many_commas_among_many_quotes_are_values() -> None:
+    """They are not told apart where that would cost too much."""
+    rows = '"a",' * (MOST_VALUES + 9)
+    assert "quotes" in refused(messages=[{"role": "user", "content": rows}]).message
+    plain = "1,2\n" * (MOST_VALUES + MOST_QUOTES)
+    assert sent(ask(CHAT, messages=[{"role": "user", "content": plain}]))["messages"][0]["content"] == plain
+
+
+DEEP = "[" * 100 + "]" * 100
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [DEEP.replace("[", "\\u005b")],
+        ['"' + "[" * 40, DEEP, "]" * 40 + '"'],
+        ["[" * 40 + "]" * 39],
+        ['["\\\\"' + ",[" * 50 + "]" * 51],
+        ["[" * 2_000],
+    ],
+)
+def test_no_argument_hides_the_depth_of_another(calls: list[str]) -> None:
+    """They are looked at together, and each is read as a parser reads it alone."""
+    bodies = [f'{{"id":"c","function":{{"name":"f","arguments":{json.dumps(one)}}}}}' for one in calls]
+    bodies = [body.replace("\\\\u005b", "\\u005b") for body in bodies]
+    data = f'{{"model":"bot","messages":[{{"role":"assistant","tool_calls":[{",".join(bodies)}]}}]}}'
+    with pytest.raises(RequestInvalid, match="levels deep"):
+        all_dialects(BOUNDS)[CHAT].check(data.encode())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"reasoning": 3},
+        {"reasoning_content": {}},
+        {"refusal": []},
+        {"tool_calls": 3},
+        {"tool_calls": [{**CALL, "function": {"name": "f", "arguments": {}}}]},
+    ],
+)
+def test_what_a_model_is_said_to_have_said_is_text(said: dict[str, Any]) -> None:
+    """Thoughts, refusals and arguments are strings; null is as good as none."""
+    assert refused(messages=[*HELLO, {"role": "assistant", "content": "x", **said}]).param.startswith("messages[1].")
+    told = sent(ask(CHAT, messages=[*HELLO, {"role": "assistant", "content": "x", **dict.fromkeys(said)}]))
+    assert told["messages"][1] == {"role": "assistant", "content": "x"}
 
 
 def test_a_schema_that_is_only_shown_may_hold_any_keyword() -> None:
