@@ -307,6 +307,8 @@ class Generation:
         return self.max_body_bytes if most is None else min(most, self.max_body_bytes)
 
     def _check(self, request: _Request) -> None:
+        tokens = len(request.body) // BYTES_PER_TOKEN + 1 if self._dialect.generates else 0
+        self._limits.hold_off(request.tenant_id, request.plan, tokens)
         asked = request.asked = self._dialect.check(request.body)
         request.body = b""
         self._hold_to_plan(request, asked, request.plan)

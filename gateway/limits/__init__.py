@@ -36,6 +36,16 @@ class Limits(Protocol):
     def degraded(self) -> bool:
         """Whether this gateway counts alone although it should count together with others."""
 
+    def hold_off(self, tenant_id: TenantId, plan: Plan, tokens: int) -> None:
+        """Refuse, before it is read, a request of a tenant that could not be given any; reserves nothing.
+
+        `tokens`: about what it will ask for, for the time that is told; 0: it takes none. That nothing is raised
+        promises nothing.
+
+        Raises:
+            RateLimited, TokenRateLimited, QuotaSpent: as `admit`.
+        """
+
     def admit_now(self, tenant_id: TenantId, plan: Plan, tokens: int) -> Admission | None:
         """As `admit`, where nothing has to be waited for; None: call `admit`."""
 

@@ -77,6 +77,34 @@ class MemoryLimits:
             return None
         return self._reserve(account, terms, tokens)
 
+    def hold_off(self, tenant_id: TenantId, plan: Plan, tokens: int) -> None:
+        """As in `Limits`."""
+        terms = self._terms.of(plan)
+        if terms is None:
+            return
+        account = self._tenants.get(tenant_id)
+        if account is None:
+            return
+        least = 1 if tokens else 0
+        if (
+            account.requests + 1 > terms.requests + SLACK
+            or account.tokens + least > terms.tokens + SLACK
+            or account.running >= terms.running
+            or (terms.month is not None and account.used + least > terms.month)
+        ):
+            self._hold_off(account, terms, tokens, least)
+
+    def _hold_off(self, account: "Account", terms: Terms, tokens: int, least: int) -> None:
+        """What has flowed in since, or a new month, may still make room."""
+        if terms.month is not None and account.used + least > terms.month and self.wall_clock() < account.month_end:
+            raise terms.spent(account.used, tokens)
+        gone = self.clock() - account.at
+        requests = max(0.0, account.requests - gone * terms.request_rate)
+        spent = max(0.0, account.tokens - gone * terms.token_rate)
+        terms.hold_off(requests, spent, tokens)
+        if account.running >= terms.running:
+            raise terms.too_many(requests, spent, tokens)
+
     def _account(self, tenant_id: TenantId) -> "Account":
         account = self._tenants.get(tenant_id)
         if account is None:

@@ -15,7 +15,7 @@ import secrets
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -25,7 +25,7 @@ from redis.exceptions import RedisError
 from adapter_store.ids import TenantId
 from gateway.limits import UNLIMITED, Admission, MonthReader, scripts
 from gateway.limits.memory import LEARN_AGAIN_S, MemoryLimits
-from gateway.limits.terms import KnownTerms, Terms, month_of
+from gateway.limits.terms import SLACK, KnownTerms, Terms, month_of
 from gateway.plans import Plan
 
 log = logging.getLogger("tailor.limits")
@@ -36,6 +36,7 @@ BATCH_S: Final = 0.02
 BATCH: Final = 500
 PROBE_S: Final = 1.0
 QUEUE_LIMIT: Final = 100_000
+MOST_REFUSED: Final = 10_000
 NOBODY_KNOWS: Final = -1
 FAILURES: Final = (RedisError, OSError, TimeoutError)
 
@@ -75,6 +76,7 @@ class RedisLimits:
         self._writing = asyncio.Lock()
         self._alone: dict[TenantId, tuple[int, float]] = {}  # counted in memory: tokens of the month, since when
         self._running: dict[str, TenantId] = {}  # leases to be renewed
+        self._refused: dict[TenantId, Refused] = {}
         self._learning: dict[TenantId, asyncio.Task[bool]] = {}
         self._learn_at: dict[TenantId, float] = {}
         self._ahead_s = 0.0  # Redis's clock minus ours
@@ -110,6 +112,22 @@ class RedisLimits:
         """How many messages Redis does not have yet."""
         return len(self._written) + len(self._alone)
 
+    def hold_off(self, tenant_id: TenantId, plan: Plan, tokens: int) -> None:
+        """As in `Limits`, by what Redis last said: time alone gives requests back."""
+        if self.degraded:
+            self._memory.hold_off(tenant_id, plan, tokens)
+            return
+        refused = self._refused.get(tenant_id)
+        if refused is None:
+            return
+        if refused.terms is self._terms.of(plan):
+            gone = time.monotonic() - refused.at
+            requests = refused.requests - gone * refused.terms.request_rate
+            if requests + 1 > refused.terms.requests + SLACK:
+                spent = max(0.0, refused.tokens - gone * refused.terms.token_rate)
+                raise refused.terms.too_many(requests, spent, tokens)
+        del self._refused[tenant_id]
+
     def admit_now(self, tenant_id: TenantId, plan: Plan, tokens: int) -> Admission | None:
         """As in `Limits`: Redis is always waited for."""
         return UNLIMITED if self._terms.of(plan) is None else None
@@ -131,9 +149,15 @@ class RedisLimits:
         if verdict == b"month":
             raise terms.spent(used, tokens)
         if verdict != b"admitted":
+            self._note_refused(tenant_id, Refused(terms, requests / 1e6, spent / 1e6, time.monotonic()))
             raise terms.too_many(requests / 1e6, spent / 1e6, tokens)
         self._running[member] = tenant_id
         return Lease(self, tenant_id, member, terms, terms.headers(requests / 1e6, spent / 1e6))
+
+    def _note_refused(self, tenant_id: TenantId, refused: "Refused") -> None:
+        if len(self._refused) >= MOST_REFUSED:
+            self._refused.clear()
+        self._refused[tenant_id] = refused
 
     def settle(self, tenant_id: TenantId, member: str, terms: Terms, tokens: int | None) -> None:
         """Written behind; a lease is settled once, whatever is sent twice."""
@@ -321,6 +345,15 @@ class RedisLimits:
             else:
                 self.degraded = False
                 log.warning("Redis answers again: limits are counted for all gateways together")
+
+
+class Refused(NamedTuple):
+    """What of a tenant's buckets was spent at time `at`, when it was refused."""
+
+    terms: Terms
+    requests: float
+    tokens: float
+    at: float
 
 
 class Lease:

@@ -50,8 +50,14 @@ class Terms:
                 headers=_pairs(self.headers(0, 0)),
             )
 
+    def hold_off(self, requests: float, tokens: float, asked: int) -> None:
+        """Raises RateLimited where what is spent leaves no room for any request, nor for its first token."""
+        if requests + 1 > self.requests + SLACK or tokens + (1 if asked else 0) > self.tokens + SLACK:
+            raise self.too_many(requests, tokens, asked)
+
     def too_many(self, requests: float, tokens: float, asked: int) -> RateLimited:
         """The error of a request that would ask for `asked` tokens more than what is spent, and when to come back."""
+        asked = min(asked, int(self.tokens)) if self.tokens < math.inf else asked
         waits = (
             (_time(tokens + asked - self.tokens, self.token_rate), TokenRateLimited, "tokens", self.tokens),
             (_time(requests + 1 - self.requests, self.request_rate), RateLimited, "requests", self.requests),

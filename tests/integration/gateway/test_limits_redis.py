@@ -107,6 +107,33 @@ async def settled(limits: RedisLimits) -> None:
     await until(lambda: limits.unsettled == 0)
 
 
+async def test_a_tenant_at_its_limit_is_told_without_redis(server: RedisServer) -> None:
+    """By its last refusal, until time has made room; a new plan is asked for at once."""
+    plan = Plan(requests_per_minute=30)
+    async with gateway(server) as limits:
+        limits.hold_off(TenantId(TENANT), plan, 1)
+        for _ in range(30):
+            assert await admitted(limits, plan)
+        limits.hold_off(TenantId(TENANT), plan, 1)
+        assert await admitted(limits, plan) is None
+        with pytest.raises(RateLimited) as refused:
+            limits.hold_off(TenantId(TENANT), plan, 1)
+        assert refused.value.retry_after_s in (1, 2)
+
+        def passes() -> bool:
+            try:
+                limits.hold_off(TenantId(TENANT), plan, 1)
+            except RateLimited:
+                return False
+            return True
+
+        assert not passes()
+        await until(passes)
+        assert await admitted(limits, plan)
+        assert await admitted(limits, plan) is None
+        limits.hold_off(TenantId(TENANT), Plan(requests_per_minute=60), 1)
+
+
 async def test_two_gateways_admit_what_one_may(server: RedisServer) -> None:
     """50 tenants, random sizes, a third never settled: at most 1 % over the token limit, and nothing withheld."""
     plan, seconds, largest = Plan(tokens_per_minute=6_000), 3.0, 60

@@ -151,6 +151,20 @@ async def test_limits_are_told_with_every_answer(acme: Tenant, gateway: Gateway)
     assert int(answers[2].headers["retry-after"]) >= 1
 
 
+async def test_a_tenant_at_its_limit_is_refused_before_its_request_is_read(acme: Tenant, gateway: Gateway) -> None:
+    """A body that is no JSON is not looked at: the answer is the limit's, with its headers."""
+    await plan_of(gateway, acme, requests_per_minute=2)
+    broken = [await acme.client.post("/v1/chat/completions", content=b"{") for _ in range(3)]
+    assert [answer.status_code for answer in broken] == [400, 400, 400]
+    good = [await acme.ask(BASE, max_tokens=8) for _ in range(3)]
+    assert [answer.status_code for answer in good] == [200, 200, 429]
+    for path in ("/v1/chat/completions", "/v1/messages", "/v1/tokenize"):
+        held = await acme.client.post(path, content=b"{")
+        assert held.status_code == 429
+        assert held.headers["x-ratelimit-remaining-requests"] == "0"
+        assert abs(int(held.headers["retry-after"]) - int(good[2].headers["retry-after"])) <= 1
+
+
 async def test_a_plan_bounds_one_request(acme: Tenant, gateway: Gateway, replica: FakeReplica) -> None:
     """Its own max_tokens above the plan's is told; one that was not set is cut; a prompt too large is refused."""
     await plan_of(gateway, acme, max_output_tokens=16, max_prompt_bytes=2_000)

@@ -153,11 +153,17 @@ def test_decisions_are_those_of_exact_buckets(plan: Plan, steps: list[tuple[str,
                 running.pop(index).settle(second)
                 model.settle(index, second)
             elif step == "admit":
+                is_held = False
+                try:
+                    world.limits.hold_off(TENANT, plan, first)
+                except RateLimited:
+                    is_held = True
                 try:
                     running.append(world.admit(first, plan))
                 except RateLimited:
                     assert not model.admit(first)
                 else:
+                    assert not is_held
                     assert model.admit(first) or plan == Plan()
 
     asyncio.run(compare())
@@ -256,6 +262,54 @@ def test_a_refused_request_takes_nothing() -> None:
     world.admit(40, plan)
     with pytest.raises(RateLimited):
         world.admit(0, plan)
+
+
+def refusal(world: World, plan: Plan, tokens: int) -> RateLimited:
+    """What admission says; what is said before the request is read is the same."""
+    with pytest.raises(RateLimited) as held:
+        world.limits.hold_off(TENANT, plan, tokens)
+    with pytest.raises(RateLimited) as refused:
+        world.admit(tokens, plan)
+    assert type(held.value) is type(refused.value)
+    assert answer(held.value).body == answer(refused.value).body
+    assert answer(held.value).headers == answer(refused.value).headers
+    return held.value
+
+
+def test_a_tenant_at_its_limit_is_told_before_its_request_is_read() -> None:
+    """With the same answer, for requests, tokens and those at a time; nothing is reserved, and what flows in counts."""
+    for plan, kind in (
+        (Plan(requests_per_minute=2), RateLimited),
+        (Plan(concurrent_requests=2), RateLimited),
+        (Plan(tokens_per_minute=20), TokenRateLimited),
+        (Plan(requests_per_minute=2, tokens_per_minute=20), TokenRateLimited),
+    ):
+        world = World()
+        world.limits.hold_off(TENANT, plan, 10)
+        admissions = [world.admit(10, plan), world.admit(10, plan)]
+        assert type(refusal(world, plan, 15)) is kind
+        world.move(31)
+        admissions[0].settle(None)
+        world.limits.hold_off(TENANT, plan, 10)
+        world.admit(10, plan)
+
+
+def test_what_takes_no_tokens_is_not_held_for_them() -> None:
+    """A count passes where no token is left."""
+    world, plan = World(), Plan(tokens_per_minute=20)
+    world.admit(20, plan)
+    world.limits.hold_off(TENANT, plan, 0)
+    world.admit(0, plan)
+
+
+async def test_a_spent_budget_is_told_before_a_request_is_read() -> None:
+    """Until the month is over."""
+    world, plan = World(), Plan(tokens_per_month=100)
+    world.limits.hold_off(TENANT, plan, 1)
+    await world.admit_first(100, plan)
+    assert type(refusal(world, plan, 5)) is QuotaSpent
+    world.wall = DECEMBER
+    world.limits.hold_off(TENANT, plan, 5)
 
 
 def test_a_request_above_the_whole_bucket_is_told_so() -> None:
