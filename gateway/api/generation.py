@@ -25,6 +25,7 @@ from gateway.auth import Auth
 from gateway.batches import PARKED, Batches, Parked, Wait
 from gateway.body_room import BodyRoom
 from gateway.dialects import Checked, Dialect, Stream
+from gateway.dialects.dialect import BYTES_PER_TOKEN
 from gateway.errors import (
     AdapterNotLoadable,
     BodyTooLarge,
@@ -59,7 +60,6 @@ SLOW_READER_S: Final = 60.0
 """How long a client may keep an answer waiting, all its pauses together: it holds a place in an engine meanwhile."""
 CLIENT_GONE: Final = 499
 FULL: Final = 503
-BYTES_PER_TOKEN: Final = 4
 SAFE_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 JSON: Final = b"content-type: application/json\r\n"
 EVENTS: Final = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
@@ -327,7 +327,7 @@ class Generation:
         if not self._dialect.generates:
             return
         asked.limit_output(plan.max_output_tokens)
-        prompt_tokens = asked.prompt_bytes // BYTES_PER_TOKEN
+        prompt_tokens = asked.prompt_tokens
         if plan.tokens_per_minute is not None and not asked.own_length:  # an unset length never asks for the impossible
             asked.limit_output(max(1, (plan.tokens_per_minute - prompt_tokens) // asked.choices))
         request.cost = prompt_tokens + asked.max_tokens
@@ -526,7 +526,7 @@ class Generation:
     async def _ask_tokenizer(self, request: _Request) -> None:
         """Counting waits its turn like the base model's requests do; any replica's tokenizer does, under its name."""
         place = request.place = await self._pool.place(
-            None, request.tenant_id, request.plan, cost=request.asked.prompt_bytes // BYTES_PER_TOKEN
+            None, request.tenant_id, request.plan, cost=request.asked.prompt_tokens
         )
         client = place.replica.client
         body = request.asked.upstream_body(model=place.replica.base_name, cache_salt="", context_length=1)

@@ -70,7 +70,15 @@ OPT_IN_SAMPLING: Final = frozenset(
 class OpenAIGeneration(Dialect):
     """What chat and plain completions share."""
 
-    def _checked(self, request: Any, size: int, param: str, default: int | None, alternatives: int) -> Checked:
+    def _checked(
+        self,
+        request: Any,
+        size: int,
+        param: str,
+        default: int | None,
+        alternatives: int,
+        prompt_tokens: int | None = None,
+    ) -> Checked:
         stream = bool(request.stream)
         if request.stream_options is not None and not stream:
             raise RequestInvalid("stream_options goes with stream: true.", param="stream_options")
@@ -91,6 +99,7 @@ class OpenAIGeneration(Dialect):
             own_length=request.max_tokens is not None,
             choices=request.n or 1,
             prompt_bytes=size,
+            prompt_tokens=prompt_tokens,
             affinity=request.prompt_cache_key or request.user,
             wants_usage=bool(request.stream_options and request.stream_options.include_usage),
         )
@@ -250,7 +259,6 @@ class Completions(OpenAIGeneration):
     def bound(self, request: CompletionRequest, size: int, pieces: Pieces) -> Checked:
         if request.response_format is not None:
             self._check_format(request.response_format, self.schemas())
-        if not is_text(request.prompt):
-            hold_tokens(request.prompt, "prompt")
+        tokens = None if is_text(request.prompt) else hold_tokens(request.prompt, "prompt")
         # OpenAI's default of a plain completion is 16; a chat runs to the model's end, within our ceiling
-        return self._checked(request, size, "max_tokens", 16, request.logprobs or 0)
+        return self._checked(request, size, "max_tokens", 16, request.logprobs or 0, tokens)

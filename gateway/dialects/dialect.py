@@ -36,6 +36,7 @@ LARGE: Final = ("messages", "prompt", "input", "system", "instructions", "tools"
 """Fields that may be larger than `REST_BYTES`, of any dialect."""
 STAND_INS: Final = {"messages": b'[{"role":"user","content":""}]', "prompt": b'""', "input": b'""'}
 """What a large prompt is while the other fields are decoded: so that it is read once less."""
+BYTES_PER_TOKEN: Final = 4
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
@@ -74,7 +75,7 @@ class Checked:
 
     __slots__ = (
         "affinity", "choices", "length", "length_field", "length_param", "model", "own", "own_length", "prompt_bytes",
-        "request", "stream", "wants_usage",
+        "prompt_tokens", "request", "stream", "wants_usage",
     )  # fmt: skip
 
     def __init__(  # a dataclass's own would stay interpreted
@@ -92,6 +93,7 @@ class Checked:
         affinity: str | None,
         wants_usage: bool = False,
         own: Mapping[str, Any] = NOTHING,
+        prompt_tokens: int | None = None,
     ) -> None:
         self.model = model
         self.stream = stream
@@ -107,7 +109,9 @@ class Checked:
         """Whether the client asked for it: then it is never cut in silence."""
         self.choices = choices
         self.prompt_bytes = prompt_bytes
-        """No less than the prompt's length; about four to a token."""
+        """No less than the prompt's length."""
+        self.prompt_tokens = prompt_bytes // BYTES_PER_TOKEN if prompt_tokens is None else prompt_tokens
+        """How many there are, where the prompt is token ids; else what is estimated."""
         self.affinity = affinity
         """What the client says its requests have in common (`prompt_cache_key`, `user`), for sticky routing."""
         self.wants_usage = wants_usage

@@ -151,6 +151,19 @@ async def test_limits_are_told_with_every_answer(acme: Tenant, gateway: Gateway)
     assert int(answers[2].headers["retry-after"]) >= 1
 
 
+async def test_token_ids_are_reserved_by_their_number(acme: Tenant, gateway: Gateway) -> None:
+    """However many digits they have; of a text, each four bytes of the body are reserved as one."""
+    await plan_of(gateway, acme, tokens_per_minute=100_000)
+    left = 100_000
+    for ids in ([7] * 26_000, [123_456] * 26_000):
+        told = await acme.client.post("/v1/completions", json={"model": BASE, "prompt": ids, "max_tokens": 10})
+        assert told.status_code == 200
+        assert abs(int(told.headers["x-ratelimit-remaining-tokens"]) - (left - 26_010)) < 6_000  # time gives some back
+        left = 100_000 - told.json()["usage"]["total_tokens"]
+    text = await acme.client.post("/v1/completions", json={"model": BASE, "prompt": "word " * 16_000, "max_tokens": 10})
+    assert abs(int(text.headers["x-ratelimit-remaining-tokens"]) - (left - 20_030)) < 6_000
+
+
 async def test_a_tenant_at_its_limit_is_refused_before_its_request_is_read(acme: Tenant, gateway: Gateway) -> None:
     """A body that is no JSON is not looked at: the answer is the limit's, with its headers."""
     await plan_of(gateway, acme, requests_per_minute=2)

@@ -82,6 +82,14 @@ def test_the_upstream_body_may_be_built_again() -> None:
     assert sent(checked)["max_tokens"] == 100
 
 
+def test_a_prompt_of_token_ids_is_counted() -> None:
+    """One digit or six: what is reserved is their number; a text is reserved by the body's bytes."""
+    assert ask(COMPLETIONS, prompt=[1] * 26_000).prompt_tokens == 26_000
+    assert ask(COMPLETIONS, prompt=[123_456] * 26_000).prompt_tokens == 26_000
+    text = ask(COMPLETIONS, prompt="x" * 26_000)
+    assert text.prompt_tokens == text.prompt_bytes // 4 == 6_507
+
+
 def test_a_stream_is_asked_with_its_usage() -> None:
     """Of each event, so that a cut stream is counted; the client sees it only where it asked."""
     checked = ask(CHAT, stream=True)
