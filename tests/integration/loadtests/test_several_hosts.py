@@ -39,7 +39,7 @@ def shared() -> Scenario:
                 }
             ],
             "gates": [{"metric": "error_share", "at_most": 0}, {"metric": "wrong_adapter", "at_most": 0}],
-            "late_ms": 250,
+            "late_ms": 5_000,  # how late each was is not what is asked here
         }
     )
 
