@@ -168,7 +168,7 @@ async def run_gateway(tmp_path: Path, base_folder: Path) -> AsyncIterator[RunGat
                 "replica_token": SecretStr(TOKEN),
                 "operator_port": 0,
                 "probe_interval_s": 0.1,
-                "probe_deadline_s": 1.0,
+                "probe_deadline_s": 10.0,  # a test in which an engine freezes says another; a stall is none
                 "proof": "off",  # its loads and requests would be counted among those that tests make
                 "proof_delay_s": 0,
                 **overrides,

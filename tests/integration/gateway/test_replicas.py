@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from random import Random
 from typing import Any
@@ -40,7 +40,7 @@ from loadtests.fake.engine import EngineModel
 from loadtests.fake.replica import TOKEN, FakeReplica
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, error_of
 
-QUICK = ReplicaOptions(probe_interval_s=0.1, probe_deadline_s=1.0)
+QUICK = ReplicaOptions(probe_interval_s=0.1, probe_deadline_s=10.0)  # a stall of the machine is no frozen engine
 
 
 def version(number: int, tenant: str | None = None) -> Version:
@@ -644,7 +644,7 @@ async def test_who_waits_for_a_replica_that_dies_is_answered_by_another(
 ) -> None:
     """Waiting for a turn, or for a load."""
     fakes = [await run_replica(), await run_replica()]
-    caller = await run_pool(*fakes, options=ReplicaOptions(concurrency=1, probe_interval_s=0.1, probe_deadline_s=1.0))
+    caller = await run_pool(*fakes, options=replace(QUICK, concurrency=1))
     for fake in fakes:
         fake.faults.load_delay_s = 0.5
     asks = [asyncio.create_task(caller.ask(version(1))) for _ in range(4)]

@@ -301,8 +301,10 @@ async def test_a_stream_that_breaks_ends_in_one_error_event(
     assert "CUDA" not in got[2]
 
 
-async def test_a_frozen_engine_leaves_rotation(gateway: Gateway, acme: Tenant, replica: FakeReplica) -> None:
+async def test_a_frozen_engine_leaves_rotation(run_gateway: RunGateway, replica: FakeReplica) -> None:
     """`/health` may say what it likes: without a token in time no request goes there."""
+    gateway = await run_gateway(replica, probe_deadline_s=1.0)
+    acme = await gateway.tenant("acme")
     replica.faults.probe_hangs = True
     await _until(lambda: all(state.value == "unreachable" for state in gateway.parts.pool.states().values()))
     assert (await acme.ask(BASE)).status_code == 503
