@@ -48,11 +48,12 @@ def postgres() -> Iterator[PostgresServer]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 async def engine(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[AsyncEngine]:
-    url = f"sqlite+aiosqlite:///{tmp_path / 'tailor.db'}"
     if request.param == "postgresql":
         url = request.getfixturevalue("postgres").url
         await empty_postgres(url)
-    engine = open_engine(url, busy_timeout_s=0.05)
+        engine = open_engine(url)  # there the time is that of a connection, which a busy machine makes slowly
+    else:
+        engine = open_engine(f"sqlite+aiosqlite:///{tmp_path / 'tailor.db'}", busy_timeout_s=0.05)
     await migrate(engine)
     yield engine
     await engine.dispose()
