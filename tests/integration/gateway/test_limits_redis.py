@@ -26,7 +26,7 @@ from tests.waiting import until
 
 TENANT = TenantId("tnt_a")
 COUNTERS, LEASES = f"tailor:{{{TENANT}}}", f"tailor:{{{TENANT}}}:leases"
-DEADLINE_S = 0.5  # where Redis hangs; where it does not, a busy machine must not make it seem so
+DEADLINE_S = 3.0  # where Redis hangs; where it does not, a busy machine must not make it seem so
 ROOM = 1.01  # over-admission of at most 1 %
 
 
@@ -325,12 +325,13 @@ async def test_a_batch_sent_twice_counts_once(server: RedisServer, tmp_path: Pat
 
 
 class DeafProxy:
-    """Between a gateway and Redis; when deaf, it hears no answer of Redis and hangs up."""
+    """Between a gateway and Redis; when deaf, it hears no answer of Redis and hangs up. It counts what limits ask."""
 
     def __init__(self, server: RedisServer, path: Path) -> None:
         self.url = f"unix://{path}"
         self.is_deaf = False
         self.swallowed = 0
+        self.asked = 0
         self._target = server.url.removeprefix("unix://")
         self._serving: set[asyncio.Task[None]] = set()
 
@@ -347,6 +348,7 @@ class DeafProxy:
 
         async def forward() -> None:
             while data := await reader.read(1 << 16):
+                self.asked += data.count(b"EVALSHA")
                 to.write(data)
             to.close()
 
@@ -375,11 +377,14 @@ async def deaf_proxy(server: RedisServer, path: Path) -> AsyncIterator[DeafProxy
         await proxy.close()
 
 
-async def test_a_frozen_redis_stops_nobody(server: RedisServer) -> None:
+async def test_a_frozen_redis_stops_nobody(server: RedisServer, tmp_path: Path) -> None:
     """One wait of the deadline at most, the same limits in memory meanwhile, and afterwards nothing counted twice."""
     plan = Plan(requests_per_minute=1_000, tokens_per_minute=1_000, tokens_per_month=100_000, concurrent_requests=20)
     database = Database(used=500)
-    async with gateway(server, database, timeout_s=DEADLINE_S) as limits:
+    async with (
+        deaf_proxy(server, tmp_path / "proxy.sock") as proxy,
+        gateway(proxy.url, database, timeout_s=DEADLINE_S) as limits,
+    ):
         there = await limits.admit(TENANT, plan, 100)
         (await limits.admit(TENANT, plan, 100)).settle(30)
         await settled(limits)
@@ -390,9 +395,10 @@ async def test_a_frozen_redis_stops_nobody(server: RedisServer) -> None:
             assert time.monotonic() - begin < 2 * DEADLINE_S
             assert limits.degraded
             database.used = 530
-            begin = time.monotonic()
+            asked = proxy.asked
             rest = [one for _ in range(20) if (one := await admitted(limits, plan, 100)) is not None]
-            assert time.monotonic() - begin < DEADLINE_S
+            await asyncio.sleep(0.1)  # what was sent is through the proxy
+            assert proxy.asked == asked > 0
             assert len(rest) == 9  # 1,000 a minute in memory, 100 of them `first`
             there.settle(60)
             for one in (first, *rest[:4]):
