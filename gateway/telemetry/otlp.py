@@ -37,12 +37,21 @@ log = logging.getLogger("tailor.tracing")
 class Exporter(SpanExporter):
     """Sends each batch on a connection of its own, within the time given, in the thread that asks for it.
 
+    `clock` in seconds; `pause` waits for that many before a further try.
+
     Raises:
         ConfigurationError: a variable does not say what it should.
     """
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], object] | None = None,
+    ) -> None:
         said = _Said(environ)
+        self._clock = clock
         self._connect, self._target = _collector(said)
         self._timeout_s = _timeout_s(said)
         self._zipped = _zipped(said)
@@ -55,6 +64,7 @@ class Exporter(SpanExporter):
         if self._zipped:
             self._headers["content-encoding"] = "gzip"
         self._ended = threading.Event()
+        self._pause = pause or self._ended.wait
         self._away = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
@@ -82,9 +92,9 @@ class Exporter(SpanExporter):
         """Why the spans were not taken; empty where they were."""
         if self._zipped:
             body = gzip.compress(body)
-        last = time.monotonic() + self._timeout_s
+        last = self._clock() + self._timeout_s
         patience_s, fault = PATIENCE_S, "shut down"
-        while not self._ended.is_set() and (left_s := last - time.monotonic()) > 0:
+        while not self._ended.is_set() and (left_s := last - self._clock()) > 0:
             wait_s = patience_s * uniform(0.8, 1.2)
             try:
                 status, asked_s = self._try(body, left_s)
@@ -97,9 +107,9 @@ class Exporter(SpanExporter):
                 if status not in RETRIED:
                     break
                 wait_s = wait_s if asked_s is None else asked_s
-            if time.monotonic() + wait_s >= last:
+            if self._clock() + wait_s >= last:
                 break
-            self._ended.wait(wait_s)
+            self._pause(wait_s)
             patience_s *= 2
         return fault
 

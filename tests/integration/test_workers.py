@@ -202,7 +202,7 @@ async def test_gateways_that_start_at_once_make_one_operator_key(new_gateway: Ne
 
 async def test_a_stream_gets_its_time_and_then_a_well_formed_end(new_gateway: NewGateway, replica: FakeReplica) -> None:
     """F7: what ends within TAILOR_DRAIN_S is whole; what does not ends in an error event."""
-    gateway = await started(new_gateway(drain_s="3"))
+    gateway = await started(new_gateway(drain_s="10"))
     key = await new_key(gateway.url, gateway.operator_key())
     replica.faults.event_delay_s = 60
     long = await begun_stream(gateway.url, key)

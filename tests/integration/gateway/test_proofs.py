@@ -460,7 +460,7 @@ async def test_a_proof_lets_tenants_requests_go_first(
 
 async def test_a_proof_does_not_wait_for_ever(run_gateway: RunGateway, replica: FakeReplica, good: Path) -> None:
     """A quarter of its time belongs to others, then it takes its turn among them."""
-    gateway = await run_gateway(replica, proof="flag", proof_timeout_s=4)
+    gateway = await run_gateway(replica, proof="flag", proof_timeout_s=20)
     acme = await gateway.tenant("acme")
     tenants = await gateway.parts.pool.place(None, TenantId("acme"), Plan(name="acme"), cost=1)
     await acme.publish(good)
