@@ -40,7 +40,8 @@ class Home:
         self._write_secret(self.operator_key_file, secret)
 
     def operator_key(self) -> str | None:
-        return self._read_secret(self.operator_key_file)
+        """None where there is none, or nothing in its file: `tailor key operator` makes another."""
+        return self._read_secret(self.operator_key_file) or None
 
     def secret_key(self, given: SecretStr | None) -> bytes:
         """The setting's value, or the one kept here, made on first use."""
@@ -94,6 +95,11 @@ class Home:
             self._write_secret(file, secrets.token_urlsafe(32), replace=False)
             kept = self._read_secret(file)  # another process may have been faster
             assert kept is not None
+        if not kept:
+            raise ConfigurationError(
+                f"{file} is empty, as a power cut may leave a file: restore it, or remove it, and the next start makes "
+                "another."
+            )
         return kept
 
     @staticmethod
@@ -107,15 +113,25 @@ class Home:
 
     @staticmethod
     def _write_secret(file: Path, value: str, *, replace: bool = True) -> None:
-        beside = file.with_name(f".{file.name}.{os.getpid()}")
-        beside.touch(mode=0o600)
-        beside.write_text(value + "\n")
-        if replace:
-            beside.replace(file)
-            return
-        with suppress(FileExistsError):
-            file.hardlink_to(beside)
-        beside.unlink()
+        """Whole and on the disk before it has its name, whoever else writes it, or not at all."""
+        beside = file.with_name(f".{file.name}.{secrets.token_hex(8)}")  # in containers every process is number 1
+        try:
+            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as writer:
+                writer.write(value + "\n")
+                writer.flush()
+                os.fsync(writer.fileno())
+            if replace:
+                beside.replace(file)
+            else:
+                with suppress(FileExistsError):
+                    file.hardlink_to(beside)
+        finally:
+            beside.unlink(missing_ok=True)
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _fetch(hub_id: str) -> Path:
