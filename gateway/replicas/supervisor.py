@@ -105,6 +105,8 @@ class Child:
                 pass_fds=command.descriptors,
                 start_new_session=True,
             )
+        if self._stopping.is_set():  # told while it was being started: nobody has sent it a signal
+            self._kill_group()
         try:
             return await self._process.wait()
         finally:

@@ -70,6 +70,24 @@ async def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     assert not psutil.pid_exists(pid)
 
 
+async def test_a_child_that_is_stopped_while_it_is_started_does_not_stay(tmp_path: Path) -> None:
+    """The process is there, but nobody knows its number yet."""
+    argv = [sys.executable, "-c", "import time; time.sleep(600)"]
+    child = Child(Command("young", argv, os.environ, tmp_path / "log"), stop_s=5)
+    running = asyncio.create_task(child.run())
+    await asyncio.sleep(0)
+    assert child.pid is None
+    assert psutil.Process().children()
+    await child.stop()
+    try:
+        async with asyncio.timeout(30):
+            await running
+    finally:
+        child.kill()
+    assert child.pid is not None
+    assert is_gone(child.pid)
+
+
 async def test_a_restart_is_no_death(family: Child) -> None:
     """Asked for, it happens at once, takes the whole family, and counts for nothing."""
     await until(lambda: len(pids(family)) == 1)
