@@ -8,15 +8,16 @@ import json
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 from fastapi.openapi.utils import get_openapi
-from msgspec import Struct
+from msgspec import Meta, Struct
 from starlette.routing import BaseRoute
 
 from adapter_store.bundle import BUNDLE_FILES
 from gateway.dialects import DIALECTS, Dialect, chat_shapes, counts, messages, responses
+from gateway.dialects.dialect import MOST_TOOLS
 from gateway.dialects.fields import Text, TokenId
 from gateway.errors import Envelope, InvalidFileEnvelope, NotServableEnvelope, RejectedEnvelope
 from gateway.front import FILES_PATH, OPEN_PATHS, UPLOAD_PATH
@@ -29,32 +30,55 @@ _SCHEMAS: Final = "#/components/schemas/"
 _MODULES: Final = "gateway.dialects."  # before the names of types that several dialects have
 _Object = dict[str, Any]
 
+_Parts = Annotated[list[chat_shapes.TextPart], Meta(min_length=1, max_length=chat_shapes.MOST_PARTS)]
+_AnswerParts = Annotated[
+    list[chat_shapes.TextPart | chat_shapes.RefusalPart], Meta(min_length=1, max_length=chat_shapes.MOST_PARTS)
+]
+_Calls = Annotated[list[chat_shapes.ToolCall], Meta(max_length=MOST_TOOLS)]
+_Blocks = Annotated[list[messages.TextBlock], Meta(max_length=messages.MOST_BLOCKS)]
+_Told = Annotated[list[messages.TextBlock | messages.ToolResult], Meta(min_length=1, max_length=messages.MOST_BLOCKS)]
+_Answered = Annotated[
+    list[messages.TextBlock | messages.ToolUse | messages.Thought | messages.HiddenThought],
+    Meta(max_length=messages.MOST_BLOCKS),
+]
+_ItemParts = Annotated[list[responses.TextPart], Meta(max_length=responses.MOST_PARTS)]
+
 SHOWN: Final[tuple[tuple[type[Struct], str, Any], ...]] = (
-    (chat_shapes.System, "content", Text | chat_shapes.Parts),
-    (chat_shapes.Developer, "content", Text | chat_shapes.Parts),
-    (chat_shapes.User, "content", Text | chat_shapes.Parts),
-    (chat_shapes.ToolResult, "content", Text | chat_shapes.Parts),
-    (chat_shapes.Assistant, "content", Text | chat_shapes.AnswerParts | None),
+    (chat_shapes.System, "content", Text | _Parts),
+    (chat_shapes.Developer, "content", Text | _Parts),
+    (chat_shapes.User, "content", Text | _Parts),
+    (chat_shapes.ToolResult, "content", Text | _Parts),
+    (chat_shapes.Assistant, "content", Text | _AnswerParts | None),
+    (chat_shapes.Assistant, "tool_calls", _Calls | None),
+    *((chat_shapes.Assistant, name, Text | None) for name in ("reasoning", "reasoning_content", "refusal")),
+    (chat_shapes.CalledFunction, "arguments", Text),
     (chat_shapes.TextPart, "text", Text),
     (chat_shapes.RefusalPart, "refusal", Text),
     (chat_shapes.Function, "parameters", _Object | None),
     (chat_shapes.JsonSchema, "schema", _Object),
     (chat_shapes.CompletionRequest, "prompt", Text | list[TokenId]),
     (counts.TokenizeRequest, "prompt", Text),
-    (messages.User, "content", Text | messages.Told),
-    (messages.Assistant, "content", Text | messages.Answered),
-    (messages.System, "content", Text | messages.Blocks),
+    (messages.User, "content", Text | _Told),
+    (messages.Assistant, "content", Text | _Answered),
+    (messages.System, "content", Text | _Blocks),
     (messages.TextBlock, "text", Text),
-    (messages.ToolResult, "content", Text | messages.Blocks | None),
+    (messages.ToolResult, "content", Text | _Blocks | None),
     (messages.ToolUse, "input", _Object),
+    (messages.Thought, "thinking", Text),
+    (messages.Thought, "signature", Text | None),
+    (messages.HiddenThought, "data", Text),
     (messages.Tool, "input_schema", _Object),
     (messages.OutputFormat, "schema", _Object),
-    (messages.Conversation, "system", Text | messages.Blocks | None),
-    (messages.MessagesRequest, "system", Text | messages.Blocks | None),
+    (messages.Conversation, "system", Text | _Blocks | None),
+    (messages.MessagesRequest, "system", Text | _Blocks | None),
     (responses.TextPart, "text", Text),
     (responses.TextPart, "refusal", Text),
-    (responses.Item, "content", Text | responses.Parts),
-    (responses.Item, "output", Text | responses.Parts),
+    (responses.TextPart, "annotations", list[Any]),
+    (responses.Item, "arguments", Text),
+    (responses.Item, "summary", list[Any]),
+    (responses.Item, "encrypted_content", Text | None),
+    (responses.Item, "content", Text | _ItemParts),
+    (responses.Item, "output", Text | _ItemParts),
     (responses.Tool, "parameters", _Object | None),
     (responses.Format, "schema", _Object),
     *(

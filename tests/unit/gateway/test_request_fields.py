@@ -566,7 +566,8 @@ def test_no_argument_hides_the_depth_of_another(calls: list[str]) -> None:
 )
 def test_what_a_model_is_said_to_have_said_is_text(said: dict[str, Any]) -> None:
     """Thoughts, refusals and arguments are strings; null is as good as none."""
-    assert refused(messages=[*HELLO, {"role": "assistant", "content": "x", **said}]).param.startswith("messages[1].")
+    param = refused(messages=[*HELLO, {"role": "assistant", "content": "x", **said}]).param or ""
+    assert param.startswith("messages[1].")
     told = sent(ask(CHAT, messages=[*HELLO, {"role": "assistant", "content": "x", **dict.fromkeys(said)}]))
     assert told["messages"][1] == {"role": "assistant", "content": "x"}
 
