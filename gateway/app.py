@@ -361,6 +361,8 @@ def _lifespan(
             parts.job_figures.follow(),
         )
         tasks = [asyncio.create_task(work) for work in works]
+        for task in tasks:
+            task.add_done_callback(_tell_of_its_end)
         if operators is not None:
             tasks.append(asyncio.create_task(_stop_with_the_drain(operators, parts.draining)))
         parts.pool.start()
@@ -384,6 +386,12 @@ def _lifespan(
         await parts.engine.dispose()
 
     return lifespan
+
+
+def _tell_of_its_end(task: "asyncio.Task[None]") -> None:
+    """Work that was to go on for ever; nobody else would see that it did not."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("%s has ended, and goes on with a restart alone", task.get_coro(), exc_info=error)
 
 
 async def _stop_with_the_drain(operators: OperatorPort, draining: asyncio.Event) -> None:

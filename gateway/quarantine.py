@@ -39,6 +39,8 @@ LIVED_S: Final = 30.0
 FRESH_S: Final = 3_600.0
 """An older alarm says nothing about now."""
 RETRY_S: Final = 1.0
+RETRY_FAULT_S: Final = 60.0
+"""What is no outage of the database may stay: a traceback a minute is enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,9 @@ class Quarantine:
                 log.warning("the quarantine cannot be read: %s", type(error).__name__)
                 self._changed.set()
                 await asyncio.sleep(RETRY_S)
+            except Exception:  # following must never end: what other gateways hold back would be loaded here
+                log.exception("the quarantine cannot be read")
+                asyncio.get_running_loop().call_later(RETRY_FAULT_S, self._changed.set)
 
     async def write(self) -> None:
         """Write what this gateway has found, for ever; meant to run as one task."""
@@ -224,6 +229,9 @@ class Quarantine:
                     log.warning("the quarantine cannot be written: %s", type(error).__name__)
                     self._writes.set()
                     await asyncio.sleep(RETRY_S)
+                except Exception:  # nor may writing, and one row's fault holds up no other
+                    log.exception("adapter %s of tenant %s is held back here alone", key[1], key[0])
+                    asyncio.get_running_loop().call_later(RETRY_FAULT_S, self._writes.set)
 
     async def _write_found(self, key: Key) -> None:
         async with self._turn:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -74,6 +75,15 @@ async def test_a_load_that_nobody_waits_for_is_not_made(
     assert (await holding).status_code == 200
     await asyncio.sleep(0.3)
     assert len(replica.used_names) <= 2
+
+
+async def test_work_in_the_background_that_ends_is_told(gateway: Gateway, caplog: pytest.LogCaptureFixture) -> None:
+    """With its name and its fault: nobody else waits for it."""
+    metrics: Any = gateway.parts.metrics
+    metrics._lag = None  # a fault that nobody has thought of
+    await until(lambda: "has ended, and goes on with a restart alone" in caplog.text)
+    assert "Metrics.sample_lag" in caplog.text
+    assert "AttributeError" in caplog.text
 
 
 async def test_a_refusal_keeps_the_connection_and_says_nothing_in_the_log(

@@ -191,6 +191,37 @@ async def test_who_an_engine_has_lived_with_is_cleared(quarantine: Quarantine) -
     assert held.strikes == 1
 
 
+async def test_a_fault_ends_neither_writing_nor_reading(
+    gateway: Gateway, quarantine: Quarantine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A row that the database cannot take, a listener that fails: told in the log, and later ones are taken in."""
+    now = 1e30  # no integer of a database
+    writer = Quarantine(gateway.parts.engine, clock=lambda: now)
+    told: list[str] = []
+
+    def on_held(key: tuple[TenantId, str]) -> None:
+        told.append(key[1])
+        if len(told) == 1:
+            raise LookupError(key)
+
+    quarantine.on_held = on_held
+    works = [asyncio.create_task(writer.write()), asyncio.create_task(quarantine.follow())]
+    writer.accuse(alarm("e0", "0" * 64, at=now), "r")
+    await until(lambda: f"adapter {'0' * 64} of tenant t is held back here alone" in caplog.text)
+    now = 1_000.0
+    for number in (1, 2):
+        writer.accuse(alarm(f"e{number}", str(number) * 64), "r")
+        await until(lambda: len(writer._unwritten) == 1)  # the first, for good
+        quarantine.on_reset()
+        await until(lambda told_so_far=number: len(told) == told_so_far)  # type: ignore[misc]
+    assert told == ["1" * 64, "2" * 64]
+    assert "the quarantine cannot be read" in caplog.text
+    for work in works:
+        assert not work.done()
+        work.cancel()
+    await asyncio.gather(*works, return_exceptions=True)
+
+
 async def test_an_old_alarm_says_nothing(quarantine: Quarantine) -> None:
     """A note of last week's engine must not hold back what serves today."""
     quarantine.accuse(alarm("e1", KEY[1], at=1_000 - 7_200), "r")
