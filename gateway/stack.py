@@ -29,6 +29,7 @@ from gateway.workers import WorkerFailed, Workers
 UNIX_PATH_LIMIT: Final = 100  # the kernel's is 107 bytes
 START_TRIES: Final = 2
 LOOK_S: Final = 0.25
+LOCK_S: Final = 0.5  # who asks whether a stack runs has its lock for a moment
 STATE_BYTES: Final = 4_096
 REPLICA_START_S: Final = 600.0
 HEARD_EVERYWHERE_S: Final = 1.5  # by then every worker has read in the change feed that a replica is drained
@@ -359,13 +360,23 @@ def _only_stack_of(home: Home) -> Iterator[StackLock]:
     path = _lock_file(home)
     path.touch(mode=0o600)
     with path.open("r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigurationError(
-                f"Another 'tailor up' uses {home.path}: stop it or set TAILOR_HOME to another folder."
-            ) from error
+        deadline = time.monotonic() + LOCK_S
+        while not _lock(file):
+            if time.monotonic() > deadline:
+                raise ConfigurationError(
+                    f"Another 'tailor up' uses {home.path}: stop it or set TAILOR_HOME to another folder."
+                )
+            time.sleep(LOCK_S / 20)
+        file.truncate(0)  # the last stack's number may be another process's by now
         yield StackLock(file)
+
+
+def _lock(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _lock_file(home: Home) -> Path:
