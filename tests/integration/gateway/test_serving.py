@@ -200,7 +200,7 @@ async def test_a_client_that_leaves_cancels_upstream(run_gateway: RunGateway, go
         await acme.client.post(
             "/v1/chat/completions",
             json={"model": "bot", "messages": [{"role": "user", "content": "x"}]},
-            timeout=0.3,
+            timeout=httpx.Timeout(30, read=0.3),
         )
     assert replica.cancelled == 0
     await _until(lambda: replica.cancelled == 1)
@@ -217,14 +217,14 @@ async def test_a_whole_answer_whose_client_has_left_is_counted(
     run_gateway: RunGateway, replica: FakeReplica, hears_out: bool
 ) -> None:
     """As the engine counted it; where it did not end in time, as the limits count it: what was reserved."""
-    gateway = await run_gateway(replica, hear_out_s=10 if hears_out else 0.1, usage_flush_s=0.05)
+    gateway = await run_gateway(replica, hear_out_s=60 if hears_out else 0.1, usage_flush_s=0.05)
     await gateway.operator.post("/admin/v1/plans", json={"name": "month", "tokens_per_month": 100_000})
     acme = await gateway.tenant("acme")
     await gateway.operator.patch("/admin/v1/tenants/acme", json={"plan": "month"})
-    replica.faults.latency_s = 1.0
+    replica.faults.latency_s = 1.0 if hears_out else 30.0
     body = {"model": BASE, "max_tokens": 200, "messages": [{"role": "user", "content": "x" * 4_000}]}
     with pytest.raises(httpx.ReadTimeout):
-        await acme.client.post("/v1/chat/completions", json=body, timeout=0.3)
+        await acme.client.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=0.3))
 
     async def told() -> list[dict[str, Any]]:
         return list((await acme.client.get("/v1/usage")).json()["data"])
