@@ -332,8 +332,13 @@ def test_auto_needs_the_operators_parser(path: str) -> None:
         {"description": "x" * 8_001},
         {"type": "array", "maxItems": 1_001},
         {"type": "string", "maxLength": 1_001},
-        {"type": "object", "properties": {f"k{n}": {"type": "string", "maxLength": 60 + n} for n in range(5)}},
-        {"type": "object", "properties": {f"k{n}": {"type": "integer"} for n in range(129)}},
+        {"type": "object", "properties": {f"k{n}": {"type": "string", "maxLength": 30 + n} for n in range(5)}},
+        {"type": "string", "maxLength": 129},
+        {"type": "object", "properties": {f"k{n}": {"type": "integer"} for n in range(159)}},
+        {"type": "object", "properties": {f"k{n}": {"type": "string", "maxLength": 64} for n in range(128)}},
+        {"type": "object", "properties": {f"k{n}": {"type": "number", "minimum": n} for n in range(128)}},
+        {"type": "object", "properties": {f"k{n}": {"type": "string", "format": "uri-template"} for n in range(20)}},
+        {"anyOf": [{"type": "object", "properties": {f"k{n}": {"maxLength": 100} for n in range(63)}}] * 4},
         {"anyOf": [{}] * MOST_NODES},
         {"type": "array", "items": [{}, {}]},
         {"not": {}},
@@ -579,6 +584,22 @@ def test_a_schema_that_is_only_shown_may_hold_any_keyword() -> None:
     assert sent(ask(CHAT, tools=[tool]))["tools"] == [tool]
     strict = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
     assert refused(tools=[strict]).param == "tools[0].function.parameters"
+
+
+def test_a_schema_of_a_few_dozen_optional_fields_passes() -> None:
+    """Texts, numbers within bounds, addresses and times, in a list of objects."""
+    kinds: list[dict[str, Any]] = [
+        {"type": "string", "maxLength": 64},
+        {"type": "integer", "minimum": 0, "maximum": 100},
+        {"type": "string", "format": "date-time"},
+        {"anyOf": [{"type": "number"}, {"type": "null"}]},
+        {"enum": ["a", "b"]},
+    ]
+    fields = {f"field_{n}": kinds[n % len(kinds)] for n in range(48)}
+    row = {"type": "object", "properties": {**fields, "mail": {"type": "string", "format": "email"}}}
+    schema = {"type": "object", "properties": {"rows": {"type": "array", "items": row}, "again": row}}
+    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    assert sent(ask(CHAT, response_format=shape))["response_format"] == shape
 
 
 def test_a_schema_of_pydantic_passes() -> None:
