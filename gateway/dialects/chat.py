@@ -149,12 +149,13 @@ class Chat(OpenAIGeneration):
             request.max_tokens, request.max_completion_tokens = request.max_completion_tokens, None
         if request.top_logprobs and not request.logprobs:
             raise RequestInvalid("top_logprobs goes with logprobs: true.", param="top_logprobs")
-        schemas = self.schemas()
-        if request.response_format is not None:
-            self._check_format(request.response_format, schemas)
         self._check_choice(request)
-        if request.tools is not None:
-            check_tools(request.tools, schemas, request.tool_choice)
+        if request.response_format is not None or request.tools is not None:
+            schemas = self.schemas()
+            if request.response_format is not None:
+                self._check_format(request.response_format, schemas)
+            if request.tools is not None:
+                check_tools(request.tools, schemas, request.tool_choice)
         check_messages(request.messages, pieces)
         return self._checked(request, size, param, None, request.top_logprobs or 0)
 
