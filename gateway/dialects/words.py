@@ -23,6 +23,7 @@ MOST_BRACKETS: Final = 16_384
 """In all arguments of a request: what is nested costs a parser, what is long does not."""
 MOST_WALKED_BYTES: Final = 262_144
 """All arguments of a request whose depth must be looked at, for they have more than `DEEPEST` brackets."""
+LONG_BYTES: Final = 4_096
 MOST_ESCAPES: Final = 131_072
 """In all lists of parts and calls of a request: they are read three times, and a backslash costs as 7 letters do."""
 MOST_VALUES: Final = 65_536
@@ -105,18 +106,20 @@ def hold_values(body: bytes, most: int) -> None:
     values = body.count(b",")
     if values <= most:
         return
-    if body.count(b'"') <= MOST_QUOTES:
-        values = _commas_outside(body)
+    pieces = body.split(b'"', MOST_QUOTES + 1)
+    if len(pieces) <= MOST_QUOTES + 1:
+        values = _commas_outside(pieces)
     if values > most:
         raise RequestInvalid(
             f"The body may have at most {most} values; in a text with more than {MOST_QUOTES} quotes, commas count too."
         )
 
 
-def _commas_outside(body: bytes) -> int:
+def _commas_outside(pieces: list[bytes]) -> int:
+    """`pieces`: what stands between quotes."""
     commas = 0
     within = False
-    for piece in body.split(b'"'):
+    for piece in pieces:
         if not within:
             commas += piece.count(b",")
             within = True
@@ -209,6 +212,8 @@ class Pieces:
         if self._body:
             self._counts_escapes = self._body.count(b"\\") > MOST_ESCAPES
             self._body = b""
+            if not self._counts_escapes:
+                return
         self._escapes += bytes(raw).count(b"\\")
         if self._escapes > MOST_ESCAPES:
             raise RequestInvalid(
@@ -227,7 +232,10 @@ class Pieces:
         if size <= DEEPEST:
             return
         data = bytes(arguments)
-        brackets = len(data.translate(None, _NO_OPENINGS))
+        if size < LONG_BYTES:
+            brackets = data.count(b"{") + data.count(b"[")
+        else:
+            brackets = len(data.translate(None, _NO_OPENINGS))  # one pass
         if b"\\u00" in data:
             brackets += data.count(b"\\u005") + data.count(b"\\u007")
         if brackets <= DEEPEST:
