@@ -332,13 +332,14 @@ def test_auto_needs_the_operators_parser(path: str) -> None:
         {"description": "x" * 8_001},
         {"type": "array", "maxItems": 1_001},
         {"type": "string", "maxLength": 1_001},
-        {"type": "object", "properties": {f"k{n}": {"type": "string", "maxLength": 30 + n} for n in range(5)}},
-        {"type": "string", "maxLength": 129},
-        {"type": "object", "properties": {f"k{n}": {"type": "integer"} for n in range(159)}},
-        {"type": "object", "properties": {f"k{n}": {"type": "string", "maxLength": 64} for n in range(128)}},
-        {"type": "object", "properties": {f"k{n}": {"type": "number", "minimum": n} for n in range(128)}},
-        {"type": "object", "properties": {f"k{n}": {"type": "string", "format": "uri-template"} for n in range(20)}},
-        {"anyOf": [{"type": "object", "properties": {f"k{n}": {"maxLength": 100} for n in range(63)}}] * 4},
+        {"type": "object", "properties": {f"k{n}": {"type": "string", "maxLength": 60 + n} for n in range(5)}},
+        {"type": "array", "items": {"type": "string", "maxLength": 255, "minLength": 1}, "maxItems": 9}
+        | {"properties": {"k": {"maxLength": 64}}},
+        {"type": "object", "properties": {f"k{n}": {"type": "integer"} for n in range(210)}},
+        {"type": "object", "properties": {f"k{n}": {"type": "string", "maxLength": 200} for n in range(128)}},
+        {"type": "object", "properties": {f"k{n}": {"type": "number", "minimum": n} for n in range(180)}},
+        {"type": "object", "properties": {f"k{n}": {"type": "string", "format": "uri-template"} for n in range(34)}},
+        {"anyOf": [{"type": "object", "properties": {f"k{n}": {"maxLength": 200} for n in range(63)}}] * 4},
         {"anyOf": [{}] * MOST_NODES},
         {"type": "array", "items": [{}, {}]},
         {"not": {}},
@@ -584,6 +585,14 @@ def test_a_schema_that_is_only_shown_may_hold_any_keyword() -> None:
     assert sent(ask(CHAT, tools=[tool]))["tools"] == [tool]
     strict = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
     assert refused(tools=[strict]).param == "tools[0].function.parameters"
+
+
+def test_a_text_may_have_255_characters() -> None:
+    """As many databases' columns have, so as many schemas say."""
+    fields = {f"field_{n}": {"type": "string", "maxLength": 255} for n in range(40)}
+    schema = {"type": "object", "properties": fields}
+    held = {"type": "json_schema", "json_schema": {"name": "row", "schema": schema}}
+    assert sent(ask(CHAT, response_format=held))["response_format"]["json_schema"]["schema"] == schema
 
 
 def test_a_schema_of_a_few_dozen_optional_fields_passes() -> None:
