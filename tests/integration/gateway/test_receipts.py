@@ -244,14 +244,15 @@ async def test_pipelined_requests_are_answered_in_order(acme: Tenant, gateway: G
         b"content-length: %d\r\n\r\n%b"
     )
     key = acme.key.encode()
-    health = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    health = b"GET /health HTTP/1.1\r\nhost: x\r\nx-request-id: health\r\n\r\n"
     writer.write(chat % (key, b"one", len(body), body) + health + chat % (key, b"two", len(body), body))
     seen = []
     for _ in range(3):
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         assert head.startswith("HTTP/1.1 200"), head
         found = re.search(r"x-request-id: (\w+)", head)
-        seen.append(found[1] if found else "health")
+        assert found is not None
+        seen.append(found[1])
         length = re.search(r"content-length: (\d+)", head)
         assert length is not None
         await reader.readexactly(int(length[1]))
