@@ -18,6 +18,7 @@ from typing import Final
 
 log = logging.getLogger("tailor.usage")
 SUFFIX: Final = ".journal"
+UNNAMED: Final = "."
 FIRST_BYTES: Final = 65_536
 HOUR_S: Final = 3_600
 
@@ -81,7 +82,7 @@ class Segment:
 
     def _create(self, folder: Path) -> int:
         """The file appears under its name only once it is locked."""
-        beside = folder / f".{self.id}.{os.getpid()}"
+        beside = folder / f"{UNNAMED}{self.id}.{os.getpid()}"
         try:
             file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -10,11 +10,12 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from adapter_store.aliases import NAME
-from gateway.journal import SUFFIX, Rows, add
+from gateway.journal import SUFFIX, UNNAMED, Rows, add
 
 log = logging.getLogger("tailor.usage")
 FIELDS: Final = (
@@ -27,6 +28,7 @@ FIELDS: Final = (
 )
 LINE: Final = re.compile("\t".join(f"({field})" for field in FIELDS).encode())
 """What a gateway writes, and nothing else."""
+UNFINISHED_S: Final = 60
 STALE_S: Final = 7 * 86_400  # for so long the database remembers what was counted
 
 
@@ -79,6 +81,7 @@ def left_segments(folder: Path) -> Iterator[LeftSegment]:
 
     A living one's are passed over; so is what cannot be opened or locked, which is told.
     """
+    _drop_unfinished(folder)
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         try:
             file = os.open(path, os.O_RDONLY)
@@ -92,6 +95,14 @@ def left_segments(folder: Path) -> Iterator[LeftSegment]:
                 yield LeftSegment(path, file)
         finally:
             os.close(file)
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Files whose process died between making and naming them: nothing is in them."""
+    for path in folder.glob(f"{UNNAMED}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > UNFINISHED_S:
+                path.unlink()
 
 
 def _lock(file: int, path: Path) -> bool:

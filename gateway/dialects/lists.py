@@ -18,14 +18,18 @@ class ListDecoder:
 
     def __init__(self, item: Any, *, most: int, least: int = 0) -> None:
         self.small = msgspec.json.Decoder(Annotated[list[item], Meta(min_length=least, max_length=most)])
-        self._large = msgspec.json.Decoder(row_of(item, most)) if most <= LONGEST_ROW else None
+        self._item = item
+        self._most = most
         self._least = least
+        self._row: msgspec.json.Decoder[Any] | None = None  # made when it is needed: a type of 1,000 members is 0.3 MiB
 
     def large(self, raw: Raw) -> Any:
         """The items of a list of more than `SMALL_BYTES`. Raises msgspec.DecodeError."""
-        if self._large is None:
+        if self._most > LONGEST_ROW:
             return self.small.decode(raw)
-        found = items_of(self._large.decode(raw))
+        if self._row is None:
+            self._row = msgspec.json.Decoder(row_of(self._item, self._most))
+        found = items_of(self._row.decode(raw))
         if len(found) < self._least:
             raise msgspec.ValidationError(f"Expected `array` of length >= {self._least}")
         return found

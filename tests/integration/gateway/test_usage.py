@@ -265,7 +265,17 @@ async def test_kill_9_loses_and_doubles_nothing(engine: AsyncEngine, folder: Pat
     assert acknowledged <= found <= acknowledged + kills
     assert acknowledged > kills
     assert tokens == 7 * found
-    assert list(folder.iterdir()) == []
+    assert list(folder.glob("*.journal")) == []
+
+
+async def test_a_journal_that_got_no_name_is_taken_away(lite: AsyncEngine, folder: Path) -> None:
+    """Its process died in the moment of making it; one that is just being made stays."""
+    folder.mkdir()
+    for name, age_s in ((".1-old.7", 3_600), (".2-new.8", 0)):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age_s,) * 2)
+    async with ledger_of(lite, folder):
+        assert [path.name for path in folder.glob(".*")] == [".2-new.8"]
 
 
 async def test_two_workers_share_a_home(engine: AsyncEngine, folder: Path) -> None:

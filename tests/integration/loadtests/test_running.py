@@ -299,9 +299,9 @@ def test_a_run_that_is_killed_takes_its_processes_along(tmp_path: Path) -> None:
         killed.process.kill()
         killed.process.wait()
         assert killed.left() == []
-    assert len(list(temporary.iterdir())) == 1
+    assert len(list(temporary.glob(f"{PREFIX}*"))) == 1
     with own_folder(temporary) as own:
-        assert list(temporary.iterdir()) == [own]
+        assert list(temporary.glob(f"{PREFIX}*")) == [own]
 
 
 @pytest.mark.full
@@ -323,7 +323,7 @@ def test_real_engines_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
         with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=5):
             pass
     with own_folder(temporary) as own:
-        assert [one for one in temporary.iterdir() if one.name.startswith(PREFIX)] == [own]
+        assert list(temporary.glob(f"{PREFIX}*")) == [own]
 
 
 def test_what_cannot_be_run_ends_with_2(tmp_path: Path) -> None:
