@@ -12,7 +12,8 @@ from adapter_store.ids import TenantId
 from gateway.errors import RateLimited
 
 ROOM_BYTES: Final = 32 << 20
-MOST_WAITING: Final = 1_024
+MOST_WAITING: Final = 256
+"""Each holds what came with its head: 110 KiB of a large body."""
 PATIENCE_S: Final = 10.0
 
 
@@ -60,7 +61,7 @@ class BodyRoom:
         except BaseException as error:
             if granted.done() and not granted.cancelled():
                 self.leave(tenant_id, size)
-            else:
+            elif (size, granted) in room.line:  # else it was passed over already
                 room.line.remove((size, granted))
                 self._let_in(tenant_id, room)
             if isinstance(error, TimeoutError):

@@ -21,7 +21,7 @@ log = logging.getLogger("tailor.usage")
 FIELDS: Final = (
     "[1-9][0-9]{9}",  # the hour, 2001 to 2286: one that lost its first digits is none
     "tnt_[0-9a-f]{24}",
-    f"{NAME.pattern}|",
+    f"{NAME.pattern}|ft:[!-~]{{1,512}}|",  # a name, one that was lent, or none for the base model
     "0|[1-9][0-9]{0,8}",
     "[01]",
     *["0|[1-9][0-9]{0,14}"] * 3,  # with room for their sum in the database's 64 bits

@@ -113,7 +113,9 @@ class Exchange:
     def declared_bytes(self) -> int:
         """What the body's head says that it has; more than any where it says nothing."""
         declared = self.header(b"content-length")
-        return int(declared) if declared is not None else sys.maxsize  # digits alone: the parser has seen to that
+        if declared is None or len(declared) > 20:
+            return sys.maxsize
+        return int(declared)  # digits alone: the parser has seen to that
 
     async def receive(self, limit_bytes: int) -> bytes:
         """The body, once it is whole. Call it once the sender is known: only what came with the head is read before.
@@ -439,6 +441,7 @@ class FrontProtocol(HttpToolsProtocol):
         lines = b"".join([b"%b: %b\r\n" % line for line in kept])
         head = b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version.encode(), lines)
         self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
         return head + rest
 
     def on_header(self, name: bytes, value: bytes) -> None:

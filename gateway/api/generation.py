@@ -461,6 +461,10 @@ class Generation:
         request.connection = None
         upstream = place.replica.client.upstream
         try:
+            if request.exchange.disconnected:
+                upstream.release(connection)
+                self._give_back(request, 0)
+                raise ClientGone
             if connection.answered:
                 upstream.release(connection)
                 raise UpstreamError("the replica closed the connection", answered=True)
@@ -756,9 +760,8 @@ class Generation:
             tokens = usage.tokens
         elif request.at_work:
             tokens = None  # the engine never said how much it has done
-            if request.exchange.disconnected:  # the client's choice: the ledger counts what its limits do
-                seen.completion_tokens = request.asked.max_tokens
-                seen.prompt_tokens = request.cost - request.asked.max_tokens
+            if request.exchange.disconnected and seen.status == CLIENT_GONE:
+                tokens = self._count_unheard(request)
         self._give_back(request, tokens)
         if version is not None and version.rollout is not None and seen.placing_at:
             self._note_for_rollout(request, version)
@@ -779,6 +782,17 @@ class Generation:
         if request.trace is not None:
             seen.request_id = request.id.decode()
             request.trace.finish(seen)
+
+    @staticmethod
+    def _count_unheard(request: _Request) -> int:
+        """What counts, in limits and ledger alike, where a client has left and its engine was stopped unheard.
+
+        Of a stream no token had come, so it is the prompt; of a whole answer nobody knows, so it is what was reserved.
+        """
+        seen, asked = request.seen, request.asked
+        seen.prompt_tokens = request.cost - asked.max_tokens
+        seen.completion_tokens = 0 if asked.stream else asked.max_tokens
+        return seen.prompt_tokens + seen.completion_tokens
 
     def _note_for_rollout(self, request: _Request, version: Version) -> None:
         """A version that is being tried out: whether it answered, and how fast its engine was.

@@ -223,13 +223,13 @@ class Spoken(Dialect):
         return b"event: error\ndata: " + self.error(error, request_id).body + b"\n\n"
 
 
-def _blocks(content: Raw, decoder: ListDecoder, place: str, pieces: Pieces) -> Any:
+def _blocks(content: Raw, decoder: ListDecoder, place: str, pieces: Pieces, *, is_within: bool = False) -> Any:
     """Blocks without the marks that do nothing here.
 
     Raises:
         RequestInvalid: they are none that this call knows, or a bound is passed.
     """
-    blocks = pieces.parts(decoder, content, place)
+    blocks = pieces.parts(decoder, content, place, within=is_within)
     for number, block in enumerate(blocks):
         block.cache_control = None
         kind = block.__class__
@@ -244,7 +244,7 @@ def _blocks(content: Raw, decoder: ListDecoder, place: str, pieces: Pieces) -> A
             given = block.content
             if given is not UNSET and not is_text(given):
                 within = f"{place}[{number}].content"
-                block.content = UNSET if is_null(given) else _blocks(given, _BLOCKS, within, pieces)
+                block.content = UNSET if is_null(given) else _blocks(given, _BLOCKS, within, pieces, is_within=True)
         elif kind is Thought:
             hold_text(block.thinking, f"{place}[{number}].thinking")
             if block.signature is not UNSET and not is_text(block.signature):

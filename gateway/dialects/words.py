@@ -28,8 +28,8 @@ MOST_ESCAPES: Final = 131_072
 """In all lists of parts and calls of a request: they are read three times, and a backslash costs as 7 letters do."""
 MOST_VALUES: Final = 65_536
 """Of a body, outside of its texts: each is read once by every pass."""
-MOST_QUOTES: Final = 4_096
-"""With no more, commas outside of texts are told from those within."""
+MOST_QUOTES: Final = 16_384
+"""Around texts. With no more, commas outside of them are told from those within."""
 
 
 def is_text(raw: Raw) -> bool:
@@ -101,31 +101,25 @@ def hold_values(body: bytes, most: int) -> None:
     """Hold how many values a body may have: a million of them cost a pass of 2 ms, and a request takes several.
 
     Raises:
-        RequestInvalid: there are more, or a text with so many commas has too many quotes to tell them apart.
+        RequestInvalid: there are more, or so many commas within too many texts to tell them apart.
     """
     values = body.count(b",")
     if values <= most:
         return
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # the quotes that are left stand around texts
     pieces = body.split(b'"', MOST_QUOTES + 1)
     if len(pieces) <= MOST_QUOTES + 1:
-        values = _commas_outside(pieces)
+        values = sum([piece.count(b",") for piece in pieces[::2]])
     if values > most:
         raise RequestInvalid(
-            f"The body may have at most {most} values; in a text with more than {MOST_QUOTES} quotes, commas count too."
+            f"The body may have at most {most} values; with more than {MOST_QUOTES // 2} texts, commas in them count."
         )
 
 
-def _commas_outside(pieces: list[bytes]) -> int:
-    """`pieces`: what stands between quotes."""
-    commas = 0
-    within = False
-    for piece in pieces:
-        if not within:
-            commas += piece.count(b",")
-            within = True
-        elif (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 0:  # else the quote is an escaped one
-            within = False
-    return commas
+def _escapes(data: bytes) -> int:
+    """Escaped characters: of two backslashes the second one is escaped."""
+    return data.count(b"\\") - data.count(b"\\\\")
 
 
 _NO_OPENINGS: Final = bytes(byte for byte in range(256) if byte not in b"[{")
@@ -168,19 +162,19 @@ class Pieces:
         Raises:
             RequestInvalid: it is none, has an item that this call does not know, or a bound is passed.
         """
-        if self._counts_escapes and bytes(raw).count(b"\\") > 2 * MOST_ESCAPES:
+        if self._counts_escapes and _escapes(bytes(raw)) > 2 * MOST_ESCAPES:
             raise RequestInvalid(f"{place} may have at most {2 * MOST_ESCAPES} escaped characters.", param=place)
         return decoded(decoder, raw, place, self._invalid)
 
-    def parts(self, decoder: ListDecoder, raw: Raw, place: str) -> Any:
-        """A list of parts.
+    def parts(self, decoder: ListDecoder, raw: Raw, place: str, *, within: bool = False) -> Any:
+        """A list of parts; `within` another one, which has been counted with all that it holds.
 
         Raises:
             RequestInvalid: it is none, has a part that this call does not know, or a bound is passed.
         """
         if memoryview(raw)[0] != _BRACKET:
             not_text(place)
-        if self._counts_escapes:
+        if self._counts_escapes and not within:
             self._hold_escapes(raw, place)
         found = decoded(decoder, raw, place, self._invalid)
         self._parts += len(found)
@@ -195,7 +189,7 @@ class Pieces:
             RequestInvalid: as `parts`.
         """
         if memoryview(raw)[0] != _BRACKET:
-            not_text(place)
+            raise RequestInvalid(f"{place} is a list of calls.", param=place)
         if self._counts_escapes:
             self._hold_escapes(raw, place)
         found = decoded(decoder, raw, place, self._invalid)
@@ -210,15 +204,15 @@ class Pieces:
 
     def _hold_escapes(self, raw: Raw, place: str) -> None:
         if self._body:
-            self._counts_escapes = self._body.count(b"\\") > MOST_ESCAPES
+            self._counts_escapes = _escapes(self._body) > MOST_ESCAPES
             self._body = b""
             if not self._counts_escapes:
                 return
-        self._escapes += bytes(raw).count(b"\\")
+        self._escapes += _escapes(bytes(raw))
         if self._escapes > MOST_ESCAPES:
             raise RequestInvalid(
                 f"The parts and calls of a request may have at most {MOST_ESCAPES} escaped characters: "
-                "send longer text as a string.",
+                "send longer text as a string, not as a part.",
                 param=place,
             )
 

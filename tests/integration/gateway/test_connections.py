@@ -114,6 +114,17 @@ async def test_an_offer_of_another_protocol_is_passed_over(acme: Tenant, gateway
     writer.close()
 
 
+async def test_a_length_may_have_zeros_before_it(acme: Tenant, gateway: Gateway) -> None:
+    """Thousands of them, and a body that comes later."""
+    reader, writer = await connect(gateway)
+    writer.write(chat(acme.key)[: -len(BODY)].replace(b"content-length: ", b"content-length: " + b"0" * 5_000))
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    writer.write(BODY)
+    assert (await answered(reader))[0].startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
 async def test_offers_without_end_are_cut_off(acme: Tenant, gateway: Gateway) -> None:
     """Each is read again: no more of them than of other requests."""
     reader, writer = await connect(gateway)

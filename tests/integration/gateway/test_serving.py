@@ -243,6 +243,29 @@ async def test_a_whole_answer_whose_client_has_left_is_counted(
     assert [account.used for account in limits._tenants.values()] == [sum(used)]
 
 
+@pytest.mark.parametrize("silence", ["head_then_nothing", "hang_before_answer"])
+async def test_a_stream_left_before_its_first_token_counts_its_prompt(
+    run_gateway: RunGateway, replica: FakeReplica, silence: str
+) -> None:
+    """Nothing of the answer that was never begun, in the ledger or in the limits."""
+    gateway = await run_gateway(replica, hear_out_s=0.2, usage_flush_s=0.05)
+    await gateway.operator.post("/admin/v1/plans", json={"name": "month", "tokens_per_month": 100_000})
+    acme = await gateway.tenant("acme")
+    await gateway.operator.patch("/admin/v1/tenants/acme", json={"plan": "month"})
+    setattr(replica.faults, silence, True)
+    body = {"model": BASE, "max_tokens": 200, "stream": True, "messages": [{"role": "user", "content": "x" * 4_000}]}
+    with pytest.raises(httpx.ReadTimeout):
+        await acme.client.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=0.3))
+    async with asyncio.timeout(10):
+        while not (rows := (await acme.client.get("/v1/usage")).json()["data"]):
+            await asyncio.sleep(0.05)
+    prompt = len(json.dumps(body, separators=(",", ":"))) // 4
+    assert (rows[0]["requests"], rows[0]["prompt_tokens"], rows[0]["completion_tokens"]) == (1, prompt, 0)
+    limits = gateway.parts.limits
+    assert isinstance(limits, MemoryLimits)
+    assert [account.used for account in limits._tenants.values()] == [prompt]
+
+
 async def test_an_adapter_that_the_replica_forgot_is_loaded_again(
     acme: Tenant, good: Path, replica: FakeReplica
 ) -> None:

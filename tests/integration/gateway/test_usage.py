@@ -363,9 +363,17 @@ def test_a_page_that_a_power_cut_took_joins_no_lines(folder: Path, caplog: pytes
 async def test_whatever_a_gateway_writes_is_read(
     lite: AsyncEngine, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A real tenant's id, every letter of a name, the base model, the last version, many tokens."""
+    """A real tenant's id, every letter of a name, one that was lent, the base model, the last version, many tokens."""
     tenant = await Tenants(lite).create("acme")
-    names = ["", "0", "a" * 64, *(f"a{letter}" for letter in string.ascii_lowercase + string.digits + "._-")]
+    lent = f"ft:Qwen/Qwen3-0.6B::bot:{'0f' * 12}"
+    names = [
+        "",
+        "0",
+        "a" * 64,
+        lent,
+        f"{lent}:ckpt-step-3",
+        *(f"a{letter}" for letter in string.ascii_lowercase + string.digits + "._-"),
+    ]
     async with ledger_of(lite, folder) as ledger:
         for name in names:
             version = 999_999_999 if name else 0

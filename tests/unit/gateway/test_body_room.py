@@ -54,6 +54,19 @@ async def test_who_waits_too_long_or_behind_too_many_is_told() -> None:
     assert room._rooms == {}
 
 
+async def test_who_leaves_as_room_is_made_is_passed_over() -> None:
+    """In one turn of the loop: the one who left is out of the line before its task has run."""
+    room = BodyRoom(10)
+    await room.enter(ACME, 10)
+    first, second = await waiting(room, 5), await waiting(room, 5)
+    first.cancel()
+    room.leave(ACME, 10)
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await second
+    assert room.held(ACME) == 5
+
+
 async def test_who_leaves_makes_room_for_the_next() -> None:
     """In line, or in the moment in which it is let in."""
     room = BodyRoom(10)

@@ -531,11 +531,23 @@ def test_values_are_told_from_commas_in_a_text(value: Any, most: int) -> None:
 
 
 def test_many_commas_among_many_quotes_are_values() -> None:
-    """They are not told apart where that would cost too much."""
-    rows = '"a",' * (MOST_VALUES + 9)
-    assert "quotes" in refused(messages=[{"role": "user", "content": rows}]).message
-    plain = "1,2\n" * (MOST_VALUES + MOST_QUOTES)
-    assert sent(ask(CHAT, messages=[{"role": "user", "content": plain}]))["messages"][0]["content"] == plain
+    """They are not told apart where that would cost too much; one text may have as many quotes as it likes."""
+    rows = {"role": "user", "content": '"a","b\\"\n' * (MOST_VALUES + 9)}
+    many = [{"role": "user", "content": [PART] * 10}] * (MOST_QUOTES // 20)
+    assert "texts" in refused(messages=[rows, *many]).message
+    for text in ("1,2\n" * (MOST_VALUES + MOST_QUOTES), rows["content"]):
+        assert sent(ask(CHAT, messages=[{"role": "user", "content": text}]))["messages"][0]["content"] == text
+
+
+def test_an_escaped_character_counts_once() -> None:
+    """JSON within JSON within arguments, where each quote has three backslashes; and what a result's list holds."""
+    inner = json.dumps({f"k{number}": f"v{number}" for number in range(12_000)})
+    said = calling(json.dumps({"content": inner}))
+    assert sent(ask(CHAT, messages=said))["messages"][-1] == said[-1]
+    lines = "\n" * (MOST_ESCAPES // 2 + 9)
+    result = {"type": "tool_result", "tool_use_id": "c", "content": [{**PART, "text": lines}]}
+    told = [{"role": "user", "content": lines}, *using({}), {"role": "user", "content": [result]}]
+    assert sent(ask(MESSAGES, messages=told))["messages"][-1]["content"][0]["content"][0]["text"] == lines
 
 
 DEEP = "[" * 100 + "]" * 100
