@@ -323,6 +323,7 @@ class FrontProtocol(HttpToolsProtocol):
         self._look: asyncio.TimerHandle | None = None
         self._arriving: Exchange | None = None
         self._running: Exchange | None = None
+        self._asgi: Any = None
         self._drains = False
         self._passes_over = False
         self._kept_alive = True
@@ -343,9 +344,13 @@ class FrontProtocol(HttpToolsProtocol):
         self.app.parts.connections.discard(self)
         self._arriving = None
         self.pipeline.clear()
-        running, newest = self._running, cast(Any, self.cycle)
+        running, asgi, newest = self._running, self._asgi, cast(Any, self.cycle)
+        # uvicorn tells the newest of several pipelined requests only
         if running is not None and running is not newest and not running.response_complete:
-            running.disconnected = True  # uvicorn tells the newest of several pipelined requests only
+            running.disconnected = True
+        if asgi is not None and asgi is not newest and not asgi.response_complete:
+            asgi.disconnected = True
+            asgi.message_event.set()
         super().connection_lost(exc)
 
     def _look_after(self) -> None:
@@ -526,6 +531,7 @@ class FrontProtocol(HttpToolsProtocol):
             self._running = cycle
             cycle.start()
         else:
+            self._asgi = cycle
             super()._start_asgi_task(cycle, app)
 
     # answering

@@ -51,6 +51,26 @@ async def test_many_pipelined_requests_are_all_answered(acme: Tenant, gateway: G
     writer.close()
 
 
+async def test_a_stream_of_events_ends_with_its_connection_though_more_is_asked_for(
+    acme: Tenant, gateway: Gateway
+) -> None:
+    """uvicorn tells the last of several pipelined requests alone that its client has gone."""
+    rows = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n' * 12
+    sent = await acme.client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", rows)})
+    made = await acme.client.post(
+        "/v1/fine_tuning/jobs", json={"model": BASE, "training_file": sent.json()["id"], "suffix": "bot"}
+    )
+    assert made.status_code == 200, made.text
+    asked = b"GET %b HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %b\r\n\r\n"
+    stream = f"/v1/fine_tuning/jobs/{made.json()['id']}/events?stream=true".encode()
+    reader, writer = await connect(gateway)
+    writer.write(asked % (stream, acme.key.encode()) + asked % (b"/health", b"-"))
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    assert gateway.parts.event_streams.total() == 1
+    writer.close()
+    await until(lambda: not gateway.parts.event_streams)
+
+
 async def test_a_pipeline_without_end_is_cut_off(acme: Tenant, gateway: Gateway) -> None:
     """Thousands of requests in one packet are nobody's need."""
     reader, writer = await connect(gateway)
