@@ -28,6 +28,8 @@ MOST_ESCAPES: Final = 131_072
 """In all lists of parts and calls of a request: they are read three times, and a backslash costs as 7 letters do."""
 MOST_VALUES: Final = 65_536
 """Of a body, outside of its texts: each is read once by every pass."""
+MOST_QUOTES_READ: Final = 131_072
+"""With more, those within texts included, nobody looks which are which."""
 MOST_QUOTES: Final = 16_384
 """Around texts. With no more, commas outside of them are told from those within."""
 
@@ -106,20 +108,24 @@ def hold_values(body: bytes, most: int) -> None:
     values = body.count(b",")
     if values <= most:
         return
-    if b"\\" in body:
-        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # the quotes that are left stand around texts
-    pieces = body.split(b'"', MOST_QUOTES + 1)
-    if len(pieces) <= MOST_QUOTES + 1:
-        values = sum([piece.count(b",") for piece in pieces[::2]])
+    if body.count(b'"') <= MOST_QUOTES_READ:
+        if b'\\"' in body or b"\\\\" in body:
+            body = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # the quotes that are left stand around texts
+        pieces = body.split(b'"', MOST_QUOTES + 1)
+        if len(pieces) <= MOST_QUOTES + 1:
+            values = sum([piece.count(b",") for piece in pieces[::2]])
     if values > most:
         raise RequestInvalid(
             f"The body may have at most {most} values; with more than {MOST_QUOTES // 2} texts, commas in them count."
         )
 
 
-def _escapes(data: bytes) -> int:
-    """Escaped characters: of two backslashes the second one is escaped."""
-    return data.count(b"\\") - data.count(b"\\\\")
+def _escapes(data: bytes, most: int) -> int:
+    """Escaped characters, or no more than them where they are more than `most`: of two backslashes one is escaped."""
+    backslashes = data.count(b"\\")
+    if backslashes // 2 > most or not backslashes:
+        return backslashes // 2
+    return backslashes - data.count(b"\\\\")
 
 
 _NO_OPENINGS: Final = bytes(byte for byte in range(256) if byte not in b"[{")
@@ -162,7 +168,7 @@ class Pieces:
         Raises:
             RequestInvalid: it is none, has an item that this call does not know, or a bound is passed.
         """
-        if self._counts_escapes and _escapes(bytes(raw)) > 2 * MOST_ESCAPES:
+        if self._counts_escapes and _escapes(bytes(raw), 2 * MOST_ESCAPES) > 2 * MOST_ESCAPES:
             raise RequestInvalid(f"{place} may have at most {2 * MOST_ESCAPES} escaped characters.", param=place)
         return decoded(decoder, raw, place, self._invalid)
 
@@ -204,11 +210,11 @@ class Pieces:
 
     def _hold_escapes(self, raw: Raw, place: str) -> None:
         if self._body:
-            self._counts_escapes = _escapes(self._body) > MOST_ESCAPES
+            self._counts_escapes = self._body.count(b"\\") > MOST_ESCAPES
             self._body = b""
             if not self._counts_escapes:
                 return
-        self._escapes += _escapes(bytes(raw))
+        self._escapes += _escapes(bytes(raw), MOST_ESCAPES)
         if self._escapes > MOST_ESCAPES:
             raise RequestInvalid(
                 f"The parts and calls of a request may have at most {MOST_ESCAPES} escaped characters: "
