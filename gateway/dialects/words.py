@@ -109,7 +109,7 @@ def hold_values(body: bytes, most: int) -> None:
     if values <= most:
         return
     if body.count(b'"') <= MOST_QUOTES_READ:
-        if b'\\"' in body or b"\\\\" in body:
+        if b"\\" in body and (b'\\"' in body or b"\\\\" in body):  # one byte is found ten times as fast as two
             body = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # the quotes that are left stand around texts
         pieces = body.split(b'"', MOST_QUOTES + 1)
         if len(pieces) <= MOST_QUOTES + 1:
