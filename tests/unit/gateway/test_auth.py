@@ -461,16 +461,21 @@ class Rows(Keys):
 
 @pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.full)])
 async def test_cached_keys_are_small(bench: Bench, count: int) -> None:
-    """20,000 keys take 15 MiB at most (ordinary run: 2,000)."""
-    auth = Auth(Rows(bench.engine))
+    """20,000 keys take 15 MiB at most (ordinary run: 2,000).
+
+    The least of three times: what runs beside, left by other tests of this process, is traced too.
+    """
     headers = [f"Bearer sk-tailor-{number:043d}".encode() for number in range(count)]
-    await auth.live_key(headers[0])
-    before = _traced_bytes(start=True)
-    for header in headers:
-        await auth.live_key(header)
-    used = _traced_bytes(start=False) - before
-    assert auth.cached == count
-    assert used / count <= KEY_BYTES_LIMIT
+    used = []
+    for _ in range(3):
+        auth = Auth(Rows(bench.engine))
+        await auth.live_key(headers[0])
+        before = _traced_bytes(start=True)
+        for header in headers:
+            await auth.live_key(header)
+        used.append(_traced_bytes(start=False) - before)
+        assert auth.cached == count
+    assert min(used) / count <= KEY_BYTES_LIMIT
 
 
 @pytest.mark.parametrize("count", [5_000, pytest.param(100_000, marks=pytest.mark.full)])
