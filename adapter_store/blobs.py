@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 from adapter_store.bundle import NO_LINK, storage_errors
+from adapter_store.disk import sync
 from adapter_store.errors import BlobCorrupt, StorageError, StorageFull, StorageUnavailable
 from adapter_store.ids import TenantId
 from adapter_store.s3_leftovers import Leftovers
@@ -274,7 +275,7 @@ def _link(root: Path, target: Path, source: Path) -> bool:
         raise
     try:
         os.utime(spare)  # the age by which orphans are told is that of the blob, not of the upload
-        _fsync(spare)
+        sync(spare)
         spare.replace(target)
     finally:
         spare.unlink(missing_ok=True)  # a replacement by another name of the same file does nothing
@@ -285,19 +286,11 @@ def _link(root: Path, target: Path, source: Path) -> bool:
 def make_durable(root: Path, path: Path) -> None:
     """fsync of the file, then of every folder up to the root: each may be new."""
     with suppress(FileNotFoundError):  # a delete was faster; who commits looks again
-        _fsync(path)
+        sync(path)
     for folder in path.parents:
-        _fsync(folder)
+        sync(folder)
         if folder == root:
             return
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sweep_partial(folder: Path, before: float) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
+from adapter_store.disk import sync
 from adapter_store.seeds import seed_of
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
@@ -127,11 +128,7 @@ class Home:
                     file.hardlink_to(beside)
         finally:
             beside.unlink(missing_ok=True)
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(file.parent)
 
 
 def _fetch(hub_id: str) -> Path:

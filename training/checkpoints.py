@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from training.output_folder import sync
+from adapter_store.disk import sync
 
 KEPT = 2
 DIGEST_LENGTH = 32

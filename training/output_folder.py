@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from adapter_store.disk import sync
+
 
 class OutputExists(Exception):
     """The place for the result is taken; nothing was written."""
@@ -62,12 +64,3 @@ def _rename_to_new(staging: Path, out: Path) -> None:
         if os.path.lexists(out):  # ENOTEMPTY: another process filled the place first
             raise OutputExists(out) from error
         raise
-
-
-def sync(path: Path) -> None:
-    """What lies at `path`, a file or the names in a folder, survives a power cut from here on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
