@@ -98,9 +98,7 @@ class MemoryLimits:
         """What has flowed in since, or a new month, may still make room."""
         if terms.month is not None and account.used + least > terms.month and self.wall_clock() < account.month_end:
             raise terms.spent(account.used, tokens)
-        gone = self.clock() - account.at
-        requests = max(0.0, account.requests - gone * terms.request_rate)
-        spent = max(0.0, account.tokens - gone * terms.token_rate)
+        requests, spent = _spent(account, terms, self.clock())
         terms.hold_off(requests, spent, tokens)
         if account.running >= terms.running:
             raise terms.too_many(requests, spent, tokens)
@@ -113,13 +111,7 @@ class MemoryLimits:
 
     def _reserve(self, account: "Account", terms: Terms, tokens: int) -> Admission:
         now = self.clock()
-        gone = now - account.at
-        requests = account.requests - gone * terms.request_rate
-        if requests < 0:
-            requests = 0.0
-        spent = account.tokens - gone * terms.token_rate
-        if spent < 0:
-            spent = 0.0
+        requests, spent = _spent(account, terms, now)
         if terms.month is not None and account.month_end and account.used + tokens > terms.month:
             raise terms.spent(account.used, tokens)
         if (
@@ -218,6 +210,14 @@ class Account:
         self.learn_at = -math.inf
         self.used = 0
         self.reserved = 0
+
+
+def _spent(account: Account, terms: Terms, now: float) -> tuple[float, float]:
+    """Requests and tokens, less what has flowed in since."""
+    gone = now - account.at
+    requests = account.requests - gone * terms.request_rate
+    spent = account.tokens - gone * terms.token_rate
+    return (requests if requests > 0 else 0.0), (spent if spent > 0 else 0.0)
 
 
 class Reservation:
