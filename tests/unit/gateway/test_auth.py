@@ -124,6 +124,20 @@ async def test_what_is_no_key_is_refused(bench: Bench, header: bytes | None) -> 
         await bench.auth.live_key(header)
 
 
+class SlowKeys(Keys):
+    """Has read a key's row, and gives it once it may."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        super().__init__(engine)
+        self.inside, self.go_on = asyncio.Event(), asyncio.Event()
+
+    async def by_hash(self, sha256: bytes) -> ApiKey | None:
+        found = await super().by_hash(sha256)
+        self.inside.set()
+        await self.go_on.wait()
+        return found
+
+
 @pytest.mark.parametrize(
     "secret",
     ["sk-tailor-nope", "sk-tailor-" + "0" * 42, "sk-tailor-" + "0" * 44, "sk-tailor-" + "0" * 42 + "-", "0" * 53],
@@ -173,24 +187,15 @@ async def test_a_key_that_was_asked_for_before_it_was_made_works_with_the_next_c
 async def test_a_key_that_is_made_while_it_is_looked_up_is_not_remembered_as_unknown(bench: Bench) -> None:
     """The lookup that began before does not refuse it afterwards."""
     acme = (await bench.tenants.create("acme")).id
-    inside, go_on = asyncio.Event(), asyncio.Event()
-    read = bench.keys.by_hash
-
-    class Slow(Keys):
-        async def by_hash(self, sha256: bytes) -> ApiKey | None:
-            found = await read(sha256)
-            inside.set()
-            await go_on.wait()
-            return found
-
-    auth = Auth(Slow(bench.engine), bench.freshness, clock=bench.wall)
+    slow = SlowKeys(bench.engine)
+    auth = Auth(slow, bench.freshness, clock=bench.wall)
     secret = new_secret()
     header = f"Bearer {secret}".encode()
     task = asyncio.create_task(auth.live_key(header))
-    await inside.wait()
+    await slow.inside.wait()
     made, _ = await bench.keys.create(acme, SERVING, maker=None, secret=secret)
     auth.forget_unknown()
-    go_on.set()
+    slow.go_on.set()
     with pytest.raises(KeyInvalid):
         await task
     assert (await auth.live_key(header)).id == made.id
@@ -260,22 +265,13 @@ async def test_a_change_of_plan_reaches_every_key_of_its_tenants(bench: Bench) -
 async def test_what_was_read_before_a_change_is_not_kept(bench: Bench) -> None:
     """A revocation that comes in the middle of a lookup is seen by the next one."""
     header = await bench.key()
-    inside, go_on = asyncio.Event(), asyncio.Event()
-    read = bench.keys.by_hash
-
-    class Slow(Keys):
-        async def by_hash(self, sha256: bytes) -> ApiKey | None:
-            found = await read(sha256)
-            inside.set()
-            await go_on.wait()
-            return found
-
-    auth = Auth(Slow(bench.engine), bench.freshness, clock=bench.wall)
+    slow = SlowKeys(bench.engine)
+    auth = Auth(slow, bench.freshness, clock=bench.wall)
     task = asyncio.create_task(auth.live_key(header))
-    await inside.wait()
+    await slow.inside.wait()
     key = await bench.live(header)
     auth.forget((await bench.keys.revoke(ANYONE, key.id)).sha256)
-    go_on.set()
+    slow.go_on.set()
     assert (await task).id == key.id
     assert auth.known(header) is None
     with pytest.raises(KeyInvalid):
