@@ -40,6 +40,7 @@ HOT: Final = (
     "gateway.replicas.replica",
     "gateway.replicas.turns",
     "gateway.replicas.upstream",
+    "gateway.request_ids",
     "gateway.routing",
     "gateway.telemetry.counting",
     "gateway.telemetry.observation",

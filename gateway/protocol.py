@@ -344,13 +344,12 @@ class FrontProtocol(HttpToolsProtocol):
         self.app.parts.connections.discard(self)
         self._arriving = None
         self.pipeline.clear()
-        running, asgi, newest = self._running, self._asgi, cast(Any, self.cycle)
-        # uvicorn tells the newest of several pipelined requests only
-        if running is not None and running is not newest and not running.response_complete:
-            running.disconnected = True
-        if asgi is not None and asgi is not newest and not asgi.response_complete:
-            asgi.disconnected = True
-            asgi.message_event.set()
+        newest: Any = self.cycle
+        served: tuple[Any, ...] = (self._running, self._asgi)
+        for cycle in served:  # uvicorn tells the newest of several pipelined requests only
+            if cycle is not None and cycle is not newest and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         super().connection_lost(exc)
 
     def _look_after(self) -> None:

@@ -9,12 +9,9 @@ client's.
 
 import asyncio
 import logging
-import re
 import time
-from binascii import hexlify
 from collections.abc import Callable
 from dataclasses import dataclass
-from random import getrandbits
 from typing import Final
 
 from adapter_store.aliases import Split
@@ -45,6 +42,7 @@ from gateway.replicas.holdings import Resident
 from gateway.replicas.pool import Place, ReplicaPool
 from gateway.replicas.replica import Replica
 from gateway.replicas.upstream import Connection, OutOfDescriptorsError, UpstreamError
+from gateway.request_ids import SAFE_ID, new_id
 from gateway.rollouts import RolloutWatch
 from gateway.telemetry.counting import GenerationCounts
 from gateway.telemetry.observation import Observation
@@ -60,7 +58,6 @@ SLOW_READER_S: Final = 60.0
 """How long a client may keep an answer waiting, all its pauses together: it holds a place in an engine meanwhile."""
 CLIENT_GONE: Final = 499
 FULL: Final = 503
-SAFE_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 JSON: Final = b"content-type: application/json\r\n"
 EVENTS: Final = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
 WHOLE_LIMIT_BYTES: Final = 64 << 20
@@ -113,7 +110,7 @@ class _Request:
         self.generation = generation
         self.exchange = exchange
         given = exchange.header(b"x-request-id")
-        self.id = given if given is not None and SAFE_ID.fullmatch(given) else _new_id()
+        self.id = given if given is not None and SAFE_ID.fullmatch(given) else new_id()
         self.seen = Observation(route, exchange.began_at)
         self.position = 0
         self.due = False
@@ -416,11 +413,10 @@ class Generation:
             cache_salt=salt,
             context_length=place.replica.context_length,
         )
-        named = b"x-tailor-adapter: %b\r\n" % place.adapter.encode() if place.adapter else b""
-        lines = b"%bx-request-id: %b\r\nx-vllm-priority: %d\r\n%b" % (
-            named, _new_id(), place.priority, request.trace_lines,
-        )  # fmt: skip  # never the client's id: it may come twice
-        request.wire = place.replica.client.upstream.written(self._asks, lines, body)
+        lines = b"x-request-id: %b\r\nx-vllm-priority: %d\r\n%b" % (  # never the client's id: it may come twice
+            new_id(), place.priority, request.trace_lines,
+        )  # fmt: skip
+        request.wire = place.replica.client.upstream.written(self._asks, lines, body, place.adapter)
         request.at_work = True
         request.meter = self._meter_of(request, place.resident)
         request.seen.sent_at = time.monotonic()
@@ -846,10 +842,6 @@ def _authorization(request: _Request) -> bytes | None:
 
 def _receipt_of(name: str, number: bytes, digest: str) -> bytes:
     return b"x-tailor-adapter: %b\r\nx-tailor-version: %b; sha256=%b\r\n" % (name.encode(), number, digest.encode())
-
-
-def _new_id() -> bytes:
-    return hexlify(getrandbits(128).to_bytes(16, "big"))
 
 
 def _late() -> ReplicaUnavailable:

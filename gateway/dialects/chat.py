@@ -139,8 +139,7 @@ class Chat(OpenAIGeneration):
     hints: ClassVar = {".type": "this server reads text and calls functions only", ".audio": "text only"}
 
     def bound(self, request: ChatRequest, size: int, pieces: Pieces) -> Checked:
-        if len(request.messages) > self.bounds.max_messages:
-            raise self.too_many_messages()
+        self.hold_number(request.messages)
         param = "max_tokens"
         if request.max_completion_tokens is not None:
             if request.max_tokens is not None:

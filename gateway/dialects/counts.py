@@ -63,8 +63,8 @@ class Tokenize(Dialect):
     def bound(self, request: Any, size: int, pieces: Pieces) -> Checked:
         if (request.prompt is UNSET) == (request.messages is None):
             raise RequestInvalid("Send prompt or messages, one of them.", param="prompt")
-        if request.messages is not None and len(request.messages) > self.bounds.max_messages:
-            raise self.too_many_messages()
+        if request.messages is not None:
+            self.hold_number(request.messages)
         if request.tools is not None:
             if request.messages is None:
                 raise RequestInvalid("tools go with messages.", param="tools")

@@ -9,7 +9,7 @@ texts, never reach a client.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Protocol
@@ -250,8 +250,10 @@ class Dialect:
     def _read_messages(self, given: Raw) -> Any:
         return decoded(self._messages, given, "messages", self.invalid)
 
-    def too_many_messages(self) -> RequestInvalid:
-        return RequestInvalid(f"At most {self.bounds.max_messages} messages are read.", param="messages")
+    def hold_number(self, messages: Sequence[Any]) -> None:
+        """Raises RequestInvalid where they are too many."""
+        if len(messages) > self.bounds.max_messages:
+            raise RequestInvalid(f"At most {self.bounds.max_messages} messages are read.", param="messages")
 
     def schemas(self) -> SchemaBudget:
         return SchemaBudget(self.bounds.max_schema_bytes)

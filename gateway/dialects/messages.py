@@ -169,8 +169,7 @@ class Spoken(Dialect):
         Raises:
             RequestInvalid: a bound is passed.
         """
-        if len(request.messages) > self.bounds.max_messages:
-            raise self.too_many_messages()
+        self.hold_number(request.messages)
         if request.messages[-1].__class__ is System:
             raise RequestInvalid("The last message is the user's, or an answer to go on with.", param="messages")
         schemas = self.schemas()

@@ -374,8 +374,7 @@ class ReplicaClient:
 
         `lines` are further header lines, each with its end.
         """
-        named = b"x-tailor-adapter: %b\r\n" % adapter.encode() if adapter else b""
-        return self.upstream.written(b"POST " + path.encode(), named + lines, body)
+        return self.upstream.written(b"POST " + path.encode(), lines, body, adapter)
 
     async def _call(self, method: str, path: str, body: bytes, timeout_s: float) -> bytes:
         request = self._control.written(f"{method} /tailor/{path}".encode(), b"", body)

@@ -289,9 +289,12 @@ class Upstream:
             "accept: */*\r\ncontent-type: application/json\r\n"
         ).encode()
 
-    def written(self, what: bytes, lines: bytes, body: bytes) -> bytes:
+    def written(self, what: bytes, lines: bytes, body: bytes, adapter: str | None = None) -> bytes:
         """Head and body of one request, as one buffer; `what` is its method and path, `lines` end in CRLF each."""
-        return b"%b HTTP/1.1\r\n%b%bcontent-length: %d\r\n\r\n%b" % (what, self._common, lines, len(body), body)
+        named = b"x-tailor-adapter: %b\r\n" % adapter.encode() if adapter else b""
+        return b"%b HTTP/1.1\r\n%b%b%bcontent-length: %d\r\n\r\n%b" % (
+            what, self._common, named, lines, len(body), body,
+        )  # fmt: skip
 
     async def send(self, request: bytes) -> Connection:
         """Send a request and return the connection on which its answer's head has come.

@@ -57,4 +57,4 @@ async def test_a_failure_is_logged_under_its_id(
 
 def test_generation_has_the_same_rule() -> None:
     """One form of id, whatever is asked."""
-    assert generation.SAFE_ID.pattern == SAFE_ID.pattern
+    assert generation.SAFE_ID.pattern == SAFE_ID.pattern  # type: ignore[attr-defined]  # it is imported there
