@@ -73,5 +73,5 @@ async def test_what_fails_at_any_point_is_refused_whole_and_recovers_by_itself(t
 
 async def test_a_store_that_does_not_sync_is_found_out(tmp_path: Path) -> None:
     """The sweep can fail: without the fsync in blobs.py acknowledged adapters are gone after a power cut."""
-    found = await sweep(tmp_path, "--points", "1", "--without", "_fsync")
+    found = await sweep(tmp_path, "--points", "1", "--without", "sync")
     assert any("gone or short" in fault for fault in found["faults"])
