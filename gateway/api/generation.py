@@ -504,7 +504,7 @@ class Generation:
 
     def _is_final(self, request: _Request, connection: Connection) -> bool:
         """Whether this is the answer; False: connection and place are given back, and another is to be asked."""
-        place, tried = request.place, request.tried
+        place = request.place
         assert place is not None
         if connection.status == 404:
             place.forget_adapter()
@@ -513,30 +513,36 @@ class Generation:
                 raise ReplicaUnavailable("The adapter waits for a free place; try again shortly.", retry_after_s=1)
             request.forgotten = True
             return False
-        if connection.status >= 500 and not tried and self._pool.has_other(place.replica):
-            if connection.status != FULL:
-                place.replica.failed(request.tenant_id)
-            if not self._pool.retry_allowed():
-                return True
-            tried.append(place.replica)
-            self._give_back(request, 0)
+        return not self._asks_another(request, place, connection.status)
+
+    def _asks_another(self, request: _Request, place: Place, status: int) -> bool:
+        """Whether a second replica is to be asked, as the first has failed; its connection and place are given back."""
+        if status < 500 or request.tried or not self._pool.has_other(place.replica) or not self._pool.retry_allowed():
             return False
+        if status != FULL:
+            place.replica.failed(request.tenant_id)
+        request.tried.append(place.replica)
+        self._give_back(request, 0)
         return True
 
     async def _ask_tokenizer(self, request: _Request) -> None:
         """Counting waits its turn like the base model's requests do; any replica's tokenizer does, under its name."""
-        place = request.place = await self._pool.place(
-            None, request.tenant_id, request.plan, cost=request.asked.prompt_tokens
-        )
-        client = place.replica.client
-        body = request.asked.upstream_body(model=place.replica.base_name, cache_salt="", context_length=1)
-        try:
-            connection = await client.upstream.send(
-                client.generation_request(self._dialect.upstream_path, None, request.trace_lines, body)
+        while True:
+            place = request.place = await self._pool.place(
+                None, request.tenant_id, request.plan, cost=request.asked.prompt_tokens, tried=request.tried
             )
-        except UpstreamError as error:
-            raise ReplicaUnavailable("The engine did not answer; try again shortly.", retry_after_s=1) from error
-        request.connection = connection
+            client = place.replica.client
+            body = request.asked.upstream_body(model=place.replica.base_name, cache_salt="", context_length=1)
+            try:
+                connection = request.connection = await client.upstream.send(
+                    client.generation_request(self._dialect.upstream_path, None, request.trace_lines, body)
+                )
+            except UpstreamError as error:
+                self._lost(request, place, error, may_retry=not request.tried)
+                request.tried.append(place.replica)
+                continue
+            if not self._asks_another(request, place, connection.status):
+                return
 
     def _lost(self, request: _Request, place: Place, error: UpstreamError, *, may_retry: bool) -> None:
         """The replica is gone, or this process is at its end.
