@@ -372,10 +372,15 @@ class Generation:
         try:
             await self._wait_for_place(request)
         except AdapterNotLoadable:
-            if version is None or version.fallback == "fail" or request.fallback:
+            if version is None or not self._has_stand_in(request, version):
                 raise
             await self._stand_in(request, version)
             await self._wait_for_place(request)
+
+    @staticmethod
+    def _has_stand_in(request: _Request, version: Version) -> bool:
+        """Whether another may answer in the version's place: one is declared, and has not been asked yet."""
+        return version.fallback != "fail" and not request.fallback
 
     async def _stand_in(self, request: _Request, version: Version) -> None:
         """The alias's declared fallback takes the version's place, and the answer says so."""
@@ -388,6 +393,7 @@ class Generation:
             self._services.rollouts.note(version, failed=True)
         request.version = previous
         request.meter = None
+        request.forgotten = False
         request.fallback = b"x-tailor-fallback: %b\r\n" % version.fallback.encode()
 
     def _send(self, request: _Request) -> Wait | Parked | None:
@@ -498,19 +504,32 @@ class Generation:
                 self._lost(request, place, error, may_retry=not request.tried)
                 request.tried.append(place.replica)
                 continue
-            if self._is_final(request, request.connection):
-                request.position = RELAY
-                return
+            version = request.version
+            try:
+                if self._is_final(request, request.connection):
+                    request.position = RELAY
+                    return
+            except AdapterNotLoadable:
+                if version is None or not self._has_stand_in(request, version):
+                    raise
+                await self._stand_in(request, version)
 
     def _is_final(self, request: _Request, connection: Connection) -> bool:
-        """Whether this is the answer; False: connection and place are given back, and another is to be asked."""
+        """Whether this is the answer; False: connection and place are given back, and another is to be asked.
+
+        Raises:
+            AdapterNotLoadable: engines have said twice that they do not hold the adapter.
+            ReplicaUnavailable: the same, of the base model.
+        """
         place = request.place
         assert place is not None
         if connection.status == 404:
             place.forget_adapter()
             self._give_back(request, 0)
             if request.forgotten:
-                raise ReplicaUnavailable("The adapter waits for a free place; try again shortly.", retry_after_s=1)
+                if request.version is None:
+                    raise ReplicaUnavailable("The engine cannot answer just now; try again shortly.", retry_after_s=1)
+                raise AdapterNotLoadable("The adapter waits for a free place; try again shortly.", retry_after_s=1)
             request.forgotten = True
             return False
         return not self._asks_another(request, place, connection.status)

@@ -122,6 +122,31 @@ async def test_a_declared_fallback_answers_and_says_so(
     assert answer.headers["x-tailor-version"].startswith("2;")
 
 
+async def test_a_fallback_answers_for_what_is_loaded_and_not_there(
+    acme: Tenant, good: Path, other_good: Path, replica: FakeReplica
+) -> None:
+    """Loads succeed, and the engine says twice that it does not hold the adapter: as good as a load that failed."""
+    first = (await acme.publish(good)).json()["current"]["digest"]
+    assert (await acme.ask()).status_code == 200
+    replica.faults.load_absent = True
+    await acme.publish(other_good)
+    refused = await acme.ask()
+    assert (refused.status_code, error_of(refused)["code"]) == (503, "adapter_unavailable")
+    assert "x-tailor-fallback" not in refused.headers
+    for stream in (False, True):
+        for fallback, said, version in (("base", "I am the base", "base;"), ("previous", f"I am {first}", "1;")):
+            assert (await acme.client.patch("/v1/adapters/bot", json={"fallback": fallback})).status_code == 200
+            loads = len(replica.loads)
+            answer = await acme.ask(stream=stream)
+            assert answer.status_code == 200, answer.text
+            assert said in answer.text
+            assert answer.headers["x-tailor-fallback"] == fallback
+            assert answer.headers["x-tailor-version"].startswith(version)
+            assert len(replica.loads) == loads + 2
+    replica.adapters.clear()  # who stands in is not there either: nobody stands in for it
+    assert (await acme.ask()).status_code == 503
+
+
 async def test_who_stands_in_is_counted_though_it_fails_too(
     acme: Tenant, good: Path, other_good: Path, replica: FakeReplica, gateway: Gateway
 ) -> None:
