@@ -482,9 +482,8 @@ class Generation:
             await self._place_and_send(request)
 
     async def _send_elsewhere(self, request: _Request, place: Place, error: UpstreamError) -> None:
-        """A second replica is asked, once and within the retry budget, if the first is gone before its first byte."""
-        self._lost(request, place, error, may_retry=not request.tried)
-        request.tried.append(place.replica)
+        """A second replica is asked, once, if the first is gone before its first byte."""
+        self._lost(request, place, error, request.seen.sent_at)
         await self._place_and_send(request)
 
     async def _place_and_send(self, request: _Request) -> None:
@@ -501,8 +500,7 @@ class Generation:
             try:
                 request.connection = await place.replica.client.upstream.send(request.wire)
             except UpstreamError as error:
-                self._lost(request, place, error, may_retry=not request.tried)
-                request.tried.append(place.replica)
+                self._lost(request, place, error, request.seen.sent_at)
                 continue
             version = request.version
             try:
@@ -550,21 +548,20 @@ class Generation:
             place = request.place = await self._pool.place(
                 None, request.tenant_id, request.plan, cost=request.asked.prompt_tokens, tried=request.tried
             )
-            client = place.replica.client
+            client, asked_at = place.replica.client, time.monotonic()
             body = request.asked.upstream_body(model=place.replica.base_name, cache_salt="", context_length=1)
             try:
                 connection = request.connection = await client.upstream.send(
                     client.generation_request(self._dialect.upstream_path, None, request.trace_lines, body)
                 )
             except UpstreamError as error:
-                self._lost(request, place, error, may_retry=not request.tried)
-                request.tried.append(place.replica)
+                self._lost(request, place, error, asked_at)
                 continue
             if not self._asks_another(request, place, connection.status):
                 return
 
-    def _lost(self, request: _Request, place: Place, error: UpstreamError, *, may_retry: bool) -> None:
-        """The replica is gone, or this process is at its end.
+    def _lost(self, request: _Request, place: Place, error: UpstreamError, sent_at: float) -> None:
+        """The replica is gone, or this process is at its end; another is to be asked.
 
         Raises:
             ReplicaUnavailable: no other may be asked.
@@ -572,10 +569,11 @@ class Generation:
         if not isinstance(error, OutOfDescriptorsError):
             place.replica.suspect()
         self._give_back(request, 0)
-        if error.answered or not may_retry or not self._pool.retry_allowed():
+        if error.answered or request.tried or not self._pool.retry_allowed(place.replica, sent_at):
             raise ReplicaUnavailable(
                 "The engine went away before it answered; try again shortly.", retry_after_s=5
             ) from error
+        request.tried.append(place.replica)
 
     # relay
 
@@ -658,14 +656,22 @@ class Generation:
             or request.exchange.begun
             or request.tried
             or not self._pool.has_other(place.replica)
-            or not self._pool.retry_allowed()
         ):
             raise error
-        request.tried.append(place.replica)
+        return self._stream_elsewhere(request, place, error)
+
+    async def _stream_elsewhere(self, request: _Request, place: Place, error: ReplicaFailed) -> None:
+        """An engine's server that still listens has failed on this stream; one that does not has gone."""
+        replica, sent_at = place.replica, request.seen.sent_at
+        if replica.died_at < sent_at and await replica.client.upstream.refuses():
+            replica.suspect()
+        if not self._pool.retry_allowed(replica, sent_at):
+            raise error
+        request.tried.append(replica)
         request.pipe = None
         self._give_back(request, 0)
         request.position = RELAY
-        return self._place_and_send(request)
+        await self._place_and_send(request)
 
     async def _tell_refusal(self, request: _Request, connection: Connection) -> None:
         raise await self._refused(request, connection)

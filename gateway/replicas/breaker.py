@@ -121,6 +121,10 @@ class RetryBudget:
             self.taken += 1
         return allowed
 
+    def note_free(self) -> None:
+        """A second try goes out that the budget is not for."""
+        self.taken += 1
+
 
 class Window:
     """How often something happened in the last 10 seconds, by whole seconds."""

@@ -457,11 +457,15 @@ class ReplicaPool:
         """Second tries so far."""
         return self._retries.taken
 
-    def retry_allowed(self) -> bool:
+    def retry_allowed(self, replica: Replica | None = None, sent_at: float = 0.0) -> bool:
         """Whether a request of whose answer its client has heard nothing may be sent a second time; it is counted.
 
-        At most a tenth of the requests of the last 10 s: where all replicas fail, they get 1.1 times the requests.
+        Who was with `replica`, sent at `sent_at` (monotonic seconds), when that died may. Of the others at most a tenth
+        of the requests of the last 10 s: where all replicas fail, they get 1.1 times the requests.
         """
+        if replica is not None and sent_at <= replica.died_at:
+            self._retries.note_free()
+            return True
         return self._retries.take()
 
     def _placed(self, replica: Replica, turn: Turn, resident: Resident | None) -> Place:

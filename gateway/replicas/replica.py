@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,6 +25,8 @@ from gateway.replicas.turns import Turns
 from gateway.replicas.upstream import OutOfDescriptorsError
 
 log = logging.getLogger("tailor.replica")
+DEATH_EVERY_S: Final = 10.0
+"""A death within so long of the last one is none that `died_at` tells of: the replica comes and goes."""
 ALIVE_S: Final = 1.0
 """Tokens heard in the last second of a look that failed say that the engine is busy, not frozen."""
 UNKNOWN_CONCURRENCY: Final = 256
@@ -49,6 +52,8 @@ TRANSITIONS: Final = {
     ReplicaState.DRAINING: {ReplicaState.READY, ReplicaState.UNREACHABLE},
     ReplicaState.MISMATCHED: {ReplicaState.UNREACHABLE},
 }
+SERVING: Final = frozenset({ReplicaState.READY, ReplicaState.TRIPPED, ReplicaState.DRAINING})
+"""Requests may be running there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,8 @@ class Replica:
         self.holdings = self.residency.holdings
         self.state = ReplicaState.UNREACHABLE
         self.report: ReplicaReport | None = None
+        self.died_at = -math.inf
+        """When it was last lost while it had requests (monotonic seconds), at most once in `DEATH_EVERY_S`."""
         self.drain_wanted = False
         self.breaker = Breaker(time.monotonic)
         self.gate = _gate(options, counters)
@@ -366,12 +373,19 @@ class Replica:
             return
         if state not in TRANSITIONS[self.state]:
             raise AssertionError(f"a replica cannot go from {self.state} to {state}")
+        if state is ReplicaState.UNREACHABLE and self.state in SERVING:
+            self._note_death()
         self.state = state
         self._on_change()
         if state is not ReplicaState.READY:
             self.turns.turn_away()
         if state in (ReplicaState.UNREACHABLE, ReplicaState.TRIPPED):
             self.residency.abandon()
+
+    def _note_death(self) -> None:
+        now = time.monotonic()
+        if now - self.died_at >= DEATH_EVERY_S:
+            self.died_at = now
 
 
 def _without_suspects(held: list[Version], alarm: Alarm) -> list[Version]:

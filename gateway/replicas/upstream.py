@@ -367,6 +367,18 @@ class Upstream:
         connection.upstream = self
         return connection
 
+    async def refuses(self) -> bool:
+        """Whether nobody listens there any more; a connection that comes about is kept."""
+        try:
+            connection = await self._connect()
+        except OutOfDescriptorsError:
+            return False
+        except UpstreamError:
+            return True
+        connection.idle_since = time.monotonic()
+        self._idle.append(connection)
+        return False
+
     def heard_since(self, moment: float) -> bool:
         """Whether bytes of a request now in flight came after `moment` (the loop's clock, seconds)."""
         return any(connection.heard_at > moment for connection in self._busy)
