@@ -365,6 +365,7 @@ class Generation:
             cost=request.cost,
             choices=request.asked.choices,
             tried=request.tried,
+            seen=request.seen,
         )
 
     async def _wait_for_place_or_stand_in(self, request: _Request) -> None:
@@ -425,7 +426,8 @@ class Generation:
         request.wire = place.replica.client.upstream.written(self._asks, lines, body, place.adapter)
         request.at_work = True
         request.meter = self._meter_of(request, place.resident)
-        request.seen.sent_at = time.monotonic()
+        seen = request.seen
+        seen.tier, seen.replica, seen.sent_at = place.tier, place.replica.id, time.monotonic()
 
     def _meter_of(self, request: _Request, resident: Resident | None) -> Meter:
         """Where the request is counted; a resident keeps that of the version and tenant it was last used by."""
@@ -492,7 +494,6 @@ class Generation:
         while True:
             if request.exchange.disconnected:
                 raise ClientGone
-            request.seen.placing_at = time.monotonic()
             await self._wait_for_place_or_stand_in(request)
             place = request.place
             assert place is not None
@@ -698,10 +699,9 @@ class Generation:
         """The answer's header lines, receipts among them."""
         place = request.place
         limits = request.admission.headers if request.admission is not None else b""
-        if place is None or not self._dialect.generates:
-            return b"%bx-request-id: %b\r\n%b" % (kind, request.id, limits)
         seen = request.seen
-        seen.queue_s, seen.load_s, seen.tier, seen.replica = place.queue_s, place.load_s, place.tier, place.replica.id
+        if place is None or not seen.tier:  # no engine was asked, or its tokenizer alone
+            return b"%bx-request-id: %b\r\n%b" % (kind, request.id, limits)
         return (
             b"%bx-request-id: %b\r\n%bx-tailor-replica: %b\r\n"
             b'server-timing: queue;dur=%.3f, load;dur=%.3f, adapter;desc="%b"\r\n%b%b'

@@ -32,6 +32,7 @@ from gateway.replicas.residency import LoadFailed
 from gateway.replicas.roster import REPLICA_CHANGE, Roster, RosterRow, replica_id
 from gateway.replicas.turns import ReplicaGone
 from gateway.routing import Router
+from gateway.telemetry.observation import Observation
 
 log = logging.getLogger("tailor.pool")
 RETRY_AFTER_S: Final = 5
@@ -49,6 +50,8 @@ MOST_RETIRING: Final = 4_096
 RETIRE_WITHIN_S: Final = 900.0
 WhenLoaded = Callable[[Replica, Resident], Awaitable[None]]
 RUNNING_S: Final = 1.0
+LEAST_WAIT_S: Final = 0.0005
+"""Who is told sooner than this has waited for nothing."""
 
 
 async def _running(replica: Replica, tenant_id: TenantId, digests: Collection[str]) -> int:
@@ -418,11 +421,13 @@ class ReplicaPool:
         cost: int,
         choices: int = 1,
         tried: Sequence[Replica] = (),
+        seen: Observation | None = None,
     ) -> Place:
         """A place for one request: picks the replica, waits for its turn, loads the adapter if it is cold.
 
         `version` None: the base model. `cost`: tokens that the request may use, in `choices` answers. `tried`: replicas
-        that have failed on it. Does not suspend where there is nothing to wait for.
+        that have failed on it. To `seen` is added what the request waits, whatever comes of it. Does not suspend where
+        there is nothing to wait for.
 
         Raises:
             ReplicaUnavailable: none takes requests. TooBusy, TooManyWaiting: the queue is full, or the wait too long.
@@ -437,7 +442,7 @@ class ReplicaPool:
         if key is not None and self._quarantine is not None:
             self._quarantine.check(key)
         replica = self._pick(key, tried)
-        return await self._place_in_turn(replica, version, tenant_id, plan, cost, choices, tried)
+        return await self._place_in_turn(replica, version, tenant_id, plan, cost, choices, tried, seen)
 
     async def until_quiet(self, version: Version) -> None:
         """Until no request of this gateway's runs or waits in the replica that the version's next one would go to.
@@ -488,43 +493,51 @@ class ReplicaPool:
         cost: int,
         choices: int,
         tried: Sequence[Replica],
+        seen: Observation | None,
     ) -> Place:
         """`place` where something is to be waited for."""
         begin = time.monotonic()
         load_s = 0.0
         tries = 0
         key = None if version is None else (version.tenant_id, version.digest)
-        while True:
-            turn = Turn(tenant_id, plan.weight, key, cost, choices)
-            left_s = self._options.queue_timeout_s - (time.monotonic() - begin - load_s)
-            try:
-                await replica.turns.take(turn, max(left_s, 0.001))
-            except ReplicaGone:
-                replica = self._choose(key, tried)
-                continue
-            load_from = time.monotonic()
-            try:
-                resident, cold = await self._resident(
-                    replica, version, tenant_id, plan, patient=tries + 1 == LOAD_TRIES
-                )
-            except LoadFailed as error:
-                replica.turns.leave(turn, 0)
-                load_s += time.monotonic() - load_from
-                tries += 1
-                if tries == LOAD_TRIES or not error.again or key is None:
+        try:
+            while True:
+                turn = Turn(tenant_id, plan.weight, key, cost, choices)
+                left_s = self._options.queue_timeout_s - (time.monotonic() - begin - load_s)
+                try:
+                    await replica.turns.take(turn, max(left_s, 0.001))
+                except ReplicaGone:
+                    replica = self._choose(key, tried)
+                    continue
+                load_from = time.monotonic()
+                try:
+                    resident, cold = await self._resident(
+                        replica, version, tenant_id, plan, patient=tries + 1 == LOAD_TRIES
+                    )
+                except LoadFailed as error:
+                    replica.turns.leave(turn, 0)
+                    load_s += time.monotonic() - load_from
+                    tries += 1
+                    if tries == LOAD_TRIES or not error.again or key is None:
+                        raise
+                    replica = await self._elsewhere(replica, key, tried, tries)
+                    continue
+                except BaseException:
+                    replica.turns.leave(turn, 0)
+                    load_s += _waited_s(time.monotonic() - load_from)
                     raise
-                replica = await self._elsewhere(replica, key, tried, tries)
-                continue
-            except BaseException:
-                replica.turns.leave(turn, 0)
-                raise
-            place = self._placed(replica, turn, resident)
-            now = time.monotonic()
-            place.load_s = load_s + (now - load_from if cold else 0.0)
-            place.queue_s = max(0.0, now - begin - place.load_s)
-            if cold:
-                place.tier = "cold"
-            return place
+                place = self._placed(replica, turn, resident)
+                now = time.monotonic()
+                if cold:
+                    load_s += now - load_from
+                    place.tier = "cold"
+                place.load_s = load_s
+                place.queue_s = max(0.0, now - begin - load_s)
+                return place
+        finally:
+            if seen is not None:
+                seen.load_s += load_s
+                seen.queue_s += _waited_s(time.monotonic() - begin - load_s)
 
     async def _resident(
         self, replica: Replica, version: Version | None, tenant_id: TenantId, plan: Plan, *, patient: bool
@@ -765,3 +778,7 @@ async def _told(tell: WhenLoaded, replica: Replica, resident: Resident) -> None:
         await tell(replica, resident)
     except Exception:  # an edge: who is told must not take the load with it
         log.exception("adapter %s of tenant %s: what follows its load failed", resident.key[1], resident.key[0])
+
+
+def _waited_s(seconds: float) -> float:
+    return seconds if seconds >= LEAST_WAIT_S else 0.0

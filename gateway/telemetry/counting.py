@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
-from gateway.telemetry.observation import Observation
+from gateway.telemetry.observation import NOT_LOADED, Observation
 from gateway.telemetry.series import OTHER, OUTCOMES, Capped, Histogram, Tokens, outcome_of
 
 # seconds; fine where a good answer lies, coarse where only "too long" matters
@@ -87,21 +87,26 @@ class GenerationCounts:
                 self.adapters.of(seen.adapter_id, seen.tenant_id, seen.ended).count(seen, outcome, ttft_s)
         if seen.tier:
             self._placed(seen, outcome)
+        elif seen.queue_s or seen.load_s:
+            self._waited(seen, NOT_LOADED)
 
     def _placed(self, seen: Observation, outcome: int) -> None:
         tier = seen.tier
         self.tiers[tier] = self.tiers.get(tier, 0) + 1
+        self._waited(seen, tier)
+        outcomes = self.replicas.get(seen.replica)
+        if outcomes is None:
+            name = seen.replica if len(self.replicas) < REPLICA_LIMIT else OTHER
+            outcomes = self.replicas.setdefault(name, [0] * len(OUTCOMES))
+        outcomes[outcome] += 1
+
+    def _waited(self, seen: Observation, tier: str) -> None:
         self.queue.observe(seen.queue_s)
         if seen.load_s:
             waits = self.load_wait.get(tier)
             if waits is None:
                 waits = self.load_wait[tier] = Histogram(WAIT_BOUNDS)
             waits.observe(seen.load_s)
-        outcomes = self.replicas.get(seen.replica)
-        if outcomes is None:
-            name = seen.replica if len(self.replicas) < REPLICA_LIMIT else OTHER
-            outcomes = self.replicas.setdefault(name, [0] * len(OUTCOMES))
-        outcomes[outcome] += 1
 
 
 def _first_token(route: Route, seen: Observation) -> float:

@@ -1,11 +1,18 @@
 """What is known of one generation request at its end: read once by the metrics, the trace and the ledger."""
 
+from typing import Final
+
+NOT_LOADED: Final = "cold"
+"""The tier of an adapter whose load was waited for in vain."""
+
 
 class Observation:
     """Filled by the hot path as a request goes. Moments are `time.monotonic()`, 0 where it never came so far.
 
     `status` is what the request came to: the answer's, but for a stream that broke off, which has the status that its
     error would have had in a head, and for a client that left, which is 499. `adapter_id` is empty for the base model.
+    `queue_s` and `load_s` are all that it waited for places, those that it did not get among them; `tier` and `replica`
+    are of the last engine that it was sent to, empty where it came to none.
     """
 
     __slots__ = (

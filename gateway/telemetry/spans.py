@@ -28,7 +28,7 @@ from opentelemetry.trace import (
 )
 
 from gateway.telemetry import names
-from gateway.telemetry.observation import Observation
+from gateway.telemetry.observation import NOT_LOADED, Observation
 from gateway.telemetry.otlp import Exporter
 from gateway.telemetry.tracing import Trace, random_id
 
@@ -78,7 +78,15 @@ class Spans:
             self._span(names.QUEUE_SPAN, SpanKind.INTERNAL, inside, random_id(), (began, placed), {})
         if seen.load_s:
             loaded = (placed, placed + seen.load_s)
-            self._span(names.LOAD_SPAN, SpanKind.INTERNAL, inside, random_id(), loaded, _of_load(seen))
+            self._span(
+                names.LOAD_SPAN,
+                SpanKind.INTERNAL,
+                inside,
+                random_id(),
+                loaded,
+                _of_load(seen),
+                failed=not seen.tier and seen.status >= 500,
+            )
         if seen.sent_at:
             model = seen.adapter_id or self._base_model
             self._span(
@@ -173,7 +181,8 @@ def _of_gateway(seen: Observation) -> Attributes:
 
 
 def _of_load(seen: Observation) -> Attributes:
-    return {names.ADAPTER_ID: seen.adapter_id, names.ADAPTER_TIER: seen.tier, names.REPLICA_ID: seen.replica}
+    attributes = {names.ADAPTER_ID: seen.adapter_id, names.ADAPTER_TIER: seen.tier or NOT_LOADED}
+    return {**attributes, names.REPLICA_ID: seen.replica} if seen.replica else attributes
 
 
 def _of_upstream(seen: Observation, model: str) -> Attributes:

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,8 +27,9 @@ from gateway.telemetry.asgi import Counted
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.observation import Observation
 from gateway.telemetry.tracing import Tracing, open_tracing
-from tests.integration.gateway.conftest import RunGateway, RunReplica
+from tests.integration.gateway.conftest import BASE, RunGateway, RunReplica
 from tests.ports import free_port
+from tests.waiting import until
 
 CHAT = "/v1/chat/completions"
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -449,3 +451,53 @@ async def test_a_gateway_tells_of_a_request_from_client_to_engine(
     for told in (page, str(collector.spans), caplog.text):
         assert "canary" not in told
         assert tenant.key not in told
+
+
+async def test_who_waits_in_vain_is_counted_and_traced(
+    collector: Collector, otel: pytest.MonkeyPatch, run_replica: RunReplica, run_gateway: RunGateway, good: Path
+) -> None:
+    """In the queue until its time is over, or for a load that fails; who is refused at once has waited for nothing."""
+    otel.setenv("OTEL_TRACES_SAMPLER", "always_on")
+    otel.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    replica = await run_replica()
+    port = free_port()
+    gateway = await run_gateway(
+        replica, operator_port=port, replica_concurrency=1, queue_timeout_s=1, tenant_queue_limit=3, hear_out_s=0
+    )
+    tenant = await gateway.tenant("acme")
+    assert (await tenant.publish(good)).status_code == 201
+
+    async def figures(name: str, labels: str = "") -> tuple[int, float]:
+        page = (await gateway.client().get(f"http://127.0.0.1:{port}/metrics")).text
+        found = dict(line.rsplit(" ", 1) for line in page.splitlines() if line.startswith(name))
+        return int(found.get(f"{name}_count{labels}", 0)), float(found.get(f"{name}_sum{labels}", 0))
+
+    replica.faults.latency_s = 60
+    running = asyncio.create_task(tenant.ask(BASE))
+    await until(lambda: replica.in_flight == 1)
+    waiting = [asyncio.create_task(tenant.ask(BASE)) for _ in range(3)]
+    [member] = gateway.parts.pool.members()
+    await until(lambda: member.replica.gate.waiting == 3)
+    assert (await tenant.ask(BASE)).status_code == 429
+    assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [503] * 3
+    count, seconds = await figures("tailor_queue_seconds")
+    assert count == 3
+    assert seconds >= 3
+    running.cancel()
+    await until(lambda: member.replica.gate.in_flight == 0)
+
+    replica.faults.load_delay_s, replica.faults.load_status = 0.05, 422
+    refused = await tenant.ask("bot")
+    assert (refused.status_code, refused.headers.get("x-tailor-replica")) == (503, None)
+    count, seconds = await figures("tailor_load_wait_seconds", '{tier="cold"}')
+    assert count == 1
+    assert seconds >= 0.05
+    async with asyncio.timeout(10):
+        while sum(span.kind == Span.SPAN_KIND_SERVER for span in collector.spans) < 6:
+            await asyncio.sleep(0.02)
+    inner = Counter(span.name for span in collector.spans if span.kind == Span.SPAN_KIND_INTERNAL)
+    assert inner == {names.QUEUE_SPAN: 3, names.LOAD_SPAN: 1}
+    [load] = [span for span in collector.spans if span.name == names.LOAD_SPAN]
+    assert load.status.code == 2
+    assert plain(load.attributes)[names.ADAPTER_TIER] == "cold"
+    assert names.REPLICA_ID not in plain(load.attributes)
