@@ -44,4 +44,8 @@ class ApiKey:
         return self.tenant.plan
 
     def is_live(self, now: float) -> bool:
-        return not (self.revoked or self.tenant.suspended or (self.expires_at is not None and now >= self.expires_at))
+        return not (self.revoked or self.tenant.suspended or self.has_expired(now))
+
+    def has_expired(self, now: float) -> bool:
+        """Whether it has expired."""
+        return self.expires_at is not None and now >= self.expires_at

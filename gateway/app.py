@@ -48,7 +48,7 @@ from gateway.api import (
     uploads,
     usage,
 )
-from gateway.api.generation import Generation, Patience, Services, new_batches
+from gateway.api.generation import Generation, KeyWatch, Patience, Services, new_batches
 from gateway.arrivals import Arrivals
 from gateway.auth import Auth
 from gateway.body_room import BodyRoom
@@ -343,6 +343,7 @@ def _lifespan(
             parts.auth.uses.follow(),
             parts.metrics.sample_lag(),
             services.patience.watch(),
+            KeyWatch(parts.auth, services.patience.running).watch(),
             parts.quarantine.follow(),
             parts.quarantine.write(),
             parts.rollout_watch.follow(),

@@ -46,6 +46,8 @@ class Auth:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.uses = KeyUses(keys)
+        self.changes = 0
+        """How often something has changed by which a key may be over."""
         self._keys = keys
         self._freshness = freshness or Freshness()
         self._monotonic = self._freshness.clock
@@ -135,6 +137,7 @@ class Auth:
 
     def forget(self, sha256_hex: str) -> None:
         """A key has changed: ask the database again."""
+        self.changes += 1
         self._cache.forget(bytes.fromhex(sha256_hex))
 
     def forget_unknown(self) -> None:
@@ -145,6 +148,7 @@ class Auth:
 
     def forget_tenant(self, tenant_id: TenantId) -> None:
         """A tenant has changed: ask the database again for each of its keys."""
+        self.changes += 1
         self._cache.outdate()
         standing = self._standings.pop(tenant_id, None)
         if standing is not None:
@@ -159,6 +163,7 @@ class Auth:
 
     def clear(self) -> None:
         """Ask the database again for every key."""
+        self.changes += 1
         self.forget_unknown()
         self._cache.clear()
         self._standings.clear()

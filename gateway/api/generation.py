@@ -16,6 +16,7 @@ from typing import Final
 
 from adapter_store.aliases import Split
 from adapter_store.catalog import Version
+from adapter_store.errors import StorageError
 from adapter_store.ids import TenantId
 from gateway.api_key import ApiKey
 from gateway.auth import Auth
@@ -27,6 +28,7 @@ from gateway.errors import (
     AdapterNotLoadable,
     BodyTooLarge,
     GatewayError,
+    KeyInvalid,
     ReplicaFailed,
     ReplicaUnavailable,
     ScopeMissing,
@@ -48,11 +50,13 @@ from gateway.telemetry.counting import GenerationCounts
 from gateway.telemetry.observation import Observation
 from gateway.telemetry.tracing import Trace, Tracing
 from gateway.tenants import Scope as KeyScope
-from gateway.tenants import Standing
 from gateway.tokens import Usage
 
 log = logging.getLogger("tailor.generation")
 LOOK_S: Final = 0.25
+KEY_LOOK_S: Final = 1.0
+KEY_LOOKS: Final = 2
+"""After a change: a key that was being read from the database meanwhile may be taken in after the first."""
 HEAR_OUT_S: Final = 2.0
 SLOW_READER_S: Final = 60.0
 """How long a client may keep an answer waiting, all its pauses together: it holds a place in an engine meanwhile."""
@@ -76,6 +80,57 @@ class Patience:
             now = time.monotonic()
             for request in [request for request in self.running if 0.0 < request.deadline < now]:
                 request.expire()
+
+
+class KeyWatch:
+    """Ends requests whose key is over: revoked or expired since they began, or its tenant suspended.
+
+    A look at all of them once a second, and only where some key or tenant has changed, or the request's own key
+    expires: on its way no request is asked about.
+    """
+
+    def __init__(self, auth: Auth, running: "set[_Request]") -> None:
+        self._auth = auth
+        self._running = running
+        self._changes = auth.changes
+        self._looks = 0
+
+    async def watch(self) -> None:
+        """For ever; meant to run as one task."""
+        while True:
+            await asyncio.sleep(KEY_LOOK_S)
+            try:
+                await self._look()
+            except Exception:  # the watch must outlive any one look
+                log.exception("running requests could not be held to their keys")
+
+    async def _look(self) -> None:
+        if self._auth.changes != self._changes:
+            self._changes = self._auth.changes
+            self._looks = KEY_LOOKS
+        now = time.time()
+        doubtful: dict[ApiKey, list[_Request]] = {}
+        for request in self._running:
+            if request.tenant_id and (self._looks or request.key.has_expired(now)):
+                doubtful.setdefault(request.key, []).append(request)
+        answers = await asyncio.gather(*[self._ask(requests) for requests in doubtful.values()])
+        if self._looks and all(answers):
+            self._looks -= 1
+
+    async def _ask(self, requests: "list[_Request]") -> bool:
+        """About the key that all of them have; False: nobody knows just now."""
+        try:
+            key = await self._auth.caller(_authorization(requests[0]), KeyScope.INFERENCE)
+        except (KeyInvalid, ScopeMissing) as error:
+            for request in requests:
+                request.dismiss(error)
+        except StorageError as error:
+            log.warning("running requests are not held to their key just now: %s", type(error).__name__)
+            return False
+        else:
+            for request in requests:
+                request.key = key
+        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,8 +157,8 @@ class _Request:
 
     __slots__ = (
         "_task", "admission", "asked", "at_work", "body", "connection", "cost", "deadline", "due", "ended", "exchange",
-        "expired", "fallback", "forgotten", "generation", "id", "meter", "pipe", "place", "plan", "position", "seen",
-        "standing", "tenant_id", "trace", "trace_lines", "tried", "usage", "version", "wire",
+        "expired", "fallback", "forgotten", "generation", "id", "key", "meter", "pipe", "place", "plan", "position",
+        "seen", "tenant_id", "trace", "trace_lines", "tried", "usage", "version", "wire",
     )  # fmt: skip
 
     def __init__(self, generation: "Generation", exchange: Exchange, route: str) -> None:
@@ -121,7 +176,7 @@ class _Request:
         self.trace_lines = b""
         self.tenant_id = TenantId("")
         self.plan: Plan
-        self.standing: Standing
+        self.key: ApiKey
         self.body = b""
         self.asked: Checked
         self.cost = 0
@@ -194,9 +249,14 @@ class _Request:
             self._end(ClientGone())
 
     def stop(self, reason: GatewayError) -> None:
-        """It has taken too long."""
+        """It has taken too long, or may go on no longer."""
         self.expired = reason
         self._end(reason)
+
+    def dismiss(self, reason: GatewayError) -> None:
+        """Its key is over. A whole answer that is on its way arrives, and who has left needs not be told."""
+        if not self.ended and not self.exchange.disconnected and (self.exchange.streams or not self.exchange.begun):
+            self.stop(reason)
 
     def cancel(self, msg: object = None) -> None:
         """The process ends now; called as a task's would be: what it leads to happens later."""
@@ -280,7 +340,7 @@ class Generation:
             raise ScopeMissing("An operator's key stands for no tenant: use a key of the tenant.")
         request.tenant_id = tenant_id
         request.plan = standing.plan
-        request.standing = standing
+        request.key = key
 
     def _read_body(self, request: _Request) -> Wait | None:
         if request.exchange.more_body:
@@ -367,6 +427,7 @@ class Generation:
             tried=request.tried,
             seen=request.seen,
         )
+        await self._ask_for_sender(request)  # the key may be over by now
 
     async def _wait_for_place_or_stand_in(self, request: _Request) -> None:
         version = request.version
@@ -412,9 +473,10 @@ class Generation:
 
     def _write_out(self, request: _Request, place: Place) -> None:
         """What the engine is to read."""
-        salt = request.standing.salt
+        standing = request.key.tenant
+        salt = standing.salt
         if not salt:
-            salt = request.standing.salt = self._services.salt_of(request.tenant_id)
+            salt = standing.salt = self._services.salt_of(request.tenant_id)
         body = request.asked.upstream_body(
             model=place.name,
             cache_salt=salt,
@@ -549,6 +611,8 @@ class Generation:
             place = request.place = await self._pool.place(
                 None, request.tenant_id, request.plan, cost=request.asked.prompt_tokens, tried=request.tried
             )
+            if place.queue_s:
+                await self._ask_for_sender(request)
             client, asked_at = place.replica.client, time.monotonic()
             body = request.asked.upstream_body(model=place.replica.base_name, cache_salt="", context_length=1)
             try:
