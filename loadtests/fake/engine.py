@@ -60,13 +60,16 @@ class EngineModel:
     most_running: int = 0
     most_adapters: int = 0
     """Distinct adapters with requests in the engine, waiting ones too."""
-    frozen: bool = False
     _waiting: list[Sequence] = field(default_factory=list)
     _running: list[Sequence] = field(default_factory=list)
     _stall_s: float = 0.0
     _numbers: int = 0
     _work: asyncio.Event = field(default_factory=asyncio.Event)
+    _thawed: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self._thawed.set()
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run())
@@ -80,6 +83,17 @@ class EngineModel:
                 sequence.done.cancel()
         self._waiting.clear()
         self._running.clear()
+
+    @property
+    def frozen(self) -> bool:
+        return not self._thawed.is_set()
+
+    def freeze(self) -> None:
+        """No step ends until `thaw`, whatever comes."""
+        self._thawed.clear()
+
+    def thaw(self) -> None:
+        self._thawed.set()
 
     def add(self, sequence: Sequence) -> None:
         self._numbers += 1
@@ -132,7 +146,7 @@ class EngineModel:
         loop = asyncio.get_running_loop()
         next_at = loop.time()
         while True:
-            if not (self._waiting or self._running or self._stall_s) or self.frozen:
+            if not (self._waiting or self._running or self._stall_s):
                 self._work.clear()
                 await self._work.wait()
                 next_at = loop.time()
@@ -146,6 +160,7 @@ class EngineModel:
             self._stall_s = 0.0
             next_at = max(next_at + duration_s, loop.time())
             await asyncio.sleep(next_at - loop.time())
+            await self._thawed.wait()
             self.now_s += duration_s
             self._step()
 

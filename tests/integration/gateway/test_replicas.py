@@ -557,7 +557,7 @@ async def test_a_frozen_engine_leaves_rotation_within_five_seconds(run_replica: 
     await until(lambda: fake.probes > asked)
     assert fake.engine is not None
     with stalls() as stalled_s:
-        fake.engine.frozen = True
+        fake.engine.freeze()
         took_s = await until(lambda: replica_of(caller, fake).state is ReplicaState.UNREACHABLE)
         took_s -= stalled_s()
     assert took_s <= 5.0

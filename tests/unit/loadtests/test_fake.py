@@ -36,3 +36,19 @@ def test_a_prompt_that_begins_as_an_earlier_one_is_cached_as_far() -> None:
     assert cache.hits("x", first + "another end") == 3
     assert cache.hits("x", "b" + first) == 0
     assert cache.hits("y", first + "end") == 0
+
+
+async def test_a_frozen_engine_gives_nothing_whatever_comes() -> None:
+    """New requests wake no step; thawed, it goes on with all of them."""
+    engine = EngineModel(base_step_s=0.001)
+    engine.start()
+    engine.freeze()
+    running = [ran(engine, "a") for _ in range(3)]
+    await asyncio.sleep(0.05)
+    running.append(ran(engine, "a"))
+    await asyncio.sleep(0.05)
+    assert (engine.tokens, engine.frozen) == (0, True)
+    engine.thaw()
+    await asyncio.wait_for(asyncio.gather(*running), 10)
+    assert engine.tokens == 4
+    await engine.stop()
