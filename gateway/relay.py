@@ -84,6 +84,7 @@ class StreamTranslation(Translation):
         super().__init__(engine_name, shown_name)
         self._wants_usage = wants_usage
         self._rest = b""
+        self.opening = b""  # vLLM 0.32 writes none on these paths
         self.finished = False
 
     def feed(self, data: bytes) -> bytes:

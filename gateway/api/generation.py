@@ -1024,7 +1024,9 @@ class _Pipe:
             else:
                 self.first_at = time.monotonic()
                 self._request.deadline = 0.0
-                self._exchange.begin(self._head, events)
+                self._connection.note_output()
+                self._exchange.begin(self._head, self._stream.opening + events)
+                self._stream.opening = b""
         if failure is not None:
             self._end(failure)
 

@@ -57,6 +57,9 @@ class Stream(Protocol):
 
     finished: bool
     """Whether the dialect's last event has passed: one that ends without has been broken off."""
+    opening: bytes
+    """Events, translated, that the API server wrote before its engine gave anything: they go before the first that
+    `feed` gives, so that an answer begins with the engine's own output."""
 
     def feed(self, data: bytes) -> bytes:
         """The whole events that are there now, translated; a half one waits for the next call.

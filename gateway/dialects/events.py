@@ -18,11 +18,14 @@ class NamedEvents:
 
     passed: ClassVar[frozenset[bytes]] = frozenset()
     deltas: ClassVar[frozenset[bytes]] = frozenset()
+    openings: ClassVar[frozenset[bytes]] = frozenset()
+    """Those that come before the engine has given anything."""
 
     def __init__(self, engine_name: str, shown_name: str, prompt_bytes: int) -> None:
         self.engine_name = engine_name
         self.shown_name = shown_name
         self.finished = False
+        self.opening = b""
         self.events = 0
         """Deltas that have passed: each is a token or a few."""
         self._prompt_bytes = prompt_bytes
@@ -75,7 +78,13 @@ class NamedEvents:
             words = self.rewritten(name, data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ReplicaFailed("The engine's answer cannot be read; try again.") from error
-        return NAME + name + b"\ndata: " + words + b"\n\n" if words else b""
+        if not words:
+            return b""
+        rewritten = NAME + name + b"\ndata: " + words + b"\n\n"
+        if name in self.openings:
+            self.opening += rewritten
+            return b""
+        return rewritten
 
     def rewritten(self, name: bytes, data: bytes) -> bytes:
         """An event's data in the client's words; b"" drops it.

@@ -406,7 +406,7 @@ class ResponseEvents(NamedEvents):
             b"response.refusal.delta",
         }
     )
-    _whole: ClassVar = frozenset({b"response.created", b"response.in_progress"})
+    openings: ClassVar = frozenset({b"response.created", b"response.in_progress"})
     _ends: ClassVar = frozenset({b"response.completed", b"response.incomplete"})
 
     def __init__(self, engine_name: str, checked: Checked) -> None:
@@ -414,7 +414,7 @@ class ResponseEvents(NamedEvents):
         self._checked = checked
 
     def rewritten(self, name: bytes, data: bytes) -> bytes:
-        if name in self._whole or name in self._ends:
+        if name in self.openings or name in self._ends:
             event = msgspec.json.decode(data, type=_Event)
             response, used = told(event.response, self._checked)
             if name in self._ends:

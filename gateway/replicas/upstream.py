@@ -68,6 +68,7 @@ class Connection(asyncio.Protocol):
         self._chunks: list[bytes] = []
         self._buffered = 0
         self.answered = False  # any byte of the answer has come
+        self._has_output = False
         self._complete = False
         self._kept_alive = False
         self._paused = False
@@ -110,7 +111,7 @@ class Connection(asyncio.Protocol):
         self.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
-        if self.status == 200:  # only the engine answers so: a refusal proves no more than that the API server lives
+        if self._has_output:
             self.heard_at = self._loop.time()
         self._chunks.append(body)
         self._buffered += len(body)
@@ -206,6 +207,14 @@ class Connection(asyncio.Protocol):
         if self._sink is not None and (self._complete or self.closed):  # feeding may have unpiped it
             self._sink = None
             sink.end(None if self._complete else UpstreamError("the replica broke the answer off", answered=True))
+
+    def note_output(self) -> None:
+        """The engine's own output has begun: it lives, and each byte that follows says so again.
+
+        Heads, refusals, counts of tokens and what a stream opens with prove no more than that the API server lives.
+        """
+        self._has_output = True
+        self.heard_at = self._loop.time()
 
     def unpipe(self) -> None:
         """Sink or listener want nothing more, not even an end."""
@@ -380,7 +389,7 @@ class Upstream:
         return False
 
     def heard_since(self, moment: float) -> bool:
-        """Whether bytes of a request now in flight came after `moment` (the loop's clock, seconds)."""
+        """Whether engine output of a request now in flight came after `moment` (the loop's clock, seconds)."""
         return any(connection.heard_at > moment for connection in self._busy)
 
     def release(self, connection: Connection) -> None:

@@ -91,8 +91,6 @@ class ResponsesCall(ResponsesSpeech):
         return self._response("completed", [self._called(_arguments(text))], self._usage(prompt, completion))
 
     def begin(self, prompt: int) -> Iterator[bytes]:
-        yield named("response.created", response=self._response("in_progress", [], None), sequence_number=0)
-        yield named("response.in_progress", response=self._response("in_progress", [], None), sequence_number=1)
         item = {**self._called(""), "status": "in_progress"}
         yield named("response.output_item.added", item=item, output_index=0, sequence_number=2)
         yield self.token(OPEN, prompt, 0)

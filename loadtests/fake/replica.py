@@ -466,6 +466,7 @@ class FakeReplica:
             if "logit_bias" in body:  # as an API server refuses without asking its engine
                 return self._json(writer, 400, {"error": {"message": "no such token"}})
             writer.write(STREAM_HEAD)
+            self._open(speech, body, writer)
             await reader.read()
             self.cancelled += 1
             raise ConnectionError
@@ -538,7 +539,9 @@ class FakeReplica:
 
     def completion_tokens(self, body: dict[str, Any]) -> int:
         """What a whole answer has."""
-        return self.events if self.engine is None else int(body.get("max_tokens") or self.events)
+        if self.engine is None:
+            return self.events
+        return int(body.get("max_tokens") or body.get("max_output_tokens") or self.events)
 
     def text_of(self, name: str | None) -> str:
         """What an adapter answers; the base has its own words."""
@@ -615,6 +618,7 @@ class FakeReplica:
         writer: asyncio.StreamWriter,
     ) -> None:
         writer.write(STREAM_HEAD)
+        self._open(speech, body, writer)
         text = self.text_of(name)
         total = self.completion_tokens(body)
 
@@ -644,6 +648,10 @@ class FakeReplica:
             self._chunk(writer, event)
         writer.write(b"0\r\n\r\n")
         served.whole = True
+
+    def _open(self, speech: Speech, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        for event in speech.opening() if body.get("stream") else ():
+            self._chunk(writer, event)
 
     async def _slowly(self, writer: asyncio.StreamWriter, speech: Speech, served: Served, number: int) -> None:
         served.completion_tokens = number + 1

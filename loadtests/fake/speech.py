@@ -27,8 +27,12 @@ class Speech:
         answer = {"id": "x", "object": kind, "created": 1, "model": self.model}
         return {**answer, "choices": [choice], "usage": self._used(prompt, completion)}
 
+    def opening(self) -> Iterator[bytes]:
+        """At once, before the engine has given anything."""
+        yield from ()
+
     def begin(self, prompt: int) -> Iterator[bytes]:
-        """Before the first token."""
+        """Together with the first token."""
         yield from ()
 
     def token(self, text: str, prompt: int, completion: int) -> bytes:
@@ -90,9 +94,11 @@ class ResponsesSpeech(Speech):
     def whole(self, text: str, prompt: int, completion: int) -> dict[str, Any]:
         return self._response("completed", [self._item(text, "completed")], self._usage(prompt, completion))
 
+    def opening(self) -> Iterator[bytes]:
+        yield named("response.created", response=self._response("in_progress", [], None), sequence_number=0)
+        yield named("response.in_progress", response=self._response("in_progress", [], None), sequence_number=1)
+
     def begin(self, prompt: int) -> Iterator[bytes]:
-        yield named("response.created", response=self._response("in_progress", [], None))
-        yield named("response.in_progress", response=self._response("in_progress", [], None))
         yield named("response.output_item.added", output_index=0, item=self._item("", "in_progress"))
         yield named("response.content_part.added", item_id="i", output_index=0, content_index=0, part=_part(""))
 

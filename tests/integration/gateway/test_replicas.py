@@ -563,27 +563,6 @@ async def test_a_frozen_engine_leaves_rotation_within_five_seconds(run_replica: 
     assert took_s <= 5.0
 
 
-async def test_a_busy_engine_stays_in_rotation(run_replica: RunReplica, run_pool: RunPool) -> None:
-    """Tokens of others are a sign of life where the probe's own token is late."""
-    fake = await run_replica(events=400)
-    fake.faults.event_delay_s = 0.02
-    caller = await run_pool(fake, options=ReplicaOptions(probe_interval_s=0.1, probe_deadline_s=0.3))
-    replica = replica_of(caller, fake)
-    place = await caller.pool.place(None, TenantId("t"), Plan(), cost=1)
-    body = msgspec.json.encode({"model": place.name, "messages": [], "stream": True})
-    connection = await replica.client.upstream.send(
-        replica.client.generation_request("/v1/chat/completions", None, b"", body)
-    )
-    fake.faults.probe_hangs = True
-    until_s = time.monotonic() + 3
-    while time.monotonic() < until_s:
-        assert await connection.read()
-        assert replica.state is ReplicaState.READY
-    replica.client.upstream.release(connection)
-    place.release(None)
-    assert await until(lambda: replica.state is ReplicaState.UNREACHABLE) < 5
-
-
 async def test_a_replica_whose_answers_fail_rests_and_comes_back(run_replica: RunReplica, run_pool: RunPool) -> None:
     """It trips after five failures; its engine gives tokens to the probe all the while. Back well, back in rotation."""
     fake = await run_replica()

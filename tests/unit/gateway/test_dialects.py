@@ -27,6 +27,10 @@ HOSTILE = f'","model":"{NAME}" event: error\ndata: {{"error":1}}\n\nevent: messa
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 MEMORY = all_dialects(Bounds())
 STREAMED = [RESPONSES, MESSAGES]
+BEGINNINGS = {
+    RESPONSES: ("response.created", "response.in_progress"),
+    MESSAGES: ("message_start", "content_block_start"),
+}
 
 
 def asked(path: str, **more: Any) -> Checked:
@@ -45,7 +49,12 @@ def asked(path: str, **more: Any) -> Checked:
 def engine_stream(path: str) -> bytes:
     speech = speech_of(path, {"model": NAME})
     return b"".join(
-        [*speech.begin(9), *(speech.token(t, 9, 1) for t in ("one", HOSTILE, "x")), *speech.end("one", 9, 3)]
+        [
+            *speech.opening(),
+            *speech.begin(9),
+            *(speech.token(t, 9, 1) for t in ("one", HOSTILE, "x")),
+            *speech.end("one", 9, 3),
+        ]
     )
 
 
@@ -60,8 +69,11 @@ def test_a_stream_is_the_same_however_it_is_cut(path: str, data: st.DataObject) 
     whole = engine_stream(path)
     cuts = data.draw(st.lists(st.integers(0, len(whole)), max_size=12))
     stream = MEMORY[path].stream(NAME, asked(path, stream=True))
-    out = b"".join(stream.feed(whole[a:b]) for a, b in pairwise([0, *sorted(cuts), len(whole)]))
+    out = b"".join([stream.feed(whole[a:b]) for a, b in pairwise([0, *sorted(cuts), len(whole)])])
+    out = stream.opening + out
     told = data_of(out)
+    kinds = [event["type"] for event in told]
+    assert kinds[:2] == list(BEGINNINGS[path])
     said = [event["delta"] for event in told if event["type"].endswith("delta") and event["type"] != "message_delta"]
     assert [one if isinstance(one, str) else one["text"] for one in said] == ["one", HOSTILE, "x"]
     assert out.replace(json.dumps(HOSTILE).encode()[1:-1], b"").count(NAME.encode()) == 0
@@ -70,6 +82,16 @@ def test_a_stream_is_the_same_however_it_is_cut(path: str, data: st.DataObject) 
     assert stream.finished
     assert stream.usage is not None
     assert (stream.usage.prompt_tokens, stream.usage.completion_tokens) == (9, 3)
+
+
+def test_what_a_response_opens_with_waits_for_its_engine() -> None:
+    """vLLM 0.32 writes two events before the engine has given anything: they are no output, and have no usage."""
+    speech = speech_of(RESPONSES, {"model": NAME})
+    stream = MEMORY[RESPONSES].stream(NAME, asked(RESPONSES, stream=True))
+    assert [stream.feed(event) for event in speech.opening()] == [b"", b""]
+    assert stream.usage is None
+    assert [event["type"] for event in data_of(stream.opening)] == list(BEGINNINGS[RESPONSES])
+    assert stream.feed(next(speech.begin(9))).startswith(b"event: response.output_item.added\n")
 
 
 @pytest.mark.parametrize("path", STREAMED)
