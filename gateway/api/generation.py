@@ -477,7 +477,10 @@ class Generation:
         salt = standing.salt
         if not salt:
             salt = standing.salt = self._services.salt_of(request.tenant_id)
-        body = request.asked.upstream_body(
+        asked = request.asked
+        if asked.scores_prompt and place.replica.null_adapter is not None:
+            raise asked.prompt_scores_refused()
+        body = asked.upstream_body(
             model=place.name,
             cache_salt=salt,
             context_length=place.replica.context_length,

@@ -101,12 +101,26 @@ class OpenAIGeneration(Dialect):
             prompt_bytes=size,
             prompt_tokens=prompt_tokens,
             affinity=request.prompt_cache_key or request.user,
+            scores_prompt=self.prompt_scores(request) if self.opted_in else "",
             wants_usage=bool(request.stream_options and request.stream_options.include_usage),
         )
         for name in IGNORED:
             setattr(request, name, None)
         request.stream_options = UPSTREAM_STREAM if stream else None
         return checked
+
+    def prompt_scores(self, request: Any) -> str:
+        """The field by which logprobs of the prompt itself are asked for; "" where they are not.
+
+        vLLM 0.32 takes `echo` for one: of a chat always, for its `top_logprobs` are 0 there where they are not sent.
+        """
+        if isinstance(getattr(request, "prompt_logprobs", UNSET), int):
+            return "prompt_logprobs"
+        return "echo" if getattr(request, "echo", UNSET) is True and self.echo_scores(request) else ""
+
+    def echo_scores(self, request: Any) -> bool:
+        """Whether `echo` is logprobs of the prompt too."""
+        return True
 
     def _check_format(self, response_format: ResponseFormat, schemas: SchemaBudget) -> None:
         if (response_format.type == "json_schema") != (response_format.json_schema is not None):
@@ -255,6 +269,9 @@ class Completions(OpenAIGeneration):
     request = CompletionRequest
     opt_in = OPT_IN_SAMPLING
     most_values = MOST_TOKENS + MOST_VALUES
+
+    def echo_scores(self, request: CompletionRequest) -> bool:
+        return request.logprobs is not None
 
     def bound(self, request: CompletionRequest, size: int, pieces: Pieces) -> Checked:
         if request.response_format is not None:

