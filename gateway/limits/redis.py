@@ -14,8 +14,8 @@ import logging
 import secrets
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -38,6 +38,8 @@ PROBE_S: Final = 1.0
 QUEUE_LIMIT: Final = 100_000
 MOST_REFUSED: Final = 10_000
 NOBODY_KNOWS: Final = -1
+KNOWN_S: Final[Mapping[bytes, float]] = {b"rate": 1.0, b"month": 1.0, b"running": 0.2}
+"""For how long a refusal tells of tokens and places, by its verdict: requests that end elsewhere give some back."""
 FAILURES: Final = (RedisError, OSError, TimeoutError)
 
 
@@ -54,6 +56,7 @@ class RedisLimits:
         lease_s: float = LEASE_S,
         settle_within_s: float = SETTLE_WITHIN_S,
         probe_s: float = PROBE_S,
+        known_s: Mapping[bytes, float] = KNOWN_S,
     ) -> None:
         self.degraded = False
         self.outages = 0
@@ -65,6 +68,7 @@ class RedisLimits:
         self._lease_s = lease_s
         self._settle_within_s = settle_within_s
         self._probe_s = probe_s
+        self._known_s = known_s
         self._terms = KnownTerms()
         self._name = secrets.token_hex(6)
         self._numbers = itertools.count(1)
@@ -113,7 +117,7 @@ class RedisLimits:
         return len(self._written) + len(self._alone)
 
     def hold_off(self, tenant_id: TenantId, plan: Plan, tokens: int) -> None:
-        """As in `Limits`, by what Redis last said: time alone gives requests back."""
+        """As in `Limits`, by what Redis said when it last refused the tenant, as long as that holds."""
         if self.degraded:
             self._memory.hold_off(tenant_id, plan, tokens)
             return
@@ -121,11 +125,7 @@ class RedisLimits:
         if refused is None:
             return
         if refused.terms is self._terms.of(plan):
-            gone = time.monotonic() - refused.at
-            requests = refused.requests - gone * refused.terms.request_rate
-            if requests + 1 > refused.terms.requests + SLACK:
-                spent = max(0.0, refused.tokens - gone * refused.terms.token_rate)
-                raise refused.terms.too_many(requests, spent, tokens)
+            refused.hold_off(tokens)
         del self._refused[tenant_id]
 
     def admit_now(self, tenant_id: TenantId, plan: Plan, tokens: int) -> Admission | None:
@@ -146,10 +146,11 @@ class RedisLimits:
         if answer is None or answer[0] == b"unknown":
             return await self._memory.admit(tenant_id, plan, tokens)
         verdict, requests, spent, used, _ = answer
-        if verdict == b"month":
-            raise terms.spent(used, tokens)
         if verdict != b"admitted":
-            self._note_refused(tenant_id, Refused(terms, requests / 1e6, spent / 1e6, time.monotonic()))
+            known_s = self._known_s[verdict]
+            self._note_refused(tenant_id, Refused(terms, verdict, requests / 1e6, spent / 1e6, used, known_s))
+            if verdict == b"month":
+                raise terms.spent(used, tokens)
             raise terms.too_many(requests / 1e6, spent / 1e6, tokens)
         self._running[member] = tenant_id
         return Lease(self, tenant_id, member, terms, terms.headers(requests / 1e6, spent / 1e6))
@@ -294,8 +295,11 @@ class RedisLimits:
                 self._alone.clear()
                 batch = list(itertools.islice(self._written, BATCH))
                 await self._link.run(batch)
-                for _ in batch:
+                for call in batch:
                     self._written.popleft()
+                    refused = self._refused.get(call.tenant_id)
+                    if refused is not None:
+                        refused.until = 0.0  # a request of this gateway's has ended: there may be room again
 
     async def _renew(self) -> None:
         while True:
@@ -347,13 +351,37 @@ class RedisLimits:
                 log.warning("Redis answers again: limits are counted for all gateways together")
 
 
-class Refused(NamedTuple):
-    """What of a tenant's buckets was spent at time `at`, when it was refused."""
+class Refused:
+    """What of a tenant's limits was used when Redis refused it, and until when that is taken for known.
 
-    terms: Terms
-    requests: float
-    tokens: float
-    at: float
+    Requests come back with time alone. Tokens and places come back as requests end too, anywhere.
+    """
+
+    __slots__ = ("at", "requests", "terms", "tokens", "until", "used", "verdict")
+
+    def __init__(self, terms: Terms, verdict: bytes, requests: float, tokens: float, used: int, known_s: float) -> None:
+        self.terms = terms
+        self.verdict = verdict
+        self.requests = requests
+        self.tokens = tokens
+        self.used = used
+        self.at = time.monotonic()
+        self.until = self.at + known_s
+
+    def hold_off(self, asked: int) -> None:
+        """As in `Limits`."""
+        terms = self.terms
+        now = time.monotonic()
+        known = now < self.until
+        if known and self.verdict == b"month" and self.used + (1 if asked else 0) > (terms.month or 0):
+            raise terms.spent(self.used, asked)
+        gone = now - self.at
+        requests = max(0.0, self.requests - gone * terms.request_rate)
+        spent = max(0.0, self.tokens - gone * terms.token_rate)
+        if known:
+            terms.hold_off(requests, spent, asked)
+        if requests + 1 > terms.requests + SLACK or (known and self.verdict == b"running"):
+            raise terms.too_many(requests, spent, asked)
 
 
 class Lease:

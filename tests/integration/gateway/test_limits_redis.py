@@ -15,10 +15,10 @@ import pytest
 from redis.asyncio import Redis
 
 from adapter_store.ids import TenantId
-from gateway.errors import QuotaSpent, RateLimited, RequestExceedsLimit
+from gateway.errors import QuotaSpent, RateLimited, RequestExceedsLimit, TokenRateLimited
 from gateway.limits import Admission, scripts
 from gateway.limits.memory import MemoryLimits
-from gateway.limits.redis import RedisLimits
+from gateway.limits.redis import KNOWN_S, RedisLimits
 from gateway.limits.terms import month_of
 from gateway.plans import Plan
 from tests.servers import RedisServer, redis_server
@@ -132,6 +132,72 @@ async def test_a_tenant_at_its_limit_is_told_without_redis(server: RedisServer) 
         assert await admitted(limits, plan)
         assert await admitted(limits, plan) is None
         limits.hold_off(TenantId(TENANT), Plan(requests_per_minute=60), 1)
+
+
+def is_held(limits: RedisLimits, plan: Plan, tokens: int = 1) -> type[RateLimited] | None:
+    """What a request is told before it is read."""
+    try:
+        limits.hold_off(TenantId(TENANT), plan, tokens)
+    except RateLimited as error:
+        return type(error)
+    return None
+
+
+async def test_a_tenant_without_tokens_is_told_without_redis(server: RedisServer) -> None:
+    """Where none is left, with the same answer; a request that takes none passes, and so do some when they flow in."""
+    plan = Plan(tokens_per_minute=600)
+    async with gateway(server, known_s={**KNOWN_S, b"rate": 3_600.0}) as limits:
+        first = await admitted(limits, plan, 600)
+        assert first is not None
+        first.settle(640)  # owes 40, which flow in within 4 s
+        await settled(limits)
+        with pytest.raises(TokenRateLimited) as refused:
+            await limits.admit(TenantId(TENANT), plan, 100)
+        with pytest.raises(TokenRateLimited) as held:
+            limits.hold_off(TenantId(TENANT), plan, 100)
+        assert dict(held.value.headers).keys() == dict(refused.value.headers).keys()
+        assert 0 <= (refused.value.retry_after_s or 0) - (held.value.retry_after_s or 0) <= 1
+        assert is_held(limits, plan) is TokenRateLimited
+        await until(lambda: is_held(limits, plan) is None)
+        assert await admitted(limits, plan, 1)
+        assert await admitted(limits, plan, 600) is None
+        assert is_held(limits, plan, 0) is None
+
+
+async def test_a_tenant_with_a_spent_month_is_told_without_redis(server: RedisServer) -> None:
+    """For a second; then Redis is asked again, for a request that has ended elsewhere may have left some."""
+    plan = Plan(tokens_per_month=100)
+    async with gateway(server) as limits, gateway(server) as other:
+        held = await admitted(other, plan, 100)
+        assert held is not None
+        assert await admitted(limits, plan, 1) is None
+        assert is_held(limits, plan) is QuotaSpent
+        assert is_held(limits, plan, 0) is None
+        assert await admitted(limits, plan, 1) is None
+        held.settle(10)
+        await settled(other)
+        await until(lambda: is_held(limits, plan) is None)
+        assert await admitted(limits, plan, 1)
+
+
+async def test_a_tenant_with_all_it_may_run_is_told_without_redis(server: RedisServer) -> None:
+    """For a fifth of a second, or until a request of this gateway has ended."""
+    plan = Plan(concurrent_requests=2)
+    async with gateway(server, known_s={**KNOWN_S, b"running": 3_600.0}) as limits, gateway(server) as other:
+        mine, theirs = await admitted(limits, plan), await admitted(other, plan)
+        assert mine is not None
+        assert theirs is not None
+        assert await admitted(limits, plan) is None
+        assert await admitted(other, plan) is None
+        assert is_held(limits, plan) is RateLimited
+        assert is_held(other, plan, 0) is RateLimited
+        mine.settle(0)
+        await settled(limits)
+        assert is_held(limits, plan) is None
+        assert await admitted(limits, plan)
+        await until(lambda: is_held(other, plan) is None)  # whom nobody tells
+        assert await admitted(other, plan) is None
+        assert is_held(other, Plan(concurrent_requests=3)) is None
 
 
 async def test_two_gateways_admit_what_one_may(server: RedisServer) -> None:
@@ -254,7 +320,7 @@ async def test_too_large_a_request_is_told_so(server: RedisServer) -> None:
 HOLDER = """
 import asyncio, sys
 from gateway.limits.memory import MemoryLimits
-from gateway.limits.redis import RedisLimits
+from gateway.limits.redis import KNOWN_S, RedisLimits
 from gateway.plans import Plan
 
 async def used(tenant, begin):
