@@ -82,7 +82,7 @@ from gateway.proofs import Policy, Proofs
 from gateway.quarantine import Quarantine
 from gateway.readings import watch_parts
 from gateway.replicas.client import ReplicaClient
-from gateway.replicas.pool import ReplicaPool
+from gateway.replicas.pool import ReplicaPool, TakeLoad
 from gateway.replicas.replica import ReplicaOptions
 from gateway.replicas.roster import Roster
 from gateway.request_ids import request_id_of
@@ -175,11 +175,6 @@ def _build(settings: Settings, home: Home) -> Parts:
     auth = Auth(key_rows, freshness)
     known_models = Models(store, base.name, freshness)
     held_back = Quarantine(engine)
-    pool = _pool(settings, Roster(engine), held_back, base.fingerprint, home.replica_token(settings.replica_token))
-    proving = Proofs(engine, pool, dtype=base.dtype, policy=Policy(settings.proof), timeout_s=settings.proof_timeout_s)
-    pins = Pins(engine, store, pool.set_pins)
-    eraser = Eraser(store.erasures, pool)
-    pool.on_state(eraser.wake)
     ledger = Ledger(
         engine,
         home.path / "usage",
@@ -188,6 +183,13 @@ def _build(settings: Settings, home: Home) -> Parts:
         fsync=settings.usage_fsync,
     )
     redis_url = settings.redis_url.get_secret_value() if settings.redis_url is not None else None
+    limits = open_limits(redis_url, used_this_month=ledger.tokens_since, timeout_s=settings.limits_timeout_s)
+    token = home.replica_token(settings.replica_token)
+    pool = _pool(settings, Roster(engine), held_back, base.fingerprint, token, limits.take_load)
+    proving = Proofs(engine, pool, dtype=base.dtype, policy=Policy(settings.proof), timeout_s=settings.proof_timeout_s)
+    pins = Pins(engine, store, pool.set_pins)
+    eraser = Eraser(store.erasures, pool)
+    pool.on_state(eraser.wake)
     return Parts(
         engine=engine,
         base=base,
@@ -195,7 +197,7 @@ def _build(settings: Settings, home: Home) -> Parts:
         plans=Plans(engine),
         keys=key_rows,
         auth=auth,
-        limits=open_limits(redis_url, used_this_month=ledger.tokens_since, timeout_s=settings.limits_timeout_s),
+        limits=limits,
         ledger=ledger,
         store=store,
         aliases=Aliases(engine, base),
@@ -261,7 +263,9 @@ def _build(settings: Settings, home: Home) -> Parts:
     )
 
 
-def _pool(settings: Settings, roster: Roster, held_back: Quarantine, fingerprint: str, token: str) -> ReplicaPool:
+def _pool(
+    settings: Settings, roster: Roster, held_back: Quarantine, fingerprint: str, token: str, take_load: TakeLoad
+) -> ReplicaPool:
     options = ReplicaOptions(
         load_timeout_s=settings.load_timeout_s,
         probe_interval_s=settings.probe_interval_s,
@@ -277,6 +281,7 @@ def _pool(settings: Settings, roster: Roster, held_back: Quarantine, fingerprint
         settings.replicas,
         lambda url: ReplicaClient(url, token),
         fingerprint=fingerprint,
+        take_load=take_load,
         options=options,
         spread_at=settings.spread_at,
         roster=roster,

@@ -537,10 +537,8 @@ class LoadAllowance:
     clock: Clock
     _buckets: OrderedDict[TenantId, _Bucket] = field(default_factory=OrderedDict)
 
-    def take(self, tenant: TenantId, per_minute: int | None) -> float:
+    def take(self, tenant: TenantId, per_minute: int) -> float:
         """0 where the load is allowed, and counted; else the seconds until one would be."""
-        if per_minute is None:
-            return 0.0
         now = self.clock()
         bucket = self._buckets.setdefault(tenant, _Bucket(per_minute, now))
         self._buckets.move_to_end(tenant)

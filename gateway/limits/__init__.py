@@ -1,9 +1,9 @@
 """Limits of a tenant's plan: reserved when a request is admitted, settled once when it has ended.
 
 Rates are token buckets: a bucket holds one minute's limit and fills continuously, so that in any stretch of time no
-more is admitted than one bucket plus what flowed in. `memory.py` counts in this process, `redis.py` for all gateways
-together; `open_limits` chooses. What one request may hold (`max_output_tokens`, `max_prompt_bytes`) is not looked at
-here.
+more is admitted than one bucket plus what flowed in. Cold loads of adapters have one too. `memory.py` counts in this
+process, `redis.py` for all gateways together; `open_limits` chooses. What one request may hold (`max_output_tokens`,
+`max_prompt_bytes`) is not looked at here.
 """
 
 from collections.abc import Awaitable, Callable
@@ -56,6 +56,12 @@ class Limits(Protocol):
             RateLimited, TokenRateLimited: too many just now; `retry_after_s` says when to come back.
             QuotaSpent: the month's budget does not hold this request.
             RequestExceedsLimit: not even an idle tenant could be given so many tokens.
+        """
+
+    async def take_load(self, tenant_id: TenantId, per_minute: int) -> float:
+        """0 where a tenant may have one more adapter loaded that is cold, and that is counted; else seconds until then.
+
+        `per_minute` are saved up for a minute; a load that fails counts too.
         """
 
     async def start(self) -> None: ...

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from adapter_store.ids import TenantId
+from gateway.fairness import LoadAllowance
 from gateway.limits import UNLIMITED, Admission, MonthReader
 from gateway.limits.terms import SLACK, KnownTerms, Terms, month_of
 from gateway.plans import Plan
@@ -46,6 +47,7 @@ class MemoryLimits:
         self._tenants: dict[TenantId, Account] = {}
         self._learning: dict[TenantId, asyncio.Task[None]] = {}
         self._tidying: asyncio.Task[None] | None = None
+        self._loads = LoadAllowance(clock)
 
     async def start(self) -> None:
         self._tidying = asyncio.create_task(self._tidy())
@@ -102,6 +104,10 @@ class MemoryLimits:
         terms.hold_off(requests, spent, tokens)
         if account.running >= terms.running:
             raise terms.too_many(requests, spent, tokens)
+
+    async def take_load(self, tenant_id: TenantId, per_minute: int) -> float:
+        """As in `Limits`."""
+        return self._loads.take(tenant_id, per_minute)
 
     def _account(self, tenant_id: TenantId) -> "Account":
         account = self._tenants.get(tenant_id)

@@ -155,6 +155,11 @@ class RedisLimits:
         self._running[member] = tenant_id
         return Lease(self, tenant_id, member, terms, terms.headers(requests / 1e6, spent / 1e6))
 
+    async def take_load(self, tenant_id: TenantId, per_minute: int) -> float:
+        """As in `Limits`: an answer that gets lost may have counted a load."""
+        wait_us = await self._ask(Call(scripts.LOAD, tenant_id, (per_minute, KEPT_S)))
+        return await self._memory.take_load(tenant_id, per_minute) if wait_us is None else wait_us / 1e6
+
     def _note_refused(self, tenant_id: TenantId, refused: "Refused") -> None:
         if len(self._refused) >= MOST_REFUSED:
             self._refused.clear()
@@ -432,7 +437,7 @@ class Link:
     async def open(self) -> None:
         """Raises one of FAILURES."""
         async with asyncio.timeout(self._timeout_s):
-            for script in (scripts.ADMIT, scripts.SETTLE, scripts.SEED, scripts.FORWARD, scripts.RENEW):
+            for script in scripts.ALL:
                 self._digests[script] = await self._client.script_load(script)
 
     async def run(self, calls: Sequence[Call]) -> list[Any]:

@@ -2,8 +2,9 @@
 
 A tenant has two keys with one hash tag, so that a cluster keeps them together:
 
-    tailor:{tenant}         hash: `requests` and `tokens` spent of the buckets at time `at`; `month`, what of it is
-                            `used`, and when the database was asked (`seeded`); `f:<gateway>`, its last forwarded count
+    tailor:{tenant}         hash: `requests` and `tokens` spent of the buckets at time `at`; `loads` spent of theirs at
+                            `loads_at`; `month`, what of it is `used`, and when the database was asked (`seeded`);
+                            `f:<gateway>`, its last forwarded count
     tailor:{tenant}:leases  sorted set: `<id>:<tokens>` of every running request, by the time until which its gateway
                             answers for it
 
@@ -160,6 +161,24 @@ redis.call('EXPIRE', counters, ARGV[2])
 return 1
 """
 )
+
+# ARGV: loads a minute, kept_s. Returns 0 where one more is allowed, and counted; else the microseconds until one is.
+LOAD: Final = (
+    _COMMON
+    + """
+local limit = tonumber(ARGV[1])
+local stored = redis.call('HMGET', counters, 'loads', 'loads_at')
+local gone = math.max(0, now - (tonumber(stored[2]) or now))
+local spent = math.max(0, (tonumber(stored[1]) or 0) - gone * limit / 60)
+local over = spent + 1 - limit
+if over > 1e-6 then return math.ceil(limit > 0 and over * 60000000 / limit or 60000000) end
+redis.call('HSET', counters, 'loads', text(spent + 1), 'loads_at', text(now))
+redis.call('EXPIRE', counters, ARGV[2])
+return 0
+"""
+)
+
+ALL: Final = (ADMIT, SETTLE, SEED, FORWARD, RENEW, LOAD)
 
 MONTH: Final = _COMMON + "return month_of(tonumber(ARGV[1]))"
 """For tests: the month of a time."""

@@ -20,7 +20,7 @@ from gateway.errors import (
     TooBusy,
     TooManyLoads,
 )
-from gateway.fairness import LoadAllowance, Turn, VirtualTokenCounters
+from gateway.fairness import Turn, VirtualTokenCounters
 from gateway.open_set import Key
 from gateway.plans import Plan
 from gateway.quarantine import LIVED_S, Quarantine
@@ -49,6 +49,8 @@ RETIRE_AFTER_S: Final = 30.0
 MOST_RETIRING: Final = 4_096
 RETIRE_WITHIN_S: Final = 900.0
 WhenLoaded = Callable[[Replica, Resident], Awaitable[None]]
+TakeLoad = Callable[[TenantId, int], Awaitable[float]]
+"""(tenant, loads a minute) → 0 where a cold load is allowed, and counted, else seconds; `Limits.take_load` is one."""
 RUNNING_S: Final = 1.0
 LEAST_WAIT_S: Final = 0.0005
 """Who is told sooner than this has waited for nothing."""
@@ -124,6 +126,7 @@ class ReplicaPool:
         connect: Callable[[str], ReplicaClient],
         *,
         fingerprint: str,
+        take_load: TakeLoad,
         options: ReplicaOptions | None = None,
         spread_at: float = 16,
         roster: Roster | None = None,
@@ -145,7 +148,7 @@ class ReplicaPool:
         self._counters = VirtualTokenCounters(time.time)
         self._router: Router[Key, Replica] = Router(time.monotonic, spread_at=spread_at)
         self._retries = RetryBudget(time.monotonic)
-        self._allowance = LoadAllowance(time.monotonic)
+        self._take_load = take_load
         self._settings_urls = tuple(dict.fromkeys(urls))
         self._rows: dict[str, RosterRow] = {}
         self._replicas: dict[str, Replica] = {}
@@ -217,7 +220,7 @@ class ReplicaPool:
         holders = [each for each in self._replicas.values() if before and each.takes_requests and each.holds(before)]
         self._retiring.pop(key, None)
         cold = [replica for replica in holders if not replica.holds(key)]
-        if not holders or not self._may_load(new.tenant_id, plan, len(cold)):
+        if not holders or not await self._may_load(new.tenant_id, plan, len(cold)):
             self.prefetch(new)
             return 0
         loads = [self._spawn(self._warm(replica, key, new)) for replica in cold]
@@ -260,7 +263,7 @@ class ReplicaPool:
         loads: dict[str, asyncio.Task[None]] = {}
         for replica in targets:
             if not replica.holds(key):
-                self._allow_load(version.tenant_id, plan)
+                await self._allow_load(version.tenant_id, plan)
                 loads[replica.id] = self._spawn(self._warm(replica, key, version))
         if loads:
             await asyncio.wait(loads.values(), timeout=within_s)
@@ -549,20 +552,22 @@ class ReplicaPool:
         if resident is not None:
             return resident, False
 
-        def allow() -> None:
-            self._allow_load(tenant_id, plan)  # of who asks: the version may be lent
+        return await replica.residency.hold(
+            version,
+            patient=patient,
+            allow=lambda: self._allow_load(tenant_id, plan),  # of who asks: the version may be lent
+        ), True
 
-        return await replica.residency.hold(version, patient=patient, allow=allow), True
-
-    def _may_load(self, tenant_id: TenantId, plan: Plan | None, count: int) -> bool:
-        if plan is not None:
+    async def _may_load(self, tenant_id: TenantId, plan: Plan | None, count: int) -> bool:
+        if plan is not None and plan.loads_per_minute is not None:
             for _ in range(count):
-                if self._allowance.take(tenant_id, plan.loads_per_minute):
+                if await self._take_load(tenant_id, plan.loads_per_minute):
                     return False
         return True
 
-    def _allow_load(self, tenant_id: TenantId, plan: Plan) -> None:
-        wait_s = self._allowance.take(tenant_id, plan.loads_per_minute)
+    async def _allow_load(self, tenant_id: TenantId, plan: Plan) -> None:
+        per_minute = plan.loads_per_minute
+        wait_s = 0.0 if per_minute is None else await self._take_load(tenant_id, per_minute)
         if wait_s:
             raise TooManyLoads(
                 "Your requests have asked for as many adapters that were not loaded as your plan allows in a "

@@ -82,6 +82,7 @@ class Residency:
         self.holdings = Holdings()
         self._residents = self.holdings.by_key
         self._loading: dict[Key, _Flight] = {}
+        self._asking: dict[Key, asyncio.Event] = {}
         self._late: dict[Key, asyncio.Task[Resident]] = {}
         self._reported: dict[str, Key] = {}
         self._waiting: Counter[Key] = Counter()
@@ -98,12 +99,12 @@ class Residency:
         return self._residents.values()
 
     async def hold(
-        self, version: Version, *, patient: bool = True, allow: Callable[[], None] | None = None
+        self, version: Version, *, patient: bool = True, allow: Callable[[], Awaitable[None]] | None = None
     ) -> Resident:
         """The resident, loaded if it is cold. Its requests are counted by the agent, which waits for them.
 
-        `allow` is called where this starts a load, and may refuse it by raising. Who is `patient` waits for a slow load
-        too.
+        `allow` is awaited where this starts a load, and may refuse it by raising. Who is `patient` waits for a slow
+        load too.
 
         Raises:
             LoadFailed: the replica would not take it. SlowLoad: it has not ended in time.
@@ -116,9 +117,11 @@ class Residency:
         if self._quarantine is not None:
             self._quarantine.check(key)
         flight = self._loading.get(key)
+        if flight is None and allow is not None:
+            flight = await self._allowed(key, allow)
+            if flight is None and (resident := self.holdings.use(key, version)) is not None:
+                return resident
         if flight is None:
-            if allow is not None:
-                allow()
             flight = self._begin(key, version)
         self._waiting[key] += 1
         try:
@@ -132,6 +135,20 @@ class Residency:
             self._waiting[key] -= 1
             if not self._waiting[key]:
                 del self._waiting[key]
+
+    async def _allowed(self, key: Key, allow: Callable[[], Awaitable[None]]) -> _Flight | None:
+        """Ask whether a load may begin, who wants the same one at a time: it is counted once; or the one that has."""
+        while (asking := self._asking.get(key)) is not None:
+            await asking.wait()
+            if (flight := self._loading.get(key)) is not None or key in self._residents:
+                return flight
+        asking = self._asking[key] = asyncio.Event()
+        try:
+            await allow()
+        finally:
+            del self._asking[key]
+            asking.set()
+        return self._loading.get(key)
 
     def _begin(self, key: Key, version: Version) -> _Flight:
         outcome: asyncio.Future[Resident] = asyncio.get_running_loop().create_future()

@@ -200,6 +200,28 @@ async def test_a_tenant_with_all_it_may_run_is_told_without_redis(server: RedisS
         assert is_held(other, Plan(concurrent_requests=3)) is None
 
 
+async def test_cold_loads_are_counted_for_all_gateways(server: RedisServer) -> None:
+    """As many as the plan says in a minute, whichever is asked, and one more whenever one is due."""
+    async with gateway(server) as one, gateway(server) as other:
+        assert [await limits.take_load(TENANT, 30) for limits in (one, other) for _ in range(15)] == [0.0] * 30
+        wait_s = await one.take_load(TENANT, 30)
+        assert 0 < wait_s <= 2
+        assert await one.take_load(TenantId("tnt_b"), 30) == 0
+        assert await other.take_load(TENANT, 0) == 60
+        await asyncio.sleep(wait_s)
+        assert await other.take_load(TENANT, 30) == 0
+        assert await one.take_load(TENANT, 30) > 0
+        assert await admitted(one, Plan(requests_per_minute=1))  # of which loads take nothing
+
+
+async def test_without_redis_cold_loads_are_counted_here() -> None:
+    """With the same limit, as all else is."""
+    async with gateway("redis://127.0.0.1:1") as limits:
+        assert limits.degraded
+        assert [await limits.take_load(TENANT, 2) for _ in range(2)] == [0.0, 0.0]
+        assert 29 < await limits.take_load(TENANT, 2) <= 30
+
+
 async def test_two_gateways_admit_what_one_may(server: RedisServer) -> None:
     """50 tenants, random sizes, a third never settled: at most 1 % over the token limit, and nothing withheld."""
     plan, seconds, largest = Plan(tokens_per_minute=6_000), 3.0, 60

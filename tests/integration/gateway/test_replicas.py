@@ -31,6 +31,7 @@ from gateway.errors import (
     TooManyLoads,
     TooManyWaiting,
 )
+from gateway.fairness import LoadAllowance
 from gateway.plans import Plan
 from gateway.replicas.client import ReplicaClient
 from gateway.replicas.pool import Place, ReplicaPool
@@ -142,6 +143,10 @@ RunPool = Callable[..., Awaitable[Caller]]
 async def run_pool() -> AsyncIterator[RunPool]:
     """Starts pools in front of the replicas given, and waits until all of them are ready."""
     pools: list[ReplicaPool] = []
+    allowance = LoadAllowance(time.monotonic)
+
+    async def take_load(tenant_id: TenantId, per_minute: int) -> float:
+        return allowance.take(tenant_id, per_minute)
 
     async def run(
         *replicas: FakeReplica, options: ReplicaOptions = QUICK, spread_at: float = 16, wait: bool = True
@@ -150,6 +155,7 @@ async def run_pool() -> AsyncIterator[RunPool]:
             [replica.url for replica in replicas],
             lambda url: ReplicaClient(url, TOKEN),
             fingerprint=replicas[0].fingerprint,
+            take_load=take_load,
             options=options,
             spread_at=spread_at,
         )

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from adapter_store.ids import TenantId
@@ -15,6 +16,8 @@ from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant, error_of
 from tests.integration.gateway.test_replicas import RunPool, replica_of, run_pool, version
+from tests.servers import redis_server
+from tests.storage import settings_at
 from tests.waiting import until
 
 __all__ = ["run_pool"]
@@ -187,6 +190,29 @@ async def test_a_warmed_adapter_is_there_for_its_first_request(
     await acme.publish(write_good(tmp_path / "v3", seed=3))
     limited = await acme.client.post("/v1/adapters/bot/warm", json={"everywhere": True})
     assert (limited.status_code, error_of(limited)["code"]) == (429, "adapter_load_limit")
+
+
+async def test_loads_of_all_gateways_count_together_in_redis(
+    run_gateway: RunGateway, replica: FakeReplica, tmp_path: Path
+) -> None:
+    """As workers of one gateway do: n of them give no n-fold `loads_per_minute`."""
+    with redis_server() as redis:
+        shared = {"redis_url": SecretStr(redis.url), "limits_timeout_s": 5.0}
+        here = await run_gateway(replica, **shared)
+        there = await run_gateway(replica, home=tmp_path / "second", **settings_at(here.home.path), **shared)
+        await here.operator.post("/admin/v1/plans", json={"name": "few", "loads_per_minute": 2})
+        acme = await here.tenant("acme")
+        assert (await here.operator.patch("/admin/v1/tenants/acme", json={"plan": "few"})).status_code == 200
+        elsewhere = Tenant("acme", acme.key, there.client(acme.key))
+        for seed in (1, 2, 3):
+            await acme.publish(write_good(tmp_path / f"v{seed}", seed=seed))
+        assert (await acme.ask("bot@1")).status_code == 200
+        assert (await elsewhere.ask("bot@2")).status_code == 200
+        for tenant, loaded in ((acme, "bot@1"), (elsewhere, "bot@2")):
+            limited = await tenant.ask("bot@3")
+            assert (limited.status_code, error_of(limited)["code"]) == (429, "adapter_load_limit")
+            assert (await tenant.ask(loaded)).status_code == 200
+        assert len(replica.loads) == 2
 
 
 async def test_a_slow_warm_up_answers_while_it_goes_on(

@@ -46,7 +46,9 @@ class Gateway:
         self.clock = clock
         self.scores = {1: LIKELY, 2: UNLIKELY}  # by the version's number: the second one is garbage
         self.refused: dict[int, tuple[int, ...]] = {}  # by the version's number: examples that the engine refused
-        no_replica = ReplicaPool((), lambda url: pytest.fail(url), fingerprint=base.fingerprint)
+        no_replica = ReplicaPool(
+            (), lambda url: pytest.fail(url), fingerprint=base.fingerprint, take_load=lambda *_: pytest.fail("a load")
+        )
         self.proofs = Proofs(engine, no_replica, dtype="float32", policy=policy, clock=clock)
         self.rollouts = Rollouts(engine, base.fingerprint, clock=clock)
         self.watch = RolloutWatch(self.rollouts, compare=self.proofs.finding_on, on_moved=lambda _: None)

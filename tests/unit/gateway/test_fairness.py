@@ -576,7 +576,6 @@ def test_loads_are_bounded_by_the_plan() -> None:
     assert [allowance.take(TenantId("t"), 3) for _ in range(3)] == [0, 0, 0]
     assert allowance.take(TenantId("t"), 3) == pytest.approx(20)
     assert allowance.take(TenantId("other"), 3) == 0
-    assert allowance.take(TenantId("t"), None) == 0
     clock.now += 20.1
     assert allowance.take(TenantId("t"), 3) == 0
     assert allowance.take(TenantId("t"), 3) > 0

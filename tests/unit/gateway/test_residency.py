@@ -180,19 +180,54 @@ async def test_a_slow_load_gives_its_turn_away_and_goes_on(slowly: Residency, sl
 async def test_a_load_that_may_not_be_is_not_made(slowly: Residency, slow: SlowAgent) -> None:
     """`allow` is asked by whoever would start a load, not by those who join one."""
     asked: list[str] = []
-    first = asyncio.create_task(slowly.hold(version(), allow=lambda: asked.append("first")))
-    second = asyncio.create_task(slowly.hold(version(), allow=lambda: asked.append("second")))
+
+    async def note(who: str) -> None:
+        asked.append(who)
+
+    first = asyncio.create_task(slowly.hold(version(), allow=lambda: note("first")))
+    second = asyncio.create_task(slowly.hold(version(), allow=lambda: note("second")))
     while not slow.loaded:
         await asyncio.sleep(0)
     slow.answer.set()
     assert await first is await second
     assert asked == ["first"]
 
-    def refuse() -> None:
+    async def refuse() -> None:
         raise AdapterNotLoadable("no")
 
     with pytest.raises(AdapterNotLoadable):
         await slowly.hold(version("other"), allow=refuse)
+    assert len(slow.loaded) == 1
+
+
+async def test_who_may_have_a_load_is_asked_for_one_at_a_time(slowly: Residency, slow: SlowAgent) -> None:
+    """Of those who come while it is being asked, the next is where the first is refused or leaves; the others join."""
+    asked: list[str] = []
+    answers = {name: asyncio.get_running_loop().create_future() for name in ("leaves", "refused", "allowed", "joins")}
+
+    async def ask(name: str) -> None:
+        asked.append(name)
+        await answers[name]
+
+    def hold(name: str) -> asyncio.Task[Resident]:
+        return asyncio.create_task(slowly.hold(version(), allow=lambda: ask(name)))
+
+    async def until_asked(name: str) -> None:
+        while asked[-1:] != [name]:
+            await asyncio.sleep(0)
+
+    waiting = {name: hold(name) for name in answers}
+    await until_asked("leaves")
+    waiting["leaves"].cancel()
+    await until_asked("refused")
+    answers["refused"].set_exception(AdapterNotLoadable("no"))
+    with pytest.raises(AdapterNotLoadable):
+        await waiting["refused"]
+    await until_asked("allowed")
+    answers["allowed"].set_result(None)
+    slow.answer.set()
+    assert await waiting["allowed"] is await waiting["joins"]
+    assert asked == ["leaves", "refused", "allowed"]
     assert len(slow.loaded) == 1
 
 
