@@ -9,8 +9,9 @@ A row says what each kind of caller is answered:
     operator  an operator's key, for an object that exists
     missing   the operator's, or who may see such objects at all, for one that does not exist
 
-Nobody else gets further than the door: no key, a malformed, unknown, revoked or expired one, one of a suspended tenant
-(401), one that lacks every scope that a route asks for (403).
+A key of the first tenant's with one scope alone is answered as its `tenant` or `admin` key where `OPENED_BY` names that
+scope for the path, and 403 everywhere else. Nobody else gets further than the door: no key, a malformed, unknown,
+revoked or expired one, one of a suspended tenant (401).
 """
 
 import json
@@ -29,14 +30,38 @@ from adapter_store.transactions import writing
 from gateway.database import api_keys
 from gateway.front import OPEN_PATHS
 from gateway.replicas.client import Alarm, Suspect
+from gateway.tenants import TENANT_SCOPES
 from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import write_good
 from tests.integration.gateway.conftest import BASE, Gateway, live_routes
 
 COLUMNS: Final = ("tenant", "admin", "other", "o.admin", "operator", "missing")
 EVERYBODYS: Final = ("/v1/base-model", "/v1/signing-keys")
-TRAINING: Final = ("/v1/files", "/v1/uploads", "/v1/erasures", "/v1/fine_tuning/jobs")
-"""Where a key of the scope `training` alone is good."""
+OPENED_BY: Final[dict[str, tuple[str, ...]]] = {
+    "/v1/chat/completions": ("inference",),
+    "/v1/completions": ("inference",),
+    "/v1/responses": ("inference",),
+    "/v1/messages": ("inference",),
+    "/v1/tokenize": ("inference",),
+    "/v1/models": ("inference",),
+    "DELETE /v1/models/{model:path}": ("adapters",),
+    "/v1/adapters": ("adapters",),
+    "/v1/base-model": ("adapters",),
+    "/v1/files": ("training",),
+    "/v1/uploads": ("training",),
+    "/v1/fine_tuning/jobs": ("training",),
+    "/v1/erasures": ("adapters", "training"),
+    "/v1/keys": ("admin",),
+    "/v1/fine_tuning/checkpoints": ("admin",),
+    "/v1/usage": ("inference", "admin"),
+    "/v1/signing-keys": ("inference", "adapters", "training", "admin"),
+    "/health": ("inference", "adapters", "training", "admin"),
+    "/ready": ("inference", "adapters", "training", "admin"),
+    "/admin/v1": (),
+}
+"""Which scope of a tenant's key, alone, is enough: for all paths that begin so, or for one route."""
+ALONE: Final = {"inference": "tenant", "adapters": "tenant", "training": "tenant"}
+"""Keys with one scope, and in which column is what they are answered where they are good; `admin` is one itself."""
 NOBODY: Final = ("none", "malformed", "basic", "unknown", "revoked", "expired", "suspended")
 METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
@@ -190,8 +215,7 @@ class World:
         for caller, tenant, scopes in (
             ("tenant", "acme", None),
             ("admin", "acme", ["admin"]),
-            ("useless", "acme", ["training"]),
-            ("untrained", "acme", ["inference"]),
+            *((scope, "acme", [scope]) for scope in ALONE),
             ("revoked", "acme", None),
             ("expired", "acme", None),
             ("other", "globex", None),
@@ -531,16 +555,21 @@ def rows() -> Iterator[tuple[str, str, dict[str, int]]]:
 
 
 async def test_every_live_route_has_a_row(gateway: Gateway) -> None:
-    """And every row a route: who adds a route says who may use it."""
-    assert {f"{method} {path}" for method, path in live_routes(gateway.front)} == MATRIX.keys()
+    """And every row a route: who adds a route says who may use it, and with which scope."""
+    live = live_routes(gateway.front)
+    assert {f"{method} {path}" for method, path in live} == MATRIX.keys()
+    assert all(opened_by(method, path) is not None for method, path in live)
+    assert {*ALONE, "admin"} == TENANT_SCOPES
 
 
 async def test_everybody_gets_what_the_matrix_says(world: World) -> None:
-    """Status by status; a key that is for nothing that the route asks for is 403, whatever the object."""
+    """Status by status; a key without the scope that the route asks for is 403, whatever the object."""
     wrong = []
     for method, path, row in rows():
         expected = {caller: row[caller] for caller in COLUMNS[:-1]}
-        expected[useless_for(path)] = 200 if path in (*OPEN_PATHS, "/v1/signing-keys") else 403
+        for scope, column in ALONE.items():
+            expected[scope] = row[column] if scope in opened_by(method, path) else 403
+        assert (row["admin"] == 403) == ("admin" not in opened_by(method, path)), path
         name = ""
         for caller in sorted(expected, key=expected.__getitem__, reverse=True):
             name, answer = await asked(world, method, path, caller, name=name)
@@ -556,9 +585,12 @@ async def test_everybody_gets_what_the_matrix_says(world: World) -> None:
     assert wrong == []
 
 
-def useless_for(path: str) -> str:
-    """Who has no scope that the path asks for."""
-    return "untrained" if path.startswith(TRAINING) else "useless"
+def opened_by(method: str, path: str) -> tuple[str, ...]:
+    """The scopes of which each is enough."""
+    if f"{method} {path}" in OPENED_BY:
+        return OPENED_BY[f"{method} {path}"]
+    (scopes,) = [scopes for place, scopes in OPENED_BY.items() if path == place or path.startswith(f"{place}/")]
+    return scopes
 
 
 def who_may(row: dict[str, int]) -> str:
