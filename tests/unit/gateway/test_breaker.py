@@ -1,11 +1,15 @@
 """When a failing replica is left alone, and how often a request may go out twice."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.fairness import VirtualTokenCounters
 from gateway.replicas.breaker import Breaker, RetryBudget
-from gateway.replicas.replica import TRANSITIONS, ReplicaState
+from gateway.replicas.client import ReplicaClient
+from gateway.replicas.replica import TRANSITIONS, Replica, ReplicaOptions, ReplicaState
 
 
 class Clock:
@@ -89,3 +93,55 @@ def test_every_state_can_be_left_and_reached(state: ReplicaState) -> None:
     assert TRANSITIONS[state]
     assert any(state in reachable for reachable in TRANSITIONS.values())
     assert state is ReplicaState.UNREACHABLE or ReplicaState.UNREACHABLE in TRANSITIONS[state]
+
+
+LEGAL = {
+    "unreachable": ("restoring", "mismatched"),
+    "restoring": ("ready", "draining", "unreachable"),
+    "ready": ("tripped", "draining", "unreachable"),
+    "tripped": ("ready", "draining", "unreachable"),
+    "draining": ("ready", "unreachable"),
+    "mismatched": ("unreachable",),
+}
+WAYS: dict[str, tuple[str, ...]] = {
+    "unreachable": (),
+    "restoring": ("restoring",),
+    "ready": ("restoring", "ready"),
+    "tripped": ("restoring", "ready", "tripped"),
+    "draining": ("restoring", "ready", "draining"),
+    "mismatched": ("mismatched",),
+}
+"""How a new replica comes to each state."""
+
+
+@pytest.mark.parametrize("after", [state.value for state in ReplicaState])
+@pytest.mark.parametrize("before", WAYS)
+async def test_a_replica_takes_legal_steps_alone(before: str, after: str) -> None:
+    """Each of them, and tells of it once; any other is refused, and nothing has changed. To stay is no step."""
+    told: list[str] = []
+    replica = Replica(
+        ReplicaClient("http://127.0.0.1:1", "token"),
+        fingerprint="f",
+        options=ReplicaOptions(),
+        counters=VirtualTokenCounters(time.time),
+        on_change=lambda: told.append(replica.state.value),
+        on_loaded=lambda *_: None,
+    )
+    try:
+        for state in WAYS[before]:
+            replica._become(ReplicaState(state))
+        assert replica.state.value == before
+        told.clear()
+        if after in LEGAL[before]:
+            replica._become(ReplicaState(after))
+            assert (replica.state.value, told) == (after, [after])
+        elif after == before:
+            replica._become(ReplicaState(after))
+            assert (replica.state.value, told) == (before, [])
+        else:
+            with pytest.raises(AssertionError, match="cannot go from"):
+                replica._become(ReplicaState(after))
+            assert (replica.state.value, told) == (before, [])
+        assert replica.takes_requests == (replica.state is ReplicaState.READY)
+    finally:
+        replica.client.close()
