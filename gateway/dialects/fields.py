@@ -2,7 +2,8 @@
 
 Every field of vLLM 0.32's request classes stands, for each endpoint, in exactly one class: accepted within bounds (a
 field of that endpoint's request), in `OPT_IN` (the operator may allow it), in `GATEWAY_SET`, or in `REFUSED` with the
-reason a client is told; a test holds that against the installed vLLM.
+reason a client is told. A test holds that against the installed vLLM, names the two that are in two classes by their
+value (`background`, `thinking`), and compares what is within a request (tools, formats, messages, parts) likewise.
 """
 
 from typing import Annotated, Final, Literal
