@@ -320,7 +320,9 @@ class Generation:
 
     def _know_sender(self, request: _Request) -> Wait | None:
         header = request.exchange.header
-        request.trace, request.trace_lines = self._services.tracing.begin(header(b"traceparent"), header(b"tracestate"))
+        request.trace, request.trace_lines = self._services.tracing.begin(
+            header(b"traceparent"), header(b"tracestate"), counts=not self._dialect.generates
+        )
         key = self._auth.known(_authorization(request))
         if key is None:
             return self._ask_for_sender(request)

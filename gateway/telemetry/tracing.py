@@ -57,16 +57,19 @@ class Sampler:
 
 
 class Trace:
-    """One traced request; its spans' ids are known from the start, the spans are made at its end."""
+    """One traced request; its spans' ids are known from the start, the spans are made at its end.
+
+    A request that only counts has no upstream span: what the engine does for it belongs to the gateway's own.
+    """
 
     __slots__ = ("_spans", "parent_id", "span_id", "trace_id", "upstream_id")
 
-    def __init__(self, spans: "Spans", trace_id: int, parent_id: int | None) -> None:
+    def __init__(self, spans: "Spans", trace_id: int, parent_id: int | None, *, counts: bool) -> None:
         self._spans = spans
         self.trace_id = trace_id
         self.parent_id = parent_id
         self.span_id = random_id()
-        self.upstream_id = random_id()
+        self.upstream_id = self.span_id if counts else random_id()
 
     @property
     def id(self) -> str:
@@ -84,7 +87,10 @@ class Trace:
 
 
 class Tracing:
-    """The decision for each request. `spans` is None where nothing is exported: then no request is traced."""
+    """The decision for each request. `spans` is None where nothing is exported: then no request is traced here.
+
+    A caller's valid context goes on to the engine all the same. `trust_parent`: with its own decision, not with ours.
+    """
 
     def __init__(self, spans: "Spans | None", sampler: Sampler, *, trust_parent: bool) -> None:
         self._spans = spans
@@ -92,16 +98,16 @@ class Tracing:
         self._parent_based = sampler.parent_based
         self._trust_parent = trust_parent
 
-    def begin(self, traceparent: bytes | None = None, tracestate: bytes | None = None) -> tuple[Trace | None, bytes]:
+    def begin(
+        self, traceparent: bytes | None = None, tracestate: bytes | None = None, *, counts: bool = False
+    ) -> tuple[Trace | None, bytes]:
         """The request's trace, None where it is not traced, and the header lines that tell the engine of it.
 
-        The lines end in CRLF; there are none where the gateway has nothing to say.
+        The lines end in CRLF; there are none where the gateway has nothing to say. `counts`: nothing is generated.
         """
-        if self._spans is None and not self._trust_parent:
-            return None, b""
         parent = None if traceparent is None else parse(traceparent)
         if parent is not None:
-            return self._go_on(parent, tracestate)
+            return self._go_on(parent, tracestate, counts=counts)
         if self._spans is None:
             return None, b""
         number = getrandbits(192)  # trace id and span id
@@ -109,7 +115,7 @@ class Tracing:
         if trace_id % _RANGE >= self._bound:
             digits = hexlify(number.to_bytes(24, "big"))  # half the time that `%x` takes
             return None, b"traceparent: 00-%b-%b-00\r\n" % (digits[:32], digits[32:])
-        trace = Trace(self._spans, trace_id or 1, None)
+        trace = Trace(self._spans, trace_id or 1, None, counts=counts)
         return trace, trace.header
 
     async def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
@@ -117,15 +123,17 @@ class Tracing:
         if self._spans is not None:
             await self._spans.close(patience_s)
 
-    def _go_on(self, parent: Parent, tracestate: bytes | None) -> tuple[Trace | None, bytes]:
+    def _go_on(self, parent: Parent, tracestate: bytes | None, *, counts: bool) -> tuple[Trace | None, bytes]:
         state = b""
         if self._trust_parent and tracestate is not None and _is_state(tracestate):
             state = b"tracestate: %b\r\n" % tracestate
-        if self._spans is None:
-            return None, _passed_on(parent, sampled=parent.sampled) + state
+        if self._spans is None:  # a trusted parent's own word, else ours: the engine may export
+            return None, _passed_on(
+                parent, sampled=parent.sampled if self._trust_parent else self._samples(parent)
+            ) + state
         if not self._samples(parent):
             return None, _passed_on(parent, sampled=False) + state
-        trace = Trace(self._spans, parent.trace_id, parent.span_id)
+        trace = Trace(self._spans, parent.trace_id, parent.span_id, counts=counts)
         return trace, trace.header + state
 
     def _samples(self, parent: Parent) -> bool:
@@ -152,10 +160,14 @@ def parse(traceparent: bytes) -> Parent | None:
 def open_tracing(environ: Mapping[str, str], *, base_model: str, trust_parent: bool) -> Tracing:
     """Tracing as the standard `OTEL_*` variables want it; what SDK and exporter read is left to them.
 
+    Who sets a sampler that goes by its parent has said that parents are trusted; the default one is not set by anybody.
+
     Raises:
         ConfigurationError: a variable asks for what this gateway does not do.
     """
-    sampler = _sampler(environ)
+    name = environ.get("OTEL_TRACES_SAMPLER", "").strip().lower()
+    sampler = _sampler(name or "parentbased_traceidratio", environ)
+    trust_parent = trust_parent or name.startswith(_PARENT_BASED)
     if not _exports(environ):
         return Tracing(None, sampler, trust_parent=trust_parent)
     from gateway.telemetry.spans import Spans
@@ -180,8 +192,7 @@ def _exports(environ: Mapping[str, str]) -> bool:
     return True
 
 
-def _sampler(environ: Mapping[str, str]) -> Sampler:
-    name = environ.get("OTEL_TRACES_SAMPLER", "").strip().lower() or "parentbased_traceidratio"
+def _sampler(name: str, environ: Mapping[str, str]) -> Sampler:
     kind = name.removeprefix(_PARENT_BASED)
     if kind not in _RATIOS:
         known = ", ".join([*_RATIOS, *(_PARENT_BASED + each for each in _RATIOS)])

@@ -265,6 +265,41 @@ def plain(attributes: Any) -> dict[str, Any]:
     return {pair.key: value(pair) for pair in attributes}
 
 
+async def test_an_operators_parent_based_sampler_traces_what_its_caller_does(
+    collector: Collector, otel: pytest.MonkeyPatch
+) -> None:
+    """Where `OTEL_TRACES_SAMPLER` names one; by default a caller has no say."""
+    otel.setenv("OTEL_TRACES_SAMPLER_ARG", "0")
+    for named, traced in (("", False), ("parentbased_traceidratio", True)):
+        otel.setenv("OTEL_TRACES_SAMPLER", named)
+        tracing = opened(trust_parent=False)
+        trace, _ = tracing.begin(TRACEPARENT)
+        assert (trace is not None) is traced
+        assert tracing.begin(TRACEPARENT[:-1] + b"0")[0] is None
+        await tracing.close()
+
+
+async def test_a_counting_request_is_one_span(
+    collector: Collector, otel: pytest.MonkeyPatch, run_replica: RunReplica, run_gateway: RunGateway
+) -> None:
+    """The engine is told of it: what it does for a count is below the gateway's own span, never below none."""
+    otel.setenv("OTEL_TRACES_SAMPLER", "always_on")
+    otel.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    replica = await run_replica()
+    tenant = await (await run_gateway(replica)).tenant("acme")
+    body = {"model": BASE, "messages": [{"role": "user", "content": "x"}]}
+    for path in ("/v1/tokenize", "/v1/messages/count_tokens"):
+        sent = {"traceparent": TRACEPARENT.decode()}
+        assert (await tenant.client.post(path, json=body, headers=sent)).status_code == 200
+    async with asyncio.timeout(10):
+        while len(collector.spans) < 2:
+            await asyncio.sleep(0.02)
+    assert {span.kind for span in collector.spans} == {Span.SPAN_KIND_SERVER}
+    assert {span.parent_span_id.hex() for span in collector.spans} == {SPAN_ID}
+    told = {request["headers"]["traceparent"] for request in replica.requests}
+    assert told == {f"00-{TRACE_ID}-{span.span_id.hex()}-01" for span in collector.spans}
+
+
 async def test_a_traced_request_arrives_as_spans(collector: Collector, otel: pytest.MonkeyPatch) -> None:
     """Gateway under the caller; queue, load and upstream under the gateway; each with its own times."""
     tracing = opened()

@@ -457,6 +457,23 @@ def test_a_trusted_parent_decides() -> None:
     assert tracing(1.0, trust=True).begin(TRACEPARENT[:-1] + b"0")[0] is None
 
 
+@pytest.mark.parametrize("sampler", ["parentbased_traceidratio", "parentbased_always_off", " ParentBased_always_on"])
+def test_who_sets_a_sampler_that_goes_by_its_parent_trusts_it(sampler: str) -> None:
+    """As the name says everywhere else; the same sampler by default, and any other one, trust nobody."""
+
+    def passed_on(environ: dict[str, str], sampled: bool) -> bytes:
+        opened = open_tracing(environ, base_model="b", trust_parent=False)
+        return opened.begin(TRACEPARENT if sampled else TRACEPARENT[:-1] + b"0", b"a=1")[1]
+
+    line = b"traceparent: " + TRACEPARENT[:-1]
+    for sampled, flag in ((True, b"1"), (False, b"0")):
+        assert passed_on({"OTEL_TRACES_SAMPLER": sampler}, sampled) == line + flag + b"\r\ntracestate: a=1\r\n"
+        for own, decided in (("always_on", b"1"), ("always_off", b"0")):
+            assert passed_on({"OTEL_TRACES_SAMPLER": own}, sampled) == line + decided + b"\r\n"
+        none = {"OTEL_TRACES_SAMPLER_ARG": "0"}
+        assert passed_on(none, sampled) == line + b"0\r\n"
+
+
 def test_a_ratio_is_a_share() -> None:
     """Of requests without a parent; each has ids of its own, and the engine is told of the decision."""
     begun = [tracing(0.1).begin() for _ in range(5_000)]
@@ -486,14 +503,19 @@ def test_no_tracestate_writes_a_header_line(state: bytes) -> None:
 
 
 def test_without_an_exporter_nothing_is_traced_or_imported() -> None:
-    """The SDK's memory is paid for by those who use it; a trusted caller's context still reaches the engine."""
+    """The SDK's memory is paid for by those who use it; a caller's context still reaches the engine.
+
+    A trusted one's as it is, a stranger's with the gateway's decision.
+    """
     program = f"""
 import sys
 from gateway.telemetry.tracing import open_tracing
 trusting = open_tracing({{}}, base_model="b", trust_parent=True)
 assert trusting.begin() == (None, b"")
 assert trusting.begin({TRACEPARENT!r}) == (None, b"traceparent: " + {TRACEPARENT!r} + b"\\r\\n")
-assert open_tracing({{}}, base_model="b", trust_parent=False).begin({TRACEPARENT!r}) == (None, b"")
+strange = open_tracing({{"OTEL_TRACES_SAMPLER": "always_off"}}, base_model="b", trust_parent=False)
+assert strange.begin() == strange.begin(b"broken") == (None, b"")
+assert strange.begin({TRACEPARENT!r}) == (None, b"traceparent: " + {TRACEPARENT[:-1]!r} + b"0\\r\\n")
 import gateway.operator_port, gateway.telemetry.asgi
 print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 """
