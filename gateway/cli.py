@@ -16,6 +16,7 @@ from gateway.commands import (
     jobs,
     keys,
     openapi,
+    pins,
     proofs,
     quarantine,
     replicas,
@@ -47,6 +48,7 @@ app.add_typer(training.base_app, name="base")
 app.add_typer(training.app)
 app.add_typer(replicas.app, name="replicas")
 app.add_typer(quarantine.app, name="quarantine")
+app.add_typer(pins.app, name="pins")
 app.add_typer(usage.app)
 app.add_typer(storage.app)
 app.add_typer(storage.store_app, name="store")

@@ -69,6 +69,25 @@ def erasure_show(
     show(found, as_json, "")
 
 
+@app.command("vouch")
+def erasure_vouch(
+    erasure: str,
+    replica: Annotated[str, typer.Argument(help="Its id, as the erasure's `pending` has it.")],
+    url: Url = None,
+    operator_key: OperatorKey = None,
+    as_json: Json = False,
+) -> None:
+    """Say, as an operator, that a replica which will not be back holds nothing any more: its disk is wiped.
+
+    The receipt says who said so.
+    """
+    with told():
+        client, path = _client(True, url, None, operator_key)
+        found = client.call("POST", f"{path}/{segment(erasure)}/replicas/{segment(replica)}/vouch")
+    waits = f", still to be erased on {', '.join(found['pending'])}" if found["pending"] else ""
+    show(found, as_json, f"erasure {found['id']} is {found['state']}{waits}")
+
+
 @app.command("verify")
 def erasure_verify(
     file: Annotated[Path, typer.Argument(help="A receipt, as `tailor erasure show` printed it.")],

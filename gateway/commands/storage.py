@@ -1,6 +1,6 @@
 """`tailor backup`, `restore` and `store`: the operator's work on database and blobs, where the settings point to them.
 
-They work on the storage itself, with or without a running gateway.
+They work on the storage itself, with or without a running gateway; `store faults` alone asks one.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gateway.commands.common import Json, settings_of, show, told
+from gateway.commands.common import Json, OperatorKey, Url, operator_client, settings_of, show, show_table, told
 from gateway.home import Home
 
 if TYPE_CHECKING:
@@ -92,6 +92,14 @@ def store_scrub(
     show({"counts": counts, "faults": [asdict(found) for found in faulty]}, as_json, "\n".join(lines))
     if faulty:
         raise typer.Exit(1)
+
+
+@store_app.command("faults")
+def store_faults(url: Url = None, key: OperatorKey = None, as_json: Json = False) -> None:
+    """List stored files that are damaged or gone, as the gateways' scrubbers last saw them."""
+    with told():
+        found = operator_client(url, key).call("GET", "/admin/v1/storage/faults")["data"]
+    show_table(found, as_json, ("fault", "tenant_id", "sha256", "versions", "found_at"))
 
 
 @store_app.command("migrate")
