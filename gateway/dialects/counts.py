@@ -9,7 +9,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from gateway.dialects.chat import check_messages, check_tools
-from gateway.dialects.chat_shapes import CalledFunction, Function, Message, Tool, ToolCall
+from gateway.dialects.chat_shapes import Assistant, CalledFunction, Function, Message, Tool, ToolCall
 from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect
 from gateway.dialects.fields import ModelName
 from gateway.dialects.messages import Conversation, Spoken
@@ -71,12 +71,22 @@ class Tokenize(Dialect):
             check_tools(request.tools, self.schemas(), None)
         if request.messages is not None:
             check_messages(request.messages, pieces)
+            _name_thoughts_alike(request.messages)
         else:
             hold_text(request.prompt, "prompt")
         return _counting(request, size)
 
     def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
         return ENCODER.encode(counted(body)), Usage()
+
+
+def _name_thoughts_alike(messages: list[Message]) -> None:
+    """`reasoning_content` as `reasoning`: vLLM 0.32 does so for a chat, and leaves it out of a count."""
+    for message in messages:
+        if isinstance(message, Assistant) and message.reasoning_content is not UNSET:
+            if message.reasoning is UNSET:
+                message.reasoning = message.reasoning_content
+            message.reasoning_content = UNSET
 
 
 def counted(body: bytes) -> _Count:

@@ -672,6 +672,19 @@ def test_an_opt_in_field_is_the_operators_to_allow() -> None:
     assert refused(bounds=open_bounds, chat_template_kwargs={"tools": []}).param == "chat_template_kwargs.tools"
 
 
+def test_a_count_names_thoughts_as_the_engine_does() -> None:
+    """vLLM renames them for a chat alone; where both names are sent, the new one holds."""
+    for thought, told in (
+        ({"reasoning_content": "a"}, {"reasoning": "a"}),
+        ({"reasoning_content": "a", "reasoning": "b"}, {"reasoning": "b"}),
+        ({"reasoning": "b"}, {"reasoning": "b"}),
+        ({"reasoning_content": None}, {}),
+    ):
+        said = {"role": "assistant", "content": "x"}
+        counted = sent(ask("/v1/tokenize", messages=[*HELLO, {**said, **thought}, *HELLO]))
+        assert counted["messages"][1] == {**said, **told}
+
+
 def test_what_is_neither_prompt_nor_tools_stays_small() -> None:
     """A megabyte of anything else is refused before it is decoded."""
     assert "at most" in refused(logit_bias={str(n): 1 for n in range(20_000)}).message
