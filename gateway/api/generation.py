@@ -847,22 +847,22 @@ class Generation:
         seen.ended = time.monotonic()
         if request.pipe is not None:
             seen.streamed, seen.first_at = True, request.pipe.first_at
-        tokens: int | None = 0
+        is_known = True
         if usage is not None:
             seen.prompt_tokens = usage.prompt_tokens
             seen.completion_tokens = usage.completion_tokens or 0
             details = usage.prompt_tokens_details
             seen.cached_tokens = (details.cached_tokens or 0) if details is not None else 0
-            tokens = usage.tokens
         elif request.at_work:
-            tokens = None  # the engine never said how much it has done
-            if request.exchange.disconnected and seen.status == CLIENT_GONE:
-                tokens = self._count_unheard(request)
-        self._give_back(request, tokens)
+            is_known = request.exchange.disconnected and seen.status == CLIENT_GONE
+            if is_known:
+                self._count_unheard(request)
+        used = seen.prompt_tokens + seen.completion_tokens
+        self._give_back(request, used if is_known else None)  # an engine that failed has worked for the tenant
         if version is not None and version.rollout is not None and seen.placing_at:
             self._note_for_rollout(request, version)
         if request.admission is not None:
-            request.admission.settle(tokens)
+            request.admission.settle(used)
             if self._dialect.generates and seen.placing_at:  # what no engine was asked for is no use of it
                 self._journal.record(
                     request.meter if request.meter is not None else self._meter_of(request, None),
@@ -880,15 +880,14 @@ class Generation:
             request.trace.finish(seen)
 
     @staticmethod
-    def _count_unheard(request: _Request) -> int:
+    def _count_unheard(request: _Request) -> None:
         """What counts, in limits and ledger alike, where a client has left and its engine was stopped unheard.
 
         Of a stream no token had come, so it is the prompt; of a whole answer nobody knows, so it is what was reserved.
         """
         seen, asked = request.seen, request.asked
-        seen.prompt_tokens = request.cost - asked.max_tokens
+        seen.prompt_tokens = asked.prompt_tokens
         seen.completion_tokens = 0 if asked.stream else asked.max_tokens
-        return seen.prompt_tokens + seen.completion_tokens
 
     def _note_for_rollout(self, request: _Request, version: Version) -> None:
         """A version that is being tried out: whether it answered, and how fast its engine was.

@@ -44,6 +44,8 @@ class Faults:
     cut_before_answer: bool = False
     hang_before_answer: bool = False
     head_then_nothing: bool = False
+    cuts_whole_answers: bool = False
+    """An answer that is no stream is cut in its body."""
     latency_s: float = 0.0
     """Before the head of an answer."""
     slow_s: float = 0.0
@@ -565,6 +567,10 @@ class FakeReplica:
             await self._run(self.engine, name, served, total, reader, lambda _: None)
             if _is_gone(reader):
                 raise ConnectionError
+        if self.faults.cuts_whole_answers:
+            writer.write(b'HTTP/1.1 200 X\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"id":')
+            await writer.drain()
+            raise ConnectionError
         served.completion_tokens, served.whole = total, True
         return self._json(writer, 200, speech.whole(self.whole_text(text, total), served.prompt_tokens, total))
 
