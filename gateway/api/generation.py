@@ -883,11 +883,15 @@ class Generation:
     def _count_unheard(request: _Request) -> None:
         """What counts, in limits and ledger alike, where a client has left and its engine was stopped unheard.
 
-        Of a stream no token had come, so it is the prompt; of a whole answer nobody knows, so it is what was reserved.
+        Of a stream no token had come, so it is the prompt; of a whole answer nobody knows, so it is all that the engine
+        could have given: no more than it was asked for, nor than its context holds.
         """
-        seen, asked = request.seen, request.asked
-        seen.prompt_tokens = asked.prompt_tokens
-        seen.completion_tokens = 0 if asked.stream else asked.max_tokens
+        seen, asked, place = request.seen, request.asked, request.place
+        assert place is not None
+        context = place.replica.context_length
+        seen.prompt_tokens = min(asked.prompt_tokens, context - 1)
+        if not asked.stream:
+            seen.completion_tokens = min(asked.length, context - seen.prompt_tokens) * asked.choices
 
     def _note_for_rollout(self, request: _Request, version: Version) -> None:
         """A version that is being tried out: whether it answered, and how fast its engine was.

@@ -247,17 +247,31 @@ async def test_a_client_that_leaves_cancels_upstream(run_gateway: RunGateway, go
     await _until(lambda: replica.cancelled == 2)
 
 
-@pytest.mark.parametrize("hears_out", [True, False])
+@pytest.mark.parametrize(
+    ("hear_out_s", "context", "asked", "counted"),
+    [(60, 8_192, {"max_tokens": 200}, None), (0.1, 8_192, {"max_tokens": 200}, 200), (0.1, 2_000, {}, None)],
+    ids=["heard out", "stopped", "stopped, of no length"],
+)
 async def test_a_whole_answer_whose_client_has_left_is_counted(
-    run_gateway: RunGateway, replica: FakeReplica, hears_out: bool
+    run_gateway: RunGateway,
+    run_replica: RunReplica,
+    hear_out_s: float,
+    context: int,
+    asked: dict[str, int],
+    counted: int | None,
 ) -> None:
-    """As the engine counted it; where it did not end in time, as the limits count it: what was reserved."""
-    gateway = await run_gateway(replica, hear_out_s=60 if hears_out else 0.1, usage_flush_s=0.05)
+    """As the engine counted it; where it did not end in time, as the most it could have given.
+
+    That is what was reserved, or what the context still held.
+    """
+    replica = await run_replica(max_model_len=context)
+    gateway = await run_gateway(replica, hear_out_s=hear_out_s, usage_flush_s=0.05)
     await gateway.operator.post("/admin/v1/plans", json={"name": "month", "tokens_per_month": 100_000})
     acme = await gateway.tenant("acme")
     await gateway.operator.patch("/admin/v1/tenants/acme", json={"plan": "month"})
+    hears_out = hear_out_s > 1
     replica.faults.latency_s = 1.0 if hears_out else 30.0
-    body = {"model": BASE, "max_tokens": 200, "messages": [{"role": "user", "content": "x" * 4_000}]}
+    body = {"model": BASE, **asked, "messages": [{"role": "user", "content": "x" * 4_000}]}
     with pytest.raises(httpx.ReadTimeout):
         await acme.client.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(30, read=0.3))
 
@@ -271,7 +285,8 @@ async def test_a_whole_answer_whose_client_has_left_is_counted(
     if hears_out:
         assert used == (replica.served[0].prompt_tokens, replica.served[0].completion_tokens)
     else:
-        assert used == (len(json.dumps(body, separators=(",", ":"))) // 4, 200)
+        prompt = len(json.dumps(body, separators=(",", ":"))) // 4
+        assert used == (prompt, counted or context - prompt)
     assert (rows[0]["requests"], rows[0]["failed"]) == (1, 0)
     limits = gateway.parts.limits
     assert isinstance(limits, MemoryLimits)
@@ -283,6 +298,7 @@ async def test_a_stream_left_before_its_first_token_counts_its_prompt(
     run_gateway: RunGateway, replica: FakeReplica, silence: str
 ) -> None:
     """Nothing of the answer that was never begun, in the ledger or in the limits."""
+    replica.max_model_len = 8_192
     gateway = await run_gateway(replica, hear_out_s=0.2, usage_flush_s=0.05)
     await gateway.operator.post("/admin/v1/plans", json={"name": "month", "tokens_per_month": 100_000})
     acme = await gateway.tenant("acme")
