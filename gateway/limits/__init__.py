@@ -22,11 +22,11 @@ class Admission(Protocol):
     @property
     def headers(self) -> bytes: ...
 
-    def settle(self, tokens: int | None) -> None:
-        """The request has ended and used `tokens`, prompt and answer together; further calls do nothing.
+    def release(self) -> None:
+        """The request runs no longer, though what it used is not known yet: its reservation stands until `settle`."""
 
-        None: nobody knows how many. The reservation stays spent; the place among the running ones is free again.
-        """
+    def settle(self, tokens: int) -> None:
+        """The request has ended and used `tokens`, prompt and answer together; further calls do nothing."""
 
 
 class Limits(Protocol):
@@ -75,7 +75,10 @@ class Unlimited:
     __slots__ = ()
     headers: Final = b""
 
-    def settle(self, tokens: int | None) -> None:
+    def release(self) -> None:
+        """Nothing was reserved."""
+
+    def settle(self, tokens: int) -> None:
         """Nothing was reserved."""
 
 

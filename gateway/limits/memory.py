@@ -229,30 +229,36 @@ def _spent(account: Account, terms: Terms, now: float) -> tuple[float, float]:
 class Reservation:
     """One running request's share of an account."""
 
-    __slots__ = ("_account", "_limits", "_terms", "_tokens", "headers")
+    __slots__ = ("_account", "_is_running", "_limits", "_terms", "_tokens", "headers")
 
     def __init__(self, limits: MemoryLimits, account: Account, terms: Terms, tokens: int, headers: bytes) -> None:
         self.headers = headers
         self._limits = limits
         self._account: Account | None = account
+        self._is_running = True
         self._terms = terms
         self._tokens = tokens
 
-    def settle(self, tokens: int | None) -> None:
+    def release(self) -> None:
+        """As in `Admission`."""
+        if self._account is not None and self._is_running:
+            self._is_running = False
+            self._account.running -= 1
+
+    def settle(self, tokens: int) -> None:
         """As in `Admission`."""
         account = self._account
         if account is None:
             return
+        self.release()
         self._account = None
-        account.running -= 1
-        used = self._tokens if tokens is None else tokens
         rate = self._terms.token_rate
-        if rate and used != self._tokens:
-            if used > self._tokens:  # a bucket that has filled up since owes from now on, not from before
+        if rate and tokens != self._tokens:
+            if tokens > self._tokens:  # a bucket that has filled up since owes from now on, not from before
                 account.tokens = max(account.tokens, (self._limits.clock() - account.at) * rate)
-            account.tokens += used - self._tokens
+            account.tokens += tokens - self._tokens
         if self._terms.month is not None or account.month_end:
-            self._settle_month(account, used)
+            self._settle_month(account, tokens)
 
     def _settle_month(self, account: Account, used: int) -> None:
         reserved = self._tokens if self._terms.month is not None else 0

@@ -37,7 +37,6 @@ BATCH: Final = 500
 PROBE_S: Final = 1.0
 QUEUE_LIMIT: Final = 100_000
 MOST_REFUSED: Final = 10_000
-NOBODY_KNOWS: Final = -1
 KNOWN_S: Final[Mapping[bytes, float]] = {b"rate": 1.0, b"month": 1.0, b"running": 0.2}
 """For how long a refusal tells of tokens and places, by its verdict: requests that end elsewhere give some back."""
 FAILURES: Final = (RedisError, OSError, TimeoutError)
@@ -165,11 +164,15 @@ class RedisLimits:
             self._refused.clear()
         self._refused[tenant_id] = refused
 
-    def settle(self, tenant_id: TenantId, member: str, terms: Terms, tokens: int | None) -> None:
+    def release(self, tenant_id: TenantId, member: str) -> None:
+        """Written behind: the lease runs out now, and can still be settled."""
+        if self._running.pop(member, None) is not None:
+            self._write(Call(scripts.RENEW, tenant_id, (0, KEPT_S, member)))
+
+    def settle(self, tenant_id: TenantId, member: str, terms: Terms, tokens: int) -> None:
         """Written behind; a lease is settled once, whatever is sent twice."""
         self._running.pop(member, None)
-        used = NOBODY_KNOWS if tokens is None else tokens
-        self._write(Call(scripts.SETTLE, tenant_id, (member, used, _or_nothing(terms.tokens), 0)))
+        self._write(Call(scripts.SETTLE, tenant_id, (member, tokens, _or_nothing(terms.tokens), 0)))
 
     def _admission(self, tenant_id: TenantId, member: str, tokens: int, terms: Terms, month: int | None) -> "Call":
         limits = (_or_nothing(terms.requests), _or_nothing(terms.tokens), _or_nothing(terms.running))
@@ -401,7 +404,12 @@ class Lease:
         self._member: str | None = member
         self._terms = terms
 
-    def settle(self, tokens: int | None) -> None:
+    def release(self) -> None:
+        """As in `Admission`."""
+        if self._member is not None:
+            self._limits.release(self._tenant_id, self._member)
+
+    def settle(self, tokens: int) -> None:
         """As in `Admission`."""
         member, self._member = self._member, None
         if member is not None:

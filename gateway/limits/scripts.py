@@ -96,14 +96,13 @@ return answer('admitted')
 """
 )
 
-# ARGV: member, tokens used (-1: nobody knows), tokens per minute ('' = no limit), requests to give back
+# ARGV: member, tokens used, tokens per minute ('' = no limit), requests to give back
 SETTLE: Final = (
     _COMMON
     + """
 if redis.call('ZREM', leases, ARGV[1]) == 0 then return 0 end
 local asked = tonumber(string.match(ARGV[1], '%d+$'))
 local spent = tonumber(ARGV[2])
-if spent < 0 then spent = asked end
 local stored = redis.call('HMGET', counters, 'at', 'requests', 'tokens', 'month', 'used')
 if not stored[1] then return 1 end
 local token_limit = tonumber(ARGV[3])
@@ -151,7 +150,7 @@ return 1
 """
 )
 
-# ARGV: lease_s, kept_s, members. Only what is there is renewed.
+# ARGV: lease_s (0: it runs no longer), kept_s, members. Only what is there is renewed.
 RENEW: Final = (
     _COMMON
     + """

@@ -222,6 +222,31 @@ async def test_without_redis_cold_loads_are_counted_here() -> None:
         assert 29 < await limits.take_load(TENANT, 2) <= 30
 
 
+async def test_what_is_released_runs_no_longer_and_stays_reserved(server: RedisServer) -> None:
+    """Its place is another's, at both gateways; what it used is settled later."""
+    plan = Plan(concurrent_requests=1, tokens_per_month=1_000)
+    async with gateway(server) as first, gateway(server) as second, client_of(server) as client:
+        left = await admitted(first, plan, 600)
+        assert left is not None
+        assert await admitted(second, plan, 100) is None
+        left.release()
+        await settled(first)
+        await first._renew_all()
+        running = await admitted(second, plan, 100)
+        assert running is not None
+        assert await admitted(first, plan, 100) is None
+        assert await stored(client, "used") == 700
+        left.settle(250)
+        left.release()
+        await settled(first)
+        assert await stored(client, "used") == 350
+        assert await admitted(first, plan, 100) is None
+        running.settle(0)
+        await settled(second)
+        assert await stored(client, "used") == 250
+        assert await client.zcard(LEASES) == 0
+
+
 async def test_two_gateways_admit_what_one_may(server: RedisServer) -> None:
     """50 tenants, random sizes, a third never settled: at most 1 % over the token limit, and nothing withheld."""
     plan, seconds, largest = Plan(tokens_per_minute=6_000), 3.0, 60

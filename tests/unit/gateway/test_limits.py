@@ -221,7 +221,7 @@ async def test_settling_twice_is_settling_once() -> None:
     first.settle(40)
     second = world.admit(60, plan)
     first.settle(0)
-    first.settle(None)
+    first.settle(10)
     with pytest.raises(RateLimited):
         world.admit(0, plan)
     second.settle(60)
@@ -229,14 +229,22 @@ async def test_settling_twice_is_settling_once() -> None:
         world.admit(1, plan)
 
 
-def test_what_nobody_knows_stays_spent() -> None:
-    """`settle(None)` frees the place and keeps the tokens."""
+def test_what_is_released_runs_no_longer_and_stays_reserved() -> None:
+    """Its place is another's, once; its tokens come back when it is settled."""
     world, plan = World(), Plan(tokens_per_minute=100, concurrent_requests=1)
-    world.admit(100, plan).settle(None)
+    first = world.admit(60, plan)
+    first.release()
+    first.release()
     with pytest.raises(TokenRateLimited):
-        world.admit(1, plan)
-    world.move(60)
-    world.admit(100, plan)
+        world.admit(41, plan)
+    world.admit(40, plan)
+    with pytest.raises(RateLimited):
+        world.admit(0, plan)
+    first.settle(10)
+    first.release()
+    with pytest.raises(RateLimited):
+        world.admit(0, plan)
+    world.admit(50, Plan(tokens_per_minute=100, concurrent_requests=2))
 
 
 def test_what_is_over_the_reservation_is_owed_from_now_on() -> None:
@@ -289,7 +297,7 @@ def test_a_tenant_at_its_limit_is_told_before_its_request_is_read() -> None:
         admissions = [world.admit(10, plan), world.admit(10, plan)]
         assert type(refusal(world, plan, 15)) is kind
         world.move(31)
-        admissions[0].settle(None)
+        admissions[0].settle(10)
         world.limits.hold_off(TENANT, plan, 10)
         world.admit(10, plan)
 
