@@ -77,7 +77,7 @@ class StreamTranslation(Translation):
     """The same for a stream of server-sent events.
 
     Each event of the engine's carries the usage so far (`continuous_usage_stats`), so that a stream that is cut
-    anywhere is counted exactly; clients get the OpenAI form, with one last usage event if they asked for it.
+    anywhere is counted to its last event; clients get the OpenAI form, with one last usage event if they asked for it.
     """
 
     def __init__(self, engine_name: str, shown_name: str, *, wants_usage: bool) -> None:
@@ -86,6 +86,11 @@ class StreamTranslation(Translation):
         self._rest = b""
         self.opening = b""  # vLLM 0.32 writes none on these paths
         self.finished = False
+
+    @property
+    def is_counted(self) -> bool:
+        """Before the end a token may be out that no event has told of: half a character, or one that was not sent."""
+        return self.finished
 
     def feed(self, data: bytes) -> bytes:
         """Translate the whole events that are there now; a half one waits for the next call.

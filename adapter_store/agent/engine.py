@@ -12,6 +12,35 @@ class EngineRefusedError(Exception):
     """The engine would not load an adapter; the text is the engine's own and never goes to a tenant."""
 
 
+class Generating:
+    """One answer in the making, as vLLM's own record of it has it (vllm/v1/engine/output_processor.py, version 0.32).
+
+    vLLM drops the record when the answer has ended or was aborted; from then on it does not change.
+    """
+
+    __slots__ = ("_state", "_states")
+
+    def __init__(self, states: dict[str, Any], state: Any) -> None:
+        self._states = states
+        self._state = state
+
+    @property
+    def is_over(self) -> bool:
+        return self._states.get(self._state.request_id) is not self._state
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self._state.prompt_len)
+
+    @property
+    def cached_tokens(self) -> int:
+        return int(self._state.num_cached_tokens)
+
+    @property
+    def completion_tokens(self) -> int:
+        return int(self._state.detokenizer.num_output_tokens())
+
+
 class Engine:
     """Loads, unloads and probes through vLLM's engine client.
 
@@ -109,6 +138,20 @@ class Engine:
             return process(outputs, *arguments, **named)
 
         processor.process_outputs = watched
+
+    def watch_requests(self, tell: Callable[["Generating"], None]) -> None:
+        """Have `tell` called with whatever is given to the engine to generate, by the task that gives it."""
+        processor = self._client.output_processor
+        add = processor.add_request
+
+        def watched(request: Any, *arguments: Any, **named: Any) -> Any:
+            added = add(request, *arguments, **named)
+            state = processor.request_states.get(request.request_id)
+            if state is not None:
+                tell(Generating(processor.request_states, state))
+            return added
+
+        processor.add_request = watched
 
     def is_dead(self) -> bool:
         return bool(self._client.errored)

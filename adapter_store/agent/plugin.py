@@ -12,6 +12,7 @@ from uuid import uuid4
 from fastapi import FastAPI
 
 from adapter_store.agent.alarm import Alarms
+from adapter_store.agent.counts import Counts
 from adapter_store.agent.engine import Engine
 from adapter_store.agent.null_adapter import write_null_adapter
 from adapter_store.agent.quiet import wait_quietly
@@ -66,7 +67,9 @@ class AgentPlugin:
         facts = _facts(settings, base, engine)
         alarms = Alarms(settings.cache, str(facts["generation"]), residency)
         engine.watch_for_nan(alarms.corrupted)
-        state.tailor_agent = Agent(engine, residency, alarms, facts, null_adapter)
+        counts = Counts()
+        engine.watch_requests(counts.began)
+        state.tailor_agent = Agent(engine, residency, alarms, counts, facts, null_adapter)
         self._tasks = [asyncio.create_task(_end_with_the_engine(engine, alarms))]
         if settings.idle_s:
             self._tasks.append(asyncio.create_task(_unload_idle(residency, settings.idle_s)))

@@ -14,6 +14,7 @@ from pydantic import Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapter_store.agent.alarm import Alarms
+from adapter_store.agent.counts import Counts
 from adapter_store.agent.engine import Engine, EngineRefusedError
 from adapter_store.agent.residency import (
     NAME,
@@ -29,6 +30,7 @@ from adapter_store.errors import AdapterStoreError
 
 log = logging.getLogger("tailor.agent")
 ADAPTER_HEADER = b"x-tailor-adapter"
+ID_HEADER = b"x-request-id"
 
 
 @dataclass(slots=True)
@@ -38,6 +40,7 @@ class Agent:
     engine: Engine
     residency: Residency
     alarms: Alarms
+    counts: Counts
     facts: dict[str, object]
     null_adapter: str | None
     in_flight: int = 0
@@ -71,6 +74,10 @@ class Pinned(Schema, extra="forbid"):
 
 class Pins(Schema, extra="forbid"):
     adapters: Annotated[list[Pinned], Field(max_length=65_536)]
+
+
+class Asked(Schema, extra="forbid"):
+    requests: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=1_024)]
 
 
 class Recycle(Schema, extra="forbid"):
@@ -205,6 +212,15 @@ async def pin(request: Request, body: Pins) -> Response:
     return Response(status_code=204)
 
 
+@router.post("/usage")
+async def usage(request: Request, body: Asked) -> Response:
+    """What these requests have used, of which their answers did not say it."""
+    counts = _agent(request).counts
+    found = {name: use for name in body.requests if (use := counts.use_of(name)) is not None}
+    running = [name for name in body.requests if counts.is_running(name)]
+    return JSONResponse({"ended": to_builtins(found), "running": running})
+
+
 @router.post("/recycle")
 async def recycle(request: Request, body: Recycle) -> Response:
     """The gateway has taken note of this engine's alarm: the process ends, for its supervisor to start it again."""
@@ -235,7 +251,7 @@ async def probe(request: Request, body: Probe) -> Response:
 
 
 class Guard:
-    """Asks the replica's token on every route but `GET /health`, and counts each adapter's requests.
+    """Asks the replica's token on every route but `GET /health`, and counts each adapter's requests and their tokens.
 
     A generation request names its adapter in `x-tailor-adapter`, so that an unload can wait for it from its first
     byte on, and an adapter that is gone is a 404 before vLLM sees the request.
@@ -261,7 +277,8 @@ class Guard:
             return await _ending()(scope, receive, send)
         agent.in_flight += 1
         try:
-            await self._generate(agent, name, scope, receive, send)
+            with agent.counts.counting(headers.get(ID_HEADER, b"").decode("latin-1")):
+                await self._generate(agent, name, scope, receive, send)
         finally:
             agent.in_flight -= 1
 

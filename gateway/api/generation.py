@@ -156,9 +156,9 @@ class _Request:
     """What one request has found out and holds so far."""
 
     __slots__ = (
-        "_task", "admission", "asked", "at_work", "body", "connection", "cost", "deadline", "due", "ended", "exchange",
-        "expired", "fallback", "forgotten", "generation", "id", "key", "meter", "pipe", "place", "plan", "position",
-        "seen", "tenant_id", "trace", "trace_lines", "tried", "usage", "version", "wire",
+        "_task", "admission", "asked", "at_work", "body", "connection", "cost", "deadline", "due", "ended", "engine_id",
+        "exchange", "expired", "fallback", "forgotten", "generation", "id", "key", "meter", "pipe", "place", "plan",
+        "position", "seen", "tenant_id", "trace", "trace_lines", "tried", "usage", "version", "wire",
     )  # fmt: skip
 
     def __init__(self, generation: "Generation", exchange: Exchange, route: str) -> None:
@@ -187,6 +187,7 @@ class _Request:
         self.forgotten = False
         self.place: Place | None = None
         self.wire = b""
+        self.engine_id = b""
         self.meter: Meter | None = None
         self.connection: Connection | None = None
         self.at_work = False
@@ -487,8 +488,9 @@ class Generation:
             cache_salt=salt,
             context_length=place.replica.context_length,
         )
-        lines = b"x-request-id: %b\r\nx-vllm-priority: %d\r\n%b" % (  # never the client's id: it may come twice
-            new_id(), place.priority, request.trace_lines,
+        request.engine_id = new_id()  # never the client's: it may come twice
+        lines = b"x-request-id: %b\r\nx-vllm-priority: %d\r\n%b" % (
+            request.engine_id, place.priority, request.trace_lines,
         )  # fmt: skip
         request.wire = place.replica.client.upstream.written(self._asks, lines, body, place.adapter)
         request.at_work = True
@@ -843,26 +845,45 @@ class Generation:
             request.exchange.over()
 
     def _account(self, request: _Request) -> None:
-        seen, usage, version = request.seen, request.usage, request.version
+        """Give back what the request holds, and count it; later, where its engine has yet to say what it used."""
+        seen, usage, version, place = request.seen, request.usage, request.version, request.place
         seen.ended = time.monotonic()
         if request.pipe is not None:
             seen.streamed, seen.first_at = True, request.pipe.first_at
-        is_known = True
+        is_known = is_counted = True
         if usage is not None:
-            seen.prompt_tokens = usage.prompt_tokens
-            seen.completion_tokens = usage.completion_tokens or 0
-            details = usage.prompt_tokens_details
-            seen.cached_tokens = (details.cached_tokens or 0) if details is not None else 0
+            seen.take_usage(usage)
+            is_counted = request.pipe is None or request.pipe.is_counted
         elif request.at_work:
             is_known = request.exchange.disconnected and seen.status == CLIENT_GONE
+            is_counted = seen.status >= 500  # nothing, where the engine failed; else it was stopped
             if is_known:
                 self._count_unheard(request)
         used = seen.prompt_tokens + seen.completion_tokens
         self._give_back(request, used if is_known else None)  # an engine that failed has worked for the tenant
         if version is not None and version.rollout is not None and seen.placing_at:
             self._note_for_rollout(request, version)
+        if is_counted or place is None:
+            self._count(request)
+        else:
+            if request.admission is not None:
+                request.admission.release()
+            place.replica.unheard.ask(request.engine_id.decode(), lambda told: self._count_told(request, told))
+
+    def _count_told(self, request: _Request, usage: Usage | None) -> None:
+        """Count it as its engine does; None: as it is estimated."""
+        try:
+            if usage is not None:
+                request.seen.take_usage(usage)
+            self._count(request)
+        except Exception:  # the edge: other requests may not suffer from it
+            log.exception("request %s could not be accounted for", request.id.decode())
+
+    def _count(self, request: _Request) -> None:
+        """In limits, ledger, metrics and trace."""
+        seen, version = request.seen, request.version
         if request.admission is not None:
-            request.admission.settle(used)
+            request.admission.settle(seen.prompt_tokens + seen.completion_tokens)
             if self._dialect.generates and seen.placing_at:  # what no engine was asked for is no use of it
                 self._journal.record(
                     request.meter if request.meter is not None else self._meter_of(request, None),
@@ -992,6 +1013,11 @@ class _Pipe:
     def usage(self) -> Usage | None:
         """Tokens so far."""
         return self._stream.usage
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether they are the engine's own count."""
+        return self._stream.is_counted
 
     def begin(self) -> None:
         """Pass on what has come and what comes; the request goes on when it is over."""

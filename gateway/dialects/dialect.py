@@ -72,6 +72,10 @@ class Stream(Protocol):
     def usage(self) -> Usage | None:
         """Tokens so far; None before the engine has said anything."""
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether `usage` is the engine's own count to the last token; else it is an estimate."""
+
 
 class Checked:
     """A request that may go to an engine."""

@@ -26,8 +26,10 @@ class NamedEvents:
         self.shown_name = shown_name
         self.finished = False
         self.opening = b""
+        self.is_counted = False
+        """Whether the engine has said what it all came to."""
         self.events = 0
-        """Deltas that have passed: each is a token or a few."""
+        """Deltas that have passed: each is a token or a few, and some tokens have none."""
         self._prompt_bytes = prompt_bytes
         self._counted: Usage | None = None
         self._rest: list[bytes] = []  # of an event that is not whole yet

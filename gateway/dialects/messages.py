@@ -365,6 +365,7 @@ class MessageEvents(NamedEvents):
         if name == b"message_delta":
             delta = msgspec.json.decode(data, type=_Delta)
             self._count(delta.usage)
+            self.is_counted = True
             return ENCODER.encode({"type": "message_delta", "delta": delta.delta, "usage": delta.usage.told()})
         if name == b"message_stop":
             self.finished = True

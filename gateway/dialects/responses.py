@@ -419,7 +419,7 @@ class ResponseEvents(NamedEvents):
             response, used = told(event.response, self._checked)
             if name in self._ends:
                 self._counted = used
-                self.finished = True
+                self.is_counted = self.finished = True
             return ENCODER.encode(
                 {"type": event.type, "sequence_number": event.sequence_number, "response": Raw(response)}
             )

@@ -108,6 +108,21 @@ class LoadReport(msgspec.Struct, frozen=True):
     load_s: float
 
 
+class RequestUse(msgspec.Struct, frozen=True):
+    """Tokens of one request, as its engine counted them."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+class UsageReport(msgspec.Struct, frozen=True):
+    """`POST /tailor/usage`: what has ended, and what has not; the replica knows nothing (any more) of the others."""
+
+    ended: dict[str, RequestUse]
+    running: set[str]
+
+
 class _OnDisk(msgspec.Struct):
     digests: set[str]
 
@@ -252,6 +267,15 @@ class ReplicaClient:
         """
         pins = [{"owner": owner, "digest": digest} for owner, digest in adapters]
         await self._call("PUT", "pins", msgspec.json.encode({"adapters": pins}), timeout_s)
+
+    async def used(self, request_ids: Sequence[str], timeout_s: float) -> UsageReport:
+        """What requests have used, by the ids that they were sent with; 1,024 at most.
+
+        Raises:
+            UpstreamError, TimeoutError, AgentRefusedError: it cannot say.
+        """
+        body = msgspec.json.encode({"requests": request_ids})
+        return msgspec.json.decode(await self._call("POST", "usage", body, timeout_s), type=UsageReport)
 
     async def recycle(self, generation: str, timeout_s: float) -> None:
         """Its alarm is noted: the engine may end, for its supervisor to start it again.

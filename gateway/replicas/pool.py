@@ -182,6 +182,7 @@ class ReplicaPool:
         for replica in self._replicas.values():
             replica.residency.abandon()
             replica.turns.close()
+            replica.unheard.close()
             replica.client.close()
 
     def states(self) -> dict[str, ReplicaState]:
@@ -745,6 +746,7 @@ class ReplicaPool:
             watch.cancel()
         replica.residency.abandon()
         replica.turns.close()
+        replica.unheard.close()
         replica.client.close()
 
     def _watch(self, replica: Replica) -> None:

@@ -22,6 +22,7 @@ from gateway.replicas.holdings import Resident
 from gateway.replicas.residency import Residency
 from gateway.replicas.roster import replica_id
 from gateway.replicas.turns import Turns
+from gateway.replicas.unheard import Unheard
 from gateway.replicas.upstream import OutOfDescriptorsError
 
 log = logging.getLogger("tailor.replica")
@@ -92,6 +93,7 @@ class Replica:
         self.url = client.upstream.url
         self.id = replica_id(self.url)
         self.client = client
+        self.unheard = Unheard(client)
         self._look_now = asyncio.Event()
         self.residency = Residency(
             client,

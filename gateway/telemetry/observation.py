@@ -2,6 +2,8 @@
 
 from typing import Final
 
+from gateway.tokens import Usage
+
 NOT_LOADED: Final = "cold"
 """The tier of an adapter whose load was waited for in vain."""
 
@@ -41,3 +43,10 @@ class Observation:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.completion_tokens = 0
+
+    def take_usage(self, usage: Usage) -> None:
+        """What the request has used."""
+        self.prompt_tokens = usage.prompt_tokens
+        self.completion_tokens = usage.completion_tokens or 0
+        details = usage.prompt_tokens_details
+        self.cached_tokens = (details.cached_tokens or 0) if details is not None else 0

@@ -24,6 +24,8 @@ from loadtests.fake.golden import golden, prompted, tokenized
 from loadtests.fake.speech import COUNTING, Speech, counted, speech_of
 
 TOKEN = "fake-replica-token-0123456789"  # noqa: S105  of a replica that is no real one
+USES_KEPT = 10_000
+PROMPTS = ("messages", "prompt", "input")
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -60,6 +62,11 @@ class Faults:
     load_wrong: int = 0
     """So many loads from now on answer golden prompts with other weights than they were given."""
     golden_nan: bool = False
+    silent_every: int | None = None
+    """Each so-many-th token of a stream says nothing yet, as half a character: named events then have none for it."""
+    tells_no_usage: bool = False
+    """As an agent that knows no such call."""
+    usage_hangs: bool = False
     serves_the_gone: bool = False
     """Answers are made to their end, though nobody reads them."""
     status: int | None = None
@@ -81,7 +88,7 @@ class Faults:
 
 @dataclass
 class Served:
-    """One generation request as the replica saw it; tokens are what was really sent."""
+    """One generation request as the replica saw it; tokens are what was really made, and sent where it streams."""
 
     adapter: str | None
     owner: str
@@ -92,6 +99,9 @@ class Served:
     arrived_s: float = 0.0
     ended_s: float = 0.0
     cached_tokens: int = 0
+
+    def count(self, completion_tokens: int) -> None:
+        self.completion_tokens = completion_tokens
 
 
 @dataclass
@@ -125,6 +135,10 @@ class FakeReplica:
     used_names: set[str] = field(default_factory=set)
     requests: list[dict[str, Any]] = field(default_factory=list)
     served: list[Served] = field(default_factory=list)
+    running: dict[str, Served | None] = field(default_factory=dict)
+    """Generation requests by the gateway's id, once they have come to the engine."""
+    ended: dict[str, Served] = field(default_factory=dict)
+    usage_calls: int = 0
     request_count: int = 0
     loads: list[str] = field(default_factory=list)
     load_times: list[float] = field(default_factory=list)
@@ -240,6 +254,8 @@ class FakeReplica:
         if path == "/tailor/pins":
             self.pins = json.loads(body)["adapters"]
             return self._json(writer, 204, {})
+        if path == "/tailor/usage":
+            return await self._usage(json.loads(body)["requests"], writer)
         if path == "/tailor/recycle":
             return self._recycle(json.loads(body)["generation"], writer)
         if self.alarm is not None:
@@ -284,6 +300,23 @@ class FakeReplica:
 
     def _is_pinned(self, known: dict[str, Any]) -> bool:
         return {"owner": known["owner"], "digest": known["digest"]} in self.pins
+
+    async def _usage(self, asked: list[str], writer: asyncio.StreamWriter) -> None:
+        self.usage_calls += 1
+        if self.faults.usage_hangs:
+            await asyncio.sleep(3_600)
+        if self.faults.tells_no_usage:
+            return self._json(writer, 404, {"detail": "Not Found"})
+        ended = {
+            name: {
+                "prompt_tokens": served.prompt_tokens,
+                "cached_tokens": served.cached_tokens,
+                "completion_tokens": served.completion_tokens,
+            }
+            for name in asked
+            if (served := self.ended.get(name)) is not None
+        }
+        return self._json(writer, 200, {"ended": ended, "running": [name for name in asked if name in self.running]})
 
     def _recycle(self, generation: str, writer: asyncio.StreamWriter) -> None:
         if self.alarm is None or generation != self.generation:
@@ -429,12 +462,22 @@ class FakeReplica:
         if known:
             known["in_flight"] += 1
             known["last_used"] = time.time()
+        request_id = headers.get("x-request-id", "")
+        self.running[request_id] = None
         try:
-            await self._generate_with(speech_of(path, body), name, body, reader, writer)
+            await self._generate_with(speech_of(path, body), name, request_id, body, reader, writer)
         finally:
+            self._note_end(request_id)
             self.in_flight -= 1
             if known:
                 known["in_flight"] -= 1
+
+    def _note_end(self, request_id: str) -> None:
+        served = self.running.pop(request_id, None)
+        if served is not None:
+            self.ended[request_id] = served
+            if len(self.ended) > USES_KEPT:
+                del self.ended[next(iter(self.ended))]
 
     def _takes_requests(self, name: str) -> bool:
         return name in self.adapters and not self.adapters[name]["leaving"]
@@ -453,6 +496,7 @@ class FakeReplica:
         self,
         speech: Speech,
         name: str | None,
+        request_id: str,
         body: dict[str, Any],
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
@@ -491,7 +535,7 @@ class FakeReplica:
         if digest in self.faults.failing_digests:
             return self._bytes(writer, 500, self.faults.status_body)
         await asyncio.sleep(self.faults.slow_digests.get(digest, 0.0))
-        served = self._serve_record(name, body)
+        served = self.running[request_id] = self._serve_record(name, body)
         speech.cached = self.cached_tokens(name, body)
         served.cached_tokens = speech.cached or 0
         try:
@@ -534,7 +578,7 @@ class FakeReplica:
         """Three; with an engine, one for every four characters of the prompt."""
         if self.engine is None:
             return 3
-        return 1 + len(json.dumps(body.get("messages", body.get("prompt", "")))) // 4
+        return 1 + len(json.dumps(next((body[name] for name in PROMPTS if name in body), ""))) // 4
 
     def cached_tokens(self, name: str | None, body: dict[str, Any]) -> int | None:
         """How much of the prompt was there already; None where there is no cache to tell of."""
@@ -564,7 +608,7 @@ class FakeReplica:
         text = self.text_of(name)
         total = self.completion_tokens(body)
         if self.engine is not None:
-            await self._run(self.engine, name, served, total, reader, lambda _: None)
+            await self._run(self.engine, name, served, total, reader, served.count)
             if _is_gone(reader):
                 raise ConnectionError
         if self.faults.cuts_whole_answers:
@@ -633,7 +677,9 @@ class FakeReplica:
             served.completion_tokens = number
             for event in speech.begin(served.prompt_tokens) if number == 1 else ():
                 self._chunk(writer, event)
-            self._chunk(writer, speech.token(text if number == 1 else ".", served.prompt_tokens, number))
+            said = text if number == 1 else "." if number % (self.faults.silent_every or total + 1) else ""
+            if event := speech.token(said, served.prompt_tokens, number):
+                self._chunk(writer, event)
 
         if self.engine is not None:
             await self._run(self.engine, name, served, total, reader, emit)

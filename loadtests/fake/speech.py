@@ -36,6 +36,7 @@ class Speech:
         yield from ()
 
     def token(self, text: str, prompt: int, completion: int) -> bytes:
+        """What is said of one; b"": nothing."""
         return self._event([self._choice(text, None)], prompt, completion)
 
     def end(self, text: str, prompt: int, completion: int) -> Iterator[bytes]:
@@ -72,7 +73,7 @@ class MessagesSpeech(Speech):
         yield named("content_block_start", index=0, content_block={"type": "text", "text": ""})
 
     def token(self, text: str, prompt: int, completion: int) -> bytes:
-        return named("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
+        return named("content_block_delta", index=0, delta={"type": "text_delta", "text": text}) if text else b""
 
     def end(self, text: str, prompt: int, completion: int) -> Iterator[bytes]:
         yield named("content_block_stop", index=0)
@@ -104,7 +105,7 @@ class ResponsesSpeech(Speech):
 
     def token(self, text: str, prompt: int, completion: int) -> bytes:
         place = {"item_id": "i", "output_index": 0, "content_index": 0}
-        return named("response.output_text.delta", **place, delta=text, logprobs=[])
+        return named("response.output_text.delta", **place, delta=text, logprobs=[]) if text else b""
 
     def end(self, text: str, prompt: int, completion: int) -> Iterator[bytes]:
         place = {"item_id": "i", "output_index": 0, "content_index": 0}

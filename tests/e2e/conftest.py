@@ -80,7 +80,12 @@ class RealStack:
         return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {key}"}, timeout=120)
 
     def replica_state(self) -> dict[str, Any]:
-        """What the agent in the engine says, asked past the gateway."""
+        """What the agent in the engine says."""
+        state: dict[str, Any] = json.loads(self.of_replica("/tailor/state"))
+        return state
+
+    def of_replica(self, path: str) -> str:
+        """What the replica answers, asked past the gateway."""
         token = (self.home / "replica-token").read_text().strip()
         with socket.socket(socket.AF_UNIX) as link:  # httpcore leaks its own where nobody listens (any more)
             link.settimeout(30)
@@ -88,11 +93,10 @@ class RealStack:
             connection = http.client.HTTPConnection("replica")
             connection.sock = link
             with closing(connection):
-                connection.request("GET", "/tailor/state", headers={"authorization": f"Bearer {token}"})
+                connection.request("GET", path, headers={"authorization": f"Bearer {token}"})
                 with connection.getresponse() as answer:
                     assert answer.status == 200
-                    state: dict[str, Any] = json.loads(answer.read())
-        return state
+                    return answer.read().decode()
 
     def generation(self) -> str | None:
         """The engine's generation; None while there is no engine to ask."""
