@@ -478,6 +478,8 @@ class FrontProtocol(HttpToolsProtocol):
         elif not exchange.response_complete:
             exchange.more_body = False
             exchange.set()
+            if not self.pipeline:  # paused for a large body; who does not read does not see the client leave
+                self.flow.resume_reading()
 
     def on_message_begin(self) -> None:
         self.url = b""

@@ -10,7 +10,7 @@ from typing import cast
 import pytest
 
 from gateway.body_room import ROOM_BYTES
-from gateway.protocol import FrontProtocol
+from gateway.protocol import Exchange, FrontProtocol
 from loadtests.fake.replica import FakeReplica
 from tests.fakes.transport import protocol_of
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, Tenant
@@ -189,6 +189,29 @@ async def test_a_large_body_may_bring_the_next_head_along(acme: Tenant, gateway:
     assert (await answered(reader))[0].startswith(b"HTTP/1.1 200")
     writer.write(chat(acme.key)[60:])
     assert (await answered(reader))[0].startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+async def test_what_follows_a_large_body_waits_unread(run_gateway: RunGateway, run_replica: RunReplica) -> None:
+    """A connection reads on while a large body is answered, but no further than one request more."""
+    replica = await run_replica()
+    gateway = await run_gateway(replica)
+    acme = await gateway.tenant("acme")
+    replica.faults.latency_s = 1.0
+    reader, writer = await connect(gateway)
+    long = BODY.replace(b'"x"', b'"%b"' % (b"x" * 900_000))
+    writer.write(chat(acme.key, long))
+    await until(lambda: replica.in_flight == 1)
+    writer.write(chat(acme.key, long) * 4)
+    connections = [cast(FrontProtocol, each) for each in gateway.parts.connections]
+    (connection,) = [each for each in connections if isinstance(each.cycle, Exchange)]
+    await until(lambda: len(connection.pipeline) == 1)
+    await asyncio.sleep(0.3)
+    assert len(connection.pipeline) == 1
+    assert len(cast(Exchange, connection.cycle).body) <= 256 << 10  # one read
+    replica.faults.latency_s = 0.0
+    for _ in range(5):
+        assert (await answered(reader))[0].startswith(b"HTTP/1.1 200")
     writer.close()
 
 

@@ -247,6 +247,23 @@ async def test_a_client_that_leaves_cancels_upstream(run_gateway: RunGateway, go
     await _until(lambda: replica.cancelled == 2)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("size", [100_000, 900_000])
+async def test_a_client_that_leaves_behind_a_large_body_cancels_upstream(
+    run_gateway: RunGateway, replica: FakeReplica, size: int, stream: bool
+) -> None:
+    """Reading, which pauses while a large body comes, goes on once that is whole, or nobody sees the client leave."""
+    acme = await (await run_gateway(replica, hear_out_s=0.1)).tenant("acme")
+    replica.faults.hang_before_answer = True
+    with pytest.raises(httpx.ReadTimeout):
+        await acme.client.post(
+            "/v1/chat/completions",
+            json={"model": BASE, "messages": [{"role": "user", "content": "x" * size}], "stream": stream},
+            timeout=httpx.Timeout(30, read=0.5),
+        )
+    await _until(lambda: replica.cancelled == 1)
+
+
 @pytest.mark.parametrize(
     ("hear_out_s", "context", "asked", "counted"),
     [(60, 8_192, {"max_tokens": 200}, None), (0.1, 8_192, {"max_tokens": 200}, 200), (0.1, 2_000, {}, None)],
