@@ -18,10 +18,17 @@ MOST_CHOICES: Final = 1_024
 MOST_COST_MS: Final = 3_500.0
 """What all schemas of a request may cost xgrammar 0.2.8 to compile for 64,000 tokens, on one core."""
 OPTIONAL_MS: Final = 0.08  # times the square of an object's optional properties
+NAME_MS: Final = 15.0
+"""Each byte of a property's name in an object that may have others: they are told apart letter by letter."""
 RANGE_MS: Final = 5.5
-LENGTH_MS: Final = 15.625  # each unit of each different `maxLength` (or `minLength`)
+FAR_RANGE_MS: Final = 30.0  # with a bound beyond `FAR`, which is written out in all its digits
+FAR: Final = 1e18
+ITEMS_MS: Final = 1.5
+LENGTH_MS: Final = 15.625  # each unit of each different pair of `minLength` and `maxLength`
+LONG: Final = 128
 COSTLIEST_LENGTH: Final = 200
-FORMAT_MS: Final = {"email": 42.0, "uri": 45.0, "uri-reference": 52.0, "uri-template": 105.0, "hostname": 8.0}
+"""What any length above `LONG` costs as: xgrammar takes it apart."""
+FORMAT_MS: Final = {"email": 45.0, "uri": 45.0, "uri-reference": 52.0, "uri-template": 120.0, "hostname": 22.0}
 OTHER_FORMAT_MS: Final = 5.0
 DEEPEST: Final = 16
 DEEPEST_JSON: Final = 48  # vLLM's own bound is 64, with what it wraps around
@@ -103,8 +110,15 @@ class SchemaBudget:
         self._bytes = 0
         self._nodes = 0
         self._choices = 0
-        self._lengths: set[int] = set()
-        self._cost_ms = {"optional properties": 0.0, "bounds of numbers": 0.0, "maxLength": 0.0, "format": 0.0}
+        self._lengths: set[tuple[int, int | None]] = set()
+        self._cost_ms = {
+            "optional properties": 0.0,
+            "names beside additionalProperties": 0.0,
+            "bounds of numbers": 0.0,
+            "bounds of lists": 0.0,
+            "maxLength": 0.0,
+            "format": 0.0,
+        }
 
     def take(self, raw: msgspec.Raw, param: str, *, compiled: bool = True, may_be_null: bool = False) -> msgspec.Raw:
         """The schema as it goes to the engine, its keywords in the client's order.
@@ -160,13 +174,18 @@ class SchemaBudget:
         if node.format:
             cost["format"] += FORMAT_MS.get(node.format, OTHER_FORMAT_MS)
         if node.max_length is not None or node.min_length is not None:
-            length = min(node.max_length or node.min_length or 0, COSTLIEST_LENGTH)
-            if length not in self._lengths:
-                self._lengths.add(length)
-                cost["maxLength"] += length * LENGTH_MS
-        if _has_range(node):
-            cost["bounds of numbers"] += RANGE_MS
+            pair = (node.min_length or 0, node.max_length)
+            if pair not in self._lengths:  # the same pair is compiled once, wherever it stands
+                self._lengths.add(pair)
+                length = pair[0] if node.max_length is None else node.max_length
+                cost["maxLength"] += (length if length <= LONG else COSTLIEST_LENGTH) * LENGTH_MS
+        cost["bounds of numbers"] += _range_ms(node)
+        if node.min_items is not None or node.max_items is not None:
+            cost["bounds of lists"] += ITEMS_MS
         if node.properties:
+            if node.additional_properties is not None and node.additional_properties is not False:
+                names = sum(len(name.encode()) for name in node.properties)
+                cost["names beside additionalProperties"] += (1 + names) * NAME_MS
             optional = len(node.properties.keys() - (node.required or ()))
             cost["optional properties"] += optional**2 * OPTIONAL_MS
             below += node.properties.values()
@@ -193,14 +212,17 @@ class SchemaBudget:
             parts = ", ".join(f"{name}: {value:.0f}" for name, value in self._cost_ms.items() if value >= 1)
             raise RequestInvalid(
                 f"The schemas of one request would take too long to compile: they may cost {MOST_COST_MS:.0f} ms, and "
-                f"cost about this much ({parts}). Make properties required, or bounds smaller.",
+                f"cost about this much ({parts}). Make properties required, bounds smaller, or objects closed.",
                 param=param,
             )
 
 
-def _has_range(node: Schema) -> bool:
+def _range_ms(node: Schema) -> float:
     bounds = (node.minimum, node.maximum, node.exclusive_minimum, node.exclusive_maximum)
-    return any(bound is not None for bound in bounds)
+    given = [abs(bound) for bound in bounds if bound is not None]
+    if not given:
+        return 0.0
+    return RANGE_MS if max(given) <= FAR else FAR_RANGE_MS
 
 
 def deeper_than(depth: int, value: Any) -> bool:

@@ -337,7 +337,14 @@ def test_auto_needs_the_operators_parser(path: str) -> None:
         | {"properties": {"k": {"maxLength": 64}}},
         {"type": "object", "properties": {f"k{n}": {"type": "integer"} for n in range(210)}},
         {"type": "object", "properties": {f"k{n}": {"type": "string", "maxLength": 200} for n in range(128)}},
+        {"type": "object", "properties": {f"k{n}": {"type": "string", "maxLength": 701 + n} for n in range(9)}},
+        {"type": "object", "properties": {f"k{n}": {"minLength": n, "maxLength": 200} for n in range(9)}},
+        {"type": "object", "properties": {f"k{n}": {"minLength": n, "maxLength": 50} for n in range(9)}},
         {"type": "object", "properties": {f"k{n}": {"type": "number", "minimum": n} for n in range(180)}},
+        {"type": "object", "properties": {f"k{n}": {"type": "number", "maximum": n * 1.23e300} for n in range(1, 120)}},
+        {"type": "object", "properties": {"k" * 240: {}}, "additionalProperties": True},
+        {"anyOf": [{"properties": {f"{n}{'k' * 20}": {} for n in range(6)}, "additionalProperties": {}}] * 2},
+        {"properties": {f"name_{n}": {} for n in range(50)}, "required": [], "additionalProperties": {"type": "null"}},
         {"type": "object", "properties": {f"k{n}": {"type": "string", "format": "uri-template"} for n in range(34)}},
         {"anyOf": [{"type": "object", "properties": {f"k{n}": {"maxLength": 200} for n in range(63)}}] * 4},
         {"anyOf": [{}] * MOST_NODES},
@@ -603,6 +610,15 @@ def test_a_text_may_have_255_characters() -> None:
     """As many databases' columns have, so as many schemas say."""
     fields = {f"field_{n}": {"type": "string", "maxLength": 255} for n in range(40)}
     schema = {"type": "object", "properties": fields}
+    held = {"type": "json_schema", "json_schema": {"name": "row", "schema": schema}}
+    assert sent(ask(CHAT, response_format=held))["response_format"]["json_schema"]["schema"] == schema
+
+
+def test_a_schema_of_an_open_object_passes() -> None:
+    """Of a dozen names, and a dictionary, which has none; numbers as far as a double goes."""
+    fields = {f"field_{n:02}": {"type": "number", "maximum": 1.7976931348623157e308} for n in range(12)}
+    row = {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": True}
+    schema = {"type": "object", "properties": {"row": row, "by_name": {"additionalProperties": {"type": "string"}}}}
     held = {"type": "json_schema", "json_schema": {"name": "row", "schema": schema}}
     assert sent(ask(CHAT, response_format=held))["response_format"]["json_schema"]["schema"] == schema
 
