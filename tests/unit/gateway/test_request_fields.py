@@ -16,6 +16,7 @@ from gateway.dialects.words import (
     MOST_BRACKETS,
     MOST_CALLS,
     MOST_ESCAPES,
+    MOST_MARKS,
     MOST_PARTS,
     MOST_QUOTES,
     MOST_TOKENS,
@@ -542,7 +543,12 @@ def test_many_commas_among_many_quotes_are_values() -> None:
     rows = {"role": "user", "content": '1,2,3,"b\\"\n' * (MOST_VALUES // 2)}
     many = [{"role": "user", "content": [PART] * 10}] * (MOST_QUOTES // 20)
     assert "texts" in refused(messages=[rows, *many]).message
-    for text in ("1,2\n" * (MOST_VALUES + MOST_QUOTES), rows["content"]):
+    assert "values" in refused(messages=[{"role": "user", "content": [0] * (MOST_VALUES + 9)}]).message
+    table = "\n".join(",".join(f'"{n}"' for n in range(12)) for _ in range(8_500))
+    told = refused(messages=[{"role": "user", "content": table}]).message
+    assert f"{table.count(',') + 2} commas" in told
+    assert f"{MOST_MARKS} quotes and backslashes" in told
+    for text in ("1,2\n" * (MOST_VALUES + MOST_QUOTES), rows["content"], table[: len(table) // 2]):
         assert sent(ask(CHAT, messages=[{"role": "user", "content": text}]))["messages"][0]["content"] == text
 
 
