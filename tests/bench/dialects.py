@@ -96,6 +96,7 @@ ORDINARY: dict[str, tuple[str, dict[str, Any]]] = {
     "responses, 1,024 items of 1 kB": (RESPONSES, {"input": talk(1_024, 985)}),
 }
 HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
+    "a role of 1 MB that looks like msgspec's sentences": (CHAT, {"messages": [{"role": " - at `" * 143_000}]}),
     "330,000 backslashes with a comma each": (CHAT, {"messages": one("\\," * 330_000)}),
     "a table of 100,000 cells with quotes": (CHAT, {"messages": one('"1234",' * 100_000)}),
     "174,000 token ids": (COMPLETIONS, {"prompt": [12_345] * 174_000}),

@@ -10,6 +10,7 @@ from msgspec.structs import fields as fields_of
 
 from gateway.dialects import DIALECTS, OPT_IN, Bounds, Checked, Dialect, all_dialects
 from gateway.dialects.counts import AskedTokens, InputTokens
+from gateway.dialects.dialect import cut
 from gateway.dialects.fields import GATEWAY_SET, REFUSED
 from gateway.dialects.schemas import MOST_CHOICES, MOST_NODES
 from gateway.dialects.words import (
@@ -536,6 +537,15 @@ def test_values_are_told_from_commas_in_a_text(value: Any, most: int) -> None:
     except RequestInvalid:
         refused = True
     assert refused == (commas(value) > most)
+
+
+@pytest.mark.parametrize("role", [" - at `" * 9_000, "x" * 60_000, "missing required field `a`", "unknown field `b`"])
+def test_a_long_word_of_the_clients_is_not_read_for_its_place(role: str) -> None:
+    """msgspec's sentence quotes it: what it says itself stands at its beginning and end."""
+    told = refused(messages=[{"role": role, "content": "x"}])
+    assert told.param == "messages[0].role"
+    assert len(told.message) < 300
+    assert len(cut(f"Invalid value '{role}' - at `$.role`")) <= 701
 
 
 def test_many_commas_among_many_quotes_are_values() -> None:
