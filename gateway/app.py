@@ -14,6 +14,7 @@ from functools import partial
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter_store.aliases import Aliases
@@ -408,6 +409,8 @@ async def _stop_with_the_drain(operators: OperatorPort, draining: asyncio.Event)
 
 def _install_error_handlers(app: FastAPI) -> None:
     async def respond(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 405:
+            error = MethodNotAllowed("This path does not take that method.", allow=_methods(app, request.scope))
         told = answer(_as_ours(error))
         if told.status == 500:
             request_id = request_id_of(request.scope)
@@ -424,6 +427,12 @@ def _install_error_handlers(app: FastAPI) -> None:
     for kind in (GatewayError, AdapterStoreError, TrainingError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, respond)
     app.add_middleware(_Unforeseen, respond=respond)
+
+
+def _methods(app: FastAPI, scope: Scope) -> str:
+    """Of all routes that a path has: Starlette names those of the first."""
+    routes = [route for route in app.routes if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in routes for method in route.methods or ()}))
 
 
 class _Unforeseen:
@@ -461,9 +470,7 @@ def _as_ours(error: Exception) -> Exception:
         field = ".".join(str(part) for part in first["loc"][1:]) or None
         return RequestInvalid(f"{field or 'The body'}: {first['msg']}.", param=field)
     if isinstance(error, HTTPException) and error.status_code == 404:
-        return RouteUnknown("There is no such path; docs/api.md lists those that exist.")
-    if isinstance(error, HTTPException) and error.status_code == 405:
-        return MethodNotAllowed("This path does not take that method.", allow=(error.headers or {}).get("Allow", ""))
+        return RouteUnknown()
     if isinstance(error, HTTPException) and error.status_code == 413:
         return BodyTooLarge(f"The body is larger than {SMALL_BODY_BYTES} bytes.")
     if isinstance(error, HTTPException):

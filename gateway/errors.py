@@ -100,6 +100,9 @@ class RouteUnknown(GatewayError):
 
     status, type, code = 404, "invalid_request_error", "unknown_url"
 
+    def __init__(self) -> None:
+        super().__init__("There is no such path; docs/api.md lists those that exist.")
+
 
 class MethodNotAllowed(GatewayError):
     """The path exists, the method does not; `allow`: which do, separated by commas."""

@@ -12,7 +12,7 @@ from gateway.api.body import receive_in_time
 from gateway.api.generation import Generation
 from gateway.auth import Auth
 from gateway.dependencies import Parts
-from gateway.errors import GatewayError, MethodNotAllowed, RequestInvalid, authorization_of, send_error
+from gateway.errors import GatewayError, MethodNotAllowed, RequestInvalid, RouteUnknown, authorization_of, send_error
 from gateway.protocol import Out
 from gateway.request_ids import HEADER, name_request
 
@@ -55,6 +55,8 @@ class Front:
             try:
                 await self._auth.live_key(authorization_of(scope))
                 if path in self._hot_paths:
+                    if scope["method"] == "POST":  # with a fragment, which is no part of a path
+                        raise RouteUnknown()
                     raise MethodNotAllowed("This path takes POST only.", allow="POST")
                 if "\0" in path or b"%00" in scope["query_string"]:
                     raise RequestInvalid("Paths and queries have no NUL characters.")  # PostgreSQL cannot hold one

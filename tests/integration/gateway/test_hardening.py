@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from gateway.replicas.residency import Residency
 from loadtests.fake.replica import FakeReplica
 from tests.bad_adapters import BAD, write_good
-from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, Tenant, error_of
+from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, Tenant, error_of, live_routes
 from tests.waiting import until
 
 
@@ -126,12 +127,31 @@ async def test_control_bodies_are_bounded(gateway: Gateway) -> None:
     assert late.status_code == 400
 
 
-async def test_a_wrong_method_is_told(acme: Tenant) -> None:
-    """405 on the hot paths as on the others."""
+async def test_a_wrong_method_is_told(acme: Tenant, gateway: Gateway) -> None:
+    """405 on the hot paths as on the others, with all methods that the path has."""
     hot = await acme.client.get("/v1/chat/completions")
-    other = await acme.client.put("/v1/adapters")
     assert (hot.status_code, hot.headers["allow"]) == (405, "POST")
-    assert (other.status_code, other.headers["allow"]) == (405, "POST")
+    methods: dict[str, set[str]] = {}
+    for method, path in live_routes(gateway.front):
+        methods.setdefault(re.sub(r"\{[^}]*\}", "1", path), set()).add(method)
+    assert methods["/v1/files"] == {"GET", "POST"}
+    several = {path: taken for path, taken in methods.items() if len(taken) > 1}
+    for path, taken in several.items():
+        client = gateway.operator if path.startswith("/admin") else acme.client
+        other = await client.request("PUT" if "PUT" not in taken else "POST", path)
+        assert (other.status_code, set(other.headers["allow"].split(", "))) == (405, taken), path
+
+
+async def test_a_path_with_a_fragment_is_no_path(acme: Tenant, gateway: Gateway) -> None:
+    """No client sends one; where it is sent all the same, nobody is told that POST is the method to use."""
+    host, port = gateway.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        b"POST /v1/chat/completions#x HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %b\r\ncontent-length: 0\r\n\r\n"
+        % acme.key.encode()
+    )
+    assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 404")
+    writer.close()
 
 
 async def test_an_oversized_chat_body_is_told(acme: Tenant) -> None:
