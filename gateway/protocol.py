@@ -308,6 +308,22 @@ class _Overflow:
         return 0  # nothing waits: reading never pauses for it
 
 
+class _AnyLength:
+    """What is still to come of an answer whose end is its connection's, as uvicorn reckons with it: enough."""
+
+    def __lt__(self, size: int) -> bool:
+        return False
+
+    def __sub__(self, size: int) -> "_AnyLength":
+        return self
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
 class FrontProtocol(HttpToolsProtocol):
     """Generation requests take the short way. Connections with no whole head in time, or one without end, are cut."""
 
@@ -526,6 +542,9 @@ class FrontProtocol(HttpToolsProtocol):
         self.url, self.expect_100_continue = url, expects
         self.headers.extend(headers)  # the list is the scope's
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":  # it knows no chunks, which uvicorn sends all the same
+            cycle: Any = self.cycle
+            cycle.chunked_encoding, cycle.expected_content_length = False, _AnyLength()
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, Exchange):
@@ -550,6 +569,7 @@ class FrontProtocol(HttpToolsProtocol):
         elif running is not None and running.begun and not running.response_complete:
             self.transport.abort()
         else:
+            self._arriving = None  # what came before it in the same read has this for its answer
             super().send_400_response(msg)
 
     def default_head(self) -> bytes:

@@ -104,6 +104,16 @@ async def test_garbage_in_the_middle_of_a_stream_is_not_answered_into_it(
     writer.close()
 
 
+async def test_a_request_with_garbage_behind_it_in_one_read_is_not_begun(acme: Tenant, gateway: Gateway) -> None:
+    """Its client has a 400 for both, and its connection is closed: nothing is generated for it."""
+    written: list[bytes] = []
+    protocol = protocol_of(gateway.front, written.append)
+    protocol.data_received(chat(acme.key) + b"\x00\x01 no HTTP\r\n\r\n")
+    assert [data.startswith(b"HTTP/1.1 400") for data in written] == [True]
+    assert not protocol.tasks
+    protocol.connection_lost(None)
+
+
 async def answered(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     """Head and body of the next answer."""
     head = await reader.readuntil(b"\r\n\r\n")
@@ -179,6 +189,31 @@ async def test_a_stream_for_http_1_0_ends_with_its_connection(acme: Tenant, gate
     assert events.startswith(b"data: {")
     assert events.endswith(b"data: [DONE]\n\n")
     writer.close()
+
+
+async def test_no_answer_for_http_1_0_has_chunks(acme: Tenant, gateway: Gateway) -> None:
+    """A stream of a job's events, and a file: neither says how long it is, or both do."""
+    rows = b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}\n' * 12
+    sent = await acme.client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("rows.jsonl", rows)})
+    file = sent.json()["id"]
+    made = await acme.client.post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": file, "suffix": "bot"})
+    job = made.json()["id"]
+    await acme.client.post(f"/v1/fine_tuning/jobs/{job}/cancel")
+    told = {}
+    for path in (f"/v1/fine_tuning/jobs/{job}/events?stream=true", f"/v1/files/{file}/content", "/v1/usage", "/none"):
+        reader, writer = await connect(gateway)
+        asked = b"GET %b HTTP/1.0\r\nhost: x\r\nauthorization: Bearer %b\r\n\r\n"
+        writer.write(asked % (path.encode(), acme.key.encode()))
+        head, _, told[path] = (await reader.read(-1)).partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head.lower(), path
+        assert b"connection: close" in head.lower(), path
+        writer.close()
+    events, content, usage, none = told.values()
+    assert events.startswith(b"data: {")
+    assert events.endswith(b"data: [DONE]\n\n")
+    assert content == rows
+    assert usage.startswith(b"{")
+    assert none.endswith(b"}")
 
 
 async def test_a_large_body_may_bring_the_next_head_along(acme: Tenant, gateway: Gateway) -> None:
