@@ -5,7 +5,7 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -238,12 +238,12 @@ async def test_what_follows_a_large_body_waits_unread(run_gateway: RunGateway, r
     writer.write(chat(acme.key, long))
     await until(lambda: replica.in_flight == 1)
     writer.write(chat(acme.key, long) * 4)
-    connections = [cast(FrontProtocol, each) for each in gateway.parts.connections]
+    connections: list[Any] = list(gateway.parts.connections)
     (connection,) = [each for each in connections if isinstance(each.cycle, Exchange)]
     await until(lambda: len(connection.pipeline) == 1)
     await asyncio.sleep(0.3)
     assert len(connection.pipeline) == 1
-    assert len(cast(Exchange, connection.cycle).body) <= 256 << 10  # one read
+    assert len(connection.cycle.body) <= 256 << 10  # one read
     replica.faults.latency_s = 0.0
     for _ in range(5):
         assert (await answered(reader))[0].startswith(b"HTTP/1.1 200")
