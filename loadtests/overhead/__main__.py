@@ -18,6 +18,7 @@ from pathlib import Path
 import uvloop
 
 from loadtests.figures import Row, add_files, exit_code, tell, write
+from loadtests.overhead.bodies import body_row
 from loadtests.overhead.client import Target
 from loadtests.overhead.features import missing_features
 from loadtests.overhead.model_files import BASE_NAME
@@ -107,6 +108,7 @@ def measure(args: argparse.Namespace, effort: Effort) -> tuple[list[Row], list[R
         *load_rows(median(rounds)),
         row("memory_per_worker_mib", max(stack.ready_mib, loaded_mib), **memory),
         start_row(stack.starts),
+        body_row(),
         row("features_off", len(missing), missing=missing),
     ]
     return rows, rounds

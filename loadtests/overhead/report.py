@@ -24,6 +24,7 @@ BOUNDS: Final = {
     "resolve_admit_rss_mib": Bound(
         150, None, "lower", "resident memory of 100,000 adapters, 10,000 tenants, 20,000 keys, MiB"
     ),
+    "body_1mb_cpu_ms": Bound(3, None, "lower", "event loop of a 1 MB body, worst of the ordinary shapes, ms"),
     "failed_operations": Bound(0, None, "lower", "requests that failed, all targets"),
     "features_off": Bound(0, None, "lower", "parts of the gateway that did not take part"),
 }

@@ -14,11 +14,12 @@ from adapter_store.base_model import BaseModel
 from adapter_store.bundle import bundle_digest
 from adapter_store.inspection import Bounds, inspect
 from loadtests import figures
-from loadtests.overhead import mock, report
+from loadtests.overhead import bodies, mock, report
 from loadtests.overhead.client import Connection, Reply, Target, now
 from loadtests.overhead.model_files import BASE_NAME, adapter_files, write_base
 from loadtests.overhead.phases import PHASES, Sample, closed_loop, first_token, median, streams
 from loadtests.overhead.processes import busy_ns, cpu_ns, listeners, on_core, rss_mib, with_descendants
+from loadtests.overhead.stack import CannotMeasureError
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 FAST = Sample(operations=100, failed=0, per_s=1_000.0, p50_us=100.0, p99_us=200.0, cpu_us=10.0)
@@ -246,3 +247,18 @@ def test_a_core_is_given_back() -> None:
     with on_core(min(before)):
         assert os.sched_getaffinity(0) == {min(before)}
     assert os.sched_getaffinity(0) == before
+
+
+def test_the_dearest_ordinary_body_is_the_figure() -> None:
+    """Above 3 ms it fails the run; a body that is refused is no figure."""
+    told = [{"figure": f"policy: {name}", "value_ms": ms, "told": "sent"} for name, ms in (("a", 1.0), ("b", 2.9))]
+    kept = bodies.worst(map(json.dumps, told))
+    assert (kept.value, figures.exit_code([kept])) == (2.9, 0)
+    told[0]["value_ms"] = 3.1
+    missed = bodies.worst(map(json.dumps, told))
+    assert (missed.value, figures.exit_code([missed])) == (3.1, 1)
+    told[1]["told"] = "refused"
+    with pytest.raises(CannotMeasureError, match="policy: b"):
+        bodies.worst(map(json.dumps, told))
+    with pytest.raises(CannotMeasureError):
+        bodies.worst([])
