@@ -24,6 +24,7 @@ from loadtests.fake.golden import golden, prompted, tokenized
 from loadtests.fake.speech import COUNTING, Speech, counted, speech_of
 
 TOKEN = "fake-replica-token-0123456789"  # noqa: S105  of a replica that is no real one
+PRIORITY_HEADER = "x-vllm-priority"
 USES_KEPT = 10_000
 PROMPTS = ("messages", "prompt", "input")
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -92,8 +93,8 @@ class Served:
 
     adapter: str | None
     owner: str
-    priority: int
     prompt_tokens: int
+    priority: int = 0
     completion_tokens: int = 0
     whole: bool = False
     arrived_s: float = 0.0
@@ -465,7 +466,8 @@ class FakeReplica:
         request_id = headers.get("x-request-id", "")
         self.running[request_id] = None
         try:
-            await self._generate_with(speech_of(path, body), name, request_id, body, reader, writer)
+            priority = _priority(headers, body)
+            await self._generate_with(speech_of(path, body), name, request_id, body, priority, reader, writer)
         finally:
             self._note_end(request_id)
             self.in_flight -= 1
@@ -498,6 +500,7 @@ class FakeReplica:
         name: str | None,
         request_id: str,
         body: dict[str, Any],
+        priority: int,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
@@ -537,7 +540,7 @@ class FakeReplica:
         await asyncio.sleep(self.faults.slow_digests.get(digest, 0.0))
         served = self.running[request_id] = self._serve_record(name, body)
         speech.cached = self.cached_tokens(name, body)
-        served.cached_tokens = speech.cached or 0
+        served.cached_tokens, served.priority = speech.cached or 0, priority
         try:
             if body.get("stream"):
                 await self._stream(speech, body, name, served, reader, writer)
@@ -563,8 +566,7 @@ class FakeReplica:
         served = Served(
             name,
             self.adapters[name]["owner"] if name in self.adapters else "",
-            int(body.get("priority", 0)),
-            self.prompt_tokens(body),
+            prompt_tokens=self.prompt_tokens(body),
             arrived_s=self.engine.now_s if self.engine is not None else 0.0,
         )
         self.served.append(served)
@@ -758,6 +760,13 @@ class FakeReplica:
         content = b"" if status == 204 else body
         length = b"" if status == 204 else b"content-length: %d\r\n" % len(content)
         writer.write(b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\n%b\r\n%b" % (status, length, content))
+
+
+def _priority(headers: dict[str, str], body: dict[str, Any]) -> int:
+    """As vLLM 0.32 reads it: the header goes before the body's member."""
+    with suppress(KeyError, ValueError):
+        return int(headers[PRIORITY_HEADER])
+    return int(body.get("priority", 0))
 
 
 def _is_gone(reader: asyncio.StreamReader) -> bool:

@@ -39,7 +39,7 @@ from gateway.replicas.replica import Replica, ReplicaOptions, ReplicaState
 from gateway.replicas.upstream import UpstreamError
 from loadtests.fake.engine import EngineModel
 from loadtests.fake.replica import TOKEN, FakeReplica
-from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, error_of
+from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, Tenant, error_of
 from tests.waiting import stalls, until
 
 QUICK = ReplicaOptions(probe_interval_s=0.1, probe_deadline_s=10.0)  # a stall of the machine is no frozen engine
@@ -376,6 +376,34 @@ async def test_tenants_share_a_busy_replica_by_weight(run_replica: RunReplica, r
     stop.set()
     await asyncio.gather(*tasks)
     assert 2.4 < tokens["big"] / tokens["small"] < 3.6
+
+
+async def test_the_engine_takes_waiting_requests_by_the_weight_of_their_tenants(
+    run_gateway: RunGateway, run_replica: RunReplica
+) -> None:
+    """Those of eight times the weight, though they came last: the header tells the engine so."""
+    engine = EngineModel(max_num_seqs=1, base_step_s=0, per_sequence_s=0)
+    fake = await run_replica(engine=engine, max_model_len=8_192)
+    gateway = await run_gateway(fake, replica_concurrency=8)
+    light, heavy = [await gateway.tenant(name) for name in ("light", "heavy")]
+    made = await gateway.operator.post("/admin/v1/plans", json={"name": "heavy", "weight": 8})
+    assert made.status_code == 201, made.text
+    moved = await gateway.operator.patch("/admin/v1/tenants/heavy", json={"plan": "heavy"})
+    assert moved.status_code == 200, moved.text
+    answered: list[str] = []
+
+    async def ask(tenant: Tenant) -> None:
+        assert (await tenant.ask(BASE, max_tokens=4_000)).status_code == 200
+        answered.append(tenant.name)
+
+    engine.freeze()
+    tasks = []
+    for tenant in (light, light, light, heavy, heavy, heavy):  # the first one runs
+        tasks.append(asyncio.create_task(ask(tenant)))
+        await until(lambda: engine.running + engine.waiting == len(tasks))
+    engine.thaw()
+    await asyncio.gather(*tasks)
+    assert answered == ["light", "heavy", "heavy", "heavy", "light", "light"]
 
 
 async def test_a_full_queue_refuses_at_once(run_replica: RunReplica, run_pool: RunPool) -> None:
