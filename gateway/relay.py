@@ -17,6 +17,7 @@ _ERROR_MARK: Final = b'data: {"error"'
 _USAGE_MARK: Final = b',"usage":{'
 _NO_CHOICES: Final = b'"choices":[]'
 EVENT_LIMIT_BYTES: Final = 1 << 20
+BROKE_OFF: Final = "The engine broke the answer off; try again."
 
 
 class BrokenOff(ReplicaFailed):
@@ -25,6 +26,14 @@ class BrokenOff(ReplicaFailed):
     def __init__(self, error: ReplicaFailed, passed: bytes) -> None:
         super().__init__(error.message)
         self.passed = passed
+
+
+class ErrorEvent(ReplicaFailed):
+    """The engine streamed an error, `body`: its own failure, or its refusal of a request that it looked at so late."""
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__(BROKE_OFF)
+        self.body = body
 
 
 class Translation:
@@ -62,13 +71,15 @@ def told(events: list[bytes], translate: Callable[[bytes], bytes]) -> bytes:
     """Events that came together, translated.
 
     Raises:
-        BrokenOff: one of them tells of an error.
+        ReplicaFailed: the first of them tells of an error; BrokenOff: a later one does.
     """
     passed: list[bytes] = []
     try:
         for event in events:
             passed.append(translate(event))
     except ReplicaFailed as error:
+        if not passed:
+            raise
         raise BrokenOff(error, b"".join(passed)) from error
     return b"".join(passed)
 
@@ -96,8 +107,8 @@ class StreamTranslation(Translation):
         """Translate the whole events that are there now; a half one waits for the next call.
 
         Raises:
-            ReplicaFailed: the engine reported an error inside the stream, or an event grew past all bounds. BrokenOff:
-                so it did, after events that go to the client all the same.
+            ReplicaFailed: an event grew past all bounds. ErrorEvent: the engine reported an error inside the stream.
+                BrokenOff: so it did, after events that go to the client all the same.
         """
         if self._rest or data[-2:] != b"\n\n":
             data = self._whole_events(data)
@@ -119,7 +130,7 @@ class StreamTranslation(Translation):
         at = event.rfind(_USAGE_MARK)
         if at < 0:
             if event.startswith(_ERROR_MARK):
-                raise ReplicaFailed("The engine broke the answer off; try again.")
+                raise ErrorEvent(event[len(b"data: ") :])
             if event == DONE:
                 self.finished = True
             return event.replace(self._engine_name, self._shown_name, 1)

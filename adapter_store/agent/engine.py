@@ -117,6 +117,11 @@ class Engine:
         return int(self._models.model_config.max_model_len)
 
     @property
+    def vocabulary(self) -> int:
+        """How many ids of tokens a request may name (`get_vocab_size`)."""
+        return int(self._models.model_config.get_vocab_size())
+
+    @property
     def concurrency(self) -> int:
         """Sequences that one step runs (`max_num_seqs`)."""
         return int(self._client.vllm_config.scheduler_config.max_num_seqs)

@@ -121,6 +121,7 @@ def _facts(settings: AgentSettings, base: BaseModel, engine: Engine) -> dict[str
             "max_cpu_loras": settings.host_adapters,
             "max_lora_rank": settings.max_lora_rank,
             "max_model_len": engine.context_length,
+            "vocab_size": engine.vocabulary,
             "max_num_seqs": engine.concurrency,
         },
     }

@@ -31,6 +31,7 @@ from gateway.errors import (
     KeyInvalid,
     ReplicaFailed,
     ReplicaUnavailable,
+    RequestInvalid,
     ScopeMissing,
 )
 from gateway.journal import Journal, Meter
@@ -39,7 +40,7 @@ from gateway.logs import ids
 from gateway.models import Models
 from gateway.plans import Plan
 from gateway.protocol import ClientGone, Exchange
-from gateway.relay import BrokenOff
+from gateway.relay import BrokenOff, ErrorEvent
 from gateway.replicas.holdings import Resident
 from gateway.replicas.pool import Place, ReplicaPool
 from gateway.replicas.replica import Replica
@@ -483,6 +484,8 @@ class Generation:
         asked = request.asked
         if asked.scores_prompt and place.replica.null_adapter is not None:
             raise asked.prompt_scores_refused()
+        if asked.highest_ids is not None:
+            asked.hold_ids(place.replica.vocabulary)
         body = asked.upstream_body(
             model=place.name,
             cache_salt=salt,
@@ -719,7 +722,11 @@ class Generation:
             request.seen.status = 200
             request.exchange.end()
             return None
-        if isinstance(error, ReplicaFailed | ReplicaUnavailable):
+        if isinstance(error, ErrorEvent) and not request.exchange.begun:
+            error = self._dialect.refusal_in_stream(error.body, request.asked) or error
+        if isinstance(error, RequestInvalid):
+            request.at_work = False
+        elif isinstance(error, ReplicaFailed | ReplicaUnavailable):
             place.replica.failed(request.tenant_id)
         if request.exchange.disconnected:
             raise ClientGone
@@ -764,7 +771,7 @@ class Generation:
             return ReplicaFailed("The engine broke the answer off; try again.")
         # the engine's text may quote the prompt: it is neither logged nor passed on
         log.warning("the engine answered %d to request %s", status, request.id.decode(), extra=_ids(request))
-        return self._dialect.refusal(status, body)
+        return self._dialect.refusal(status, body, request.asked)
 
     def _head(self, request: _Request, kind: bytes) -> bytes:
         """The answer's header lines, receipts among them."""

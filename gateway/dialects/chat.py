@@ -18,7 +18,7 @@ from gateway.dialects.chat_shapes import (
     Tool,
     ToolCall,
 )
-from gateway.dialects.dialect import MOST_TOOLS, Checked, Dialect, Stream, check_bias, check_entries
+from gateway.dialects.dialect import MOST_TOOLS, Checked, Dialect, Stream, check_entries, highest_ids
 from gateway.dialects.lists import ListDecoder
 from gateway.dialects.schemas import SchemaBudget
 from gateway.dialects.words import (
@@ -84,7 +84,7 @@ class OpenAIGeneration(Dialect):
             raise RequestInvalid("stream_options goes with stream: true.", param="stream_options")
         if request.n is not None and request.n > self.bounds.max_choices:
             raise RequestInvalid(f"n may be at most {self.bounds.max_choices} on this server.", param="n")
-        check_bias(request.logit_bias)
+        ids = highest_ids(request.logit_bias, request.stop_token_ids)
         length = self.length(request.max_tokens, param, default)
         check_entries(request.n or 1, length, alternatives, param)
         if request.min_tokens is not None and request.min_tokens > length:
@@ -103,6 +103,7 @@ class OpenAIGeneration(Dialect):
             affinity=request.prompt_cache_key or request.user,
             scores_prompt=self.prompt_scores(request) if self.opted_in else "",
             wants_usage=bool(request.stream_options and request.stream_options.include_usage),
+            highest_ids=ids,
         )
         for name in IGNORED:
             setattr(request, name, None)

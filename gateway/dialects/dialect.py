@@ -19,7 +19,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from mypy_extensions import mypyc_attr
 
 from gateway.dialects.conversation import beginning
-from gateway.dialects.fields import GATEWAY_SET, OPT_IN, REFUSED, EngineRefusal
+from gateway.dialects.fields import GATEWAY_SET, OPT_IN, REFUSED, EngineError, EngineRefusal
 from gateway.dialects.lists import ListDecoder
 from gateway.dialects.schemas import SchemaBudget
 from gateway.dialects.words import MOST_VALUES, Pieces, decoded, hold_values, is_null
@@ -36,6 +36,10 @@ LARGE: Final = ("messages", "prompt", "input", "system", "instructions", "tools"
 """Fields that may be larger than `REST_BYTES`, of any dialect."""
 STAND_INS: Final = {"messages": b'[{"role":"user","content":""}]', "prompt": b'""', "input": b'""'}
 """What a large prompt is while the other fields are decoded: so that it is read once less."""
+LENGTHS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+"""What engines call the ceiling of an answer."""
+TOKEN_IDS: Final = ("allowed_token_ids", "logit_bias", "prompt", "stop_token_ids")
+"""Fields that may hold ids of tokens."""
 BYTES_PER_TOKEN: Final = 4
 NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
@@ -81,8 +85,8 @@ class Checked:
     """A request that may go to an engine."""
 
     __slots__ = (
-        "affinity", "choices", "length", "length_field", "length_param", "model", "own", "own_length", "prompt_bytes",
-        "prompt_tokens", "request", "scores_prompt", "stream", "wants_usage",
+        "affinity", "choices", "highest_ids", "length", "length_field", "length_param", "model", "own", "own_length",
+        "prompt_bytes", "prompt_tokens", "request", "scores_prompt", "stream", "wants_usage",
     )  # fmt: skip
 
     def __init__(  # a dataclass's own would stay interpreted
@@ -102,6 +106,7 @@ class Checked:
         own: Mapping[str, Any] = NOTHING,
         prompt_tokens: int | None = None,
         scores_prompt: str = "",
+        highest_ids: Mapping[str, int] | None = None,
     ) -> None:
         self.model = model
         self.stream = stream
@@ -127,6 +132,8 @@ class Checked:
         """The field by which logprobs of the prompt are asked for, "" where they are not: no engine on a CPU may be."""
         self.own = own
         """What the answer tells the client of its own request (metadata), where the dialect does."""
+        self.highest_ids = highest_ids
+        """Of the fields that name tokens the highest id in each; None where there are none."""
 
     @property
     def max_tokens(self) -> int:
@@ -159,6 +166,18 @@ class Checked:
         if self.own_length:
             raise RequestInvalid(f"{self.length_param} may be at most {most} on your plan.", param=self.length_param)
         self.length = most
+
+    def hold_ids(self, vocabulary: int) -> None:
+        """Hold the ids of tokens to a model's vocabulary, of so many.
+
+        The engine would too, but vLLM 0.32 begins to stream before it looks, and a response's stream then breaks off.
+
+        Raises:
+            RequestInvalid: one is not in it.
+        """
+        for field, highest in (self.highest_ids or NOTHING).items():
+            if highest >= vocabulary:
+                raise RequestInvalid(_unknown_token(field), param=field)
 
     def upstream_body(self, *, model: str, cache_salt: str, context_length: int) -> bytes:
         """The engine's body: the checked fields, and those that only the gateway sets (all of safe characters).
@@ -305,19 +324,47 @@ class Dialect:
         """
         raise NotImplementedError
 
-    def refusal(self, status: int, body: bytes) -> GatewayError:
-        """The engine's refusal in our words: its own text may name paths and inner names, so none is passed on."""
-        text = refusal_text(body)
+    def refusal(self, status: int, body: bytes, checked: Checked) -> GatewayError:
+        """The engine's refusal in our words: its own text may name paths and inner names, so none is passed on.
+
+        Of what it says only the name of a field is, and only where the client sent that field.
+        """
+        error = read_error(body)
+        text = error.message
         if status == 400 and ("context length" in text or "max_model_len" in text):
             return ContextLengthExceeded(
                 "The prompt is longer than the model's context (or leaves no room for the answer): shorten it.",
                 param=self.prompt_param,
             )
         if status in (400, 422):
+            param = self._refused_field(error, checked)
+            if param is not None:
+                return RequestInvalid(_why_refused(param, text), param=param)
             return RequestInvalid(
                 "The engine cannot do what was asked: check prompt, tools, response format and sampling parameters."
             )
         return ReplicaFailed("The engine failed on this request; try again.")
+
+    def refusal_in_stream(self, body: bytes, checked: Checked) -> GatewayError | None:
+        """What a stream's first event refuses the request with, as `refusal` tells it; None where the engine failed.
+
+        vLLM 0.32 looks at ids of tokens, among others, when it has answered a stream's request with 200 already.
+        """
+        code = read_error(body).code
+        return self.refusal(code, body, checked) if isinstance(code, int) and code in (400, 422) else None
+
+    def _refused_field(self, error: EngineError, checked: Checked) -> str | None:
+        """The field that the engine refuses, as the client calls it; None where it names none that the client sent."""
+        told = error.param
+        if told is None:  # vLLM 0.32 has a name for most fields, and none for these
+            told = "prompt" if _UNKNOWN_TOKEN.match(error.message) else "n" if _GREEDY.match(error.message) else ""
+        field = told.partition(".")[0]
+        if field in LENGTHS:
+            return checked.length_param if checked.own_length else None
+        if field not in self._members:
+            return None
+        sent: Any = getattr(checked.request, field, None)
+        return None if sent is None or sent is UNSET else field
 
     def error(self, error: Exception, request_id: str) -> ErrorAnswer:
         """A whole answer that tells of an error."""
@@ -358,12 +405,12 @@ class Dialect:
         return RequestInvalid(f"{param} is not accepted: {reason}.", param=param, code="unsupported_parameter")
 
 
-def refusal_text(body: bytes) -> str:
+def read_error(body: bytes) -> EngineError:
     """What the engine says; to be looked at, never passed on."""
     try:
-        return msgspec.json.decode(body, type=EngineRefusal).error.message
+        return msgspec.json.decode(body, type=EngineRefusal).error
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return ""
+        return EngineError()
 
 
 def cut(sentence: str) -> str:
@@ -371,6 +418,21 @@ def cut(sentence: str) -> str:
     return sentence if len(sentence) <= 700 else f"{sentence[:200]}…{sentence[-500:]}"
 
 
+def _why_refused(param: str, text: str) -> str:
+    """`text`: the engine's, of which nothing is quoted."""
+    if param in TOKEN_IDS and "vocab" in text:
+        return _unknown_token(param)
+    if param == "n" and _GREEDY.match(text):
+        return "n is above 1 and temperature is 0, where all answers are the same: ask for one, or set a temperature."
+    return f"The engine cannot do what {param} asks for: check its value."
+
+
+def _unknown_token(param: str) -> str:
+    return f"{param} has a token id that is not in the base model's vocabulary."
+
+
+_UNKNOWN_TOKEN: Final = re.compile(r"Token id -?\d+ is out of vocabulary")
+_GREEDY: Final = re.compile(r"n must be 1 when using greedy sampling")
 _UNKNOWN_FIELD: Final = re.compile(r"^Object contains unknown field `([^`]{1,64})`(?: - at `([^`]+)`)?")
 _MISSING: Final = re.compile(r"^Object missing required field `([^`]+)`")
 _NUMBER: Final = re.compile(r"\[[^\]]*\]")
@@ -396,10 +458,22 @@ def with_fields(request: type[Struct], names: list[str]) -> type[Struct]:
     )
 
 
-def check_bias(bias: Mapping[str, float] | None) -> None:
-    """Raises RequestInvalid where a key is no token id."""
-    if bias and not all(map(str.isdecimal, bias)):
-        raise RequestInvalid("logit_bias maps token ids, written as numbers, to biases.", param="logit_bias")
+def highest_ids(bias: Mapping[str, float] | None, stops: Sequence[int] | None) -> Mapping[str, int] | None:
+    """The highest token id of each field that names some; None where none does.
+
+    Raises:
+        RequestInvalid: a key of the bias is no token id.
+    """
+    if not bias and not stops:
+        return None
+    found: dict[str, int] = {}
+    if bias:
+        if not all(map(str.isdecimal, bias)):
+            raise RequestInvalid("logit_bias maps token ids, written as numbers, to biases.", param="logit_bias")
+        found["logit_bias"] = max(map(int, bias))
+    if stops:
+        found["stop_token_ids"] = max(stops)
+    return found
 
 
 def check_entries(choices: int, length: int, alternatives: int, param: str) -> None:

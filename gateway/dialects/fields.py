@@ -160,6 +160,8 @@ class EngineError(Struct):
     """What is read of an error of the engine's."""
 
     message: str = ""
+    param: str | None = None
+    code: int | str | None = None  # vLLM's are statuses
 
 
 class EngineRefusal(Struct):

@@ -7,7 +7,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from gateway.dialects.chat import NO_PARSER
-from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream, refusal_text
+from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream, read_error
 from gateway.dialects.events import NamedEvents, usage
 from gateway.dialects.fields import (
     REFUSED,
@@ -286,12 +286,12 @@ class Messages(Spoken):
     def stream(self, engine_name: str, checked: Checked) -> Stream:
         return MessageEvents(engine_name, checked.model, checked.prompt_bytes)
 
-    def refusal(self, status: int, body: bytes) -> GatewayError:
-        if status == 400 and _CUT.search(refusal_text(body)):  # vLLM 0.32 reads a tool's input before it answers
+    def refusal(self, status: int, body: bytes, checked: Checked) -> GatewayError:
+        if status == 400 and _CUT.search(read_error(body).message):  # vLLM 0.32 reads a tool's input before it answers
             return RequestInvalid(
                 "The answer ended within a tool's input: allow it more tokens, or stream it.", param="max_tokens"
             )
-        return super().refusal(status, body)
+        return super().refusal(status, body, checked)
 
     def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
         try:

@@ -7,7 +7,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from gateway.dialects.chat import NO_PARSER
 from gateway.dialects.chat_shapes import StreamOptions
-from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Bounds, Checked, Dialect, Stream, check_bias, check_entries
+from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Bounds, Checked, Dialect, Stream, check_entries, highest_ids
 from gateway.dialects.events import NamedEvents, usage
 from gateway.dialects.fields import (
     REFUSED,
@@ -300,7 +300,7 @@ class Responses(Conversing):
         if request.top_logprobs and not logprobs:
             raise RequestInvalid(f"top_logprobs goes with include: ['{LOGPROBS}'].", param="top_logprobs")
         param = "max_output_tokens"
-        check_bias(request.logit_bias)
+        ids = highest_ids(request.logit_bias, request.stop_token_ids)
         length = self.length(request.max_output_tokens, param)
         check_entries(1, length, request.top_logprobs or 0, param)
         checked = Checked(
@@ -314,6 +314,7 @@ class Responses(Conversing):
             choices=1,
             prompt_bytes=size,
             affinity=request.prompt_cache_key or request.user,
+            highest_ids=ids,
             own={"metadata": request.metadata or {}, "text": request.text, "user": request.user},
         )
         for name in IGNORED:

@@ -40,6 +40,7 @@ class EngineFacts(msgspec.Struct, frozen=True):
     max_cpu_loras: int
     max_lora_rank: int
     max_model_len: int = 1 << 31
+    vocab_size: int = 1 << 31
     max_num_seqs: int = 256
 
 

@@ -130,6 +130,11 @@ class Replica:
         return self.report.engine.max_model_len if self.report is not None else 1 << 31
 
     @property
+    def vocabulary(self) -> int:
+        """How many ids of tokens there are; known likewise."""
+        return self.report.engine.vocab_size if self.report is not None else 1 << 31
+
+    @property
     def base_name(self) -> str:
         """What the engine calls its base model, which need not be what tenants call it."""
         return self.report.base_model.name if self.report is not None else ""

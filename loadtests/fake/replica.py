@@ -43,6 +43,7 @@ class Faults:
     half_close_after: int | None = None
     """The replica sends no more and keeps the connection."""
     error_event_after: int | None = None
+    error_event: bytes = b'{"error":{"message":"CUDA error at /opt/vllm","code":500}}'
     garble_after: int | None = None
     cut_before_answer: bool = False
     hang_before_answer: bool = False
@@ -116,6 +117,7 @@ class FakeReplica:
     max_num_seqs: int = 256
     null_adapter: str | None = None
     max_model_len: int = 256
+    vocab_size: int = 1 << 31
     events: int = 4
     engine: EngineModel | None = None
     blobs: Path | None = None
@@ -278,6 +280,7 @@ class FakeReplica:
                 "max_cpu_loras": self.capacity,
                 "max_lora_rank": 64,
                 "max_model_len": self.max_model_len,
+                "vocab_size": self.vocab_size,
                 "max_num_seqs": self.max_num_seqs,
             },
             "null_adapter": self.null_adapter,
@@ -721,7 +724,7 @@ class FakeReplica:
         """True where the stream has ended by a fault."""
         faults = self.faults
         if number == faults.error_event_after:
-            self._chunk(writer, b'data: {"error":{"message":"CUDA error at /opt/vllm","code":500}}\n\n')
+            self._chunk(writer, b"data: %b\n\n" % faults.error_event)
             self._chunk(writer, b"data: [DONE]\n\n")
             writer.write(b"0\r\n\r\n")
             return True

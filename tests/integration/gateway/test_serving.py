@@ -392,6 +392,60 @@ async def test_a_stream_that_breaks_ends_in_one_error_event(
     assert "CUDA" not in got[2]
 
 
+@pytest.mark.parametrize("field", [{"logit_bias": {"3": 1, "400": 1}}, {"stop_token_ids": [400, 3]}], ids=str)
+async def test_a_token_id_that_the_engine_has_not_is_refused(
+    run_gateway: RunGateway, run_replica: RunReplica, field: dict[str, Any]
+) -> None:
+    """Before the engine is asked, which would look only when it streams; the highest one that there is passes."""
+    replica = await run_replica(vocab_size=400)
+    acme = await (await run_gateway(replica)).tenant("acme")
+    prompts: Any = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+        "/v1/completions": {"prompt": "x"},
+        "/v1/responses": {"input": "x"},
+    }
+    for path, prompt in prompts.items():
+        for stream in (False, True):
+            body = {"model": BASE, "stream": stream, **prompt}
+            refused = await acme.client.post(path, json={**body, **field})
+            assert refused.status_code == 400, refused.text
+            assert refused.json()["error"]["param"] == next(iter(field))
+            assert "vocabulary" in refused.json()["error"]["message"]
+            known = json.loads(json.dumps(field).replace("400", "399"))
+            assert (await acme.client.post(path, json={**body, **known})).status_code == 200
+    assert replica.request_count == 6
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_what_an_engine_refuses_within_a_stream_is_the_requests_fault(
+    run_gateway: RunGateway, run_replica: RunReplica, path: str
+) -> None:
+    """A 400 that names the field; no other engine is asked, none leaves rotation, and nothing stays reserved."""
+    replicas = [await run_replica(), await run_replica()]
+    for replica in replicas:
+        replica.faults.error_event_after = 0
+        replica.faults.error_event = json.dumps(
+            {"error": {"message": "out-of-vocab: 7 /opt/vllm", "type": "x", "param": "logit_bias", "code": 400}}
+        ).encode()
+    gateway = await run_gateway(*replicas)
+    made = await gateway.operator.post("/admin/v1/plans", json={"name": "small", "tokens_per_minute": 10_000})
+    assert made.status_code == 201, made.text
+    acme = await gateway.tenant("acme")
+    await gateway.operator.patch("/admin/v1/tenants/acme", json={"plan": "small"})
+    prompt = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x"}
+    body = {"model": BASE, "stream": True, "logit_bias": {"7": 1}, "max_tokens": 100, **prompt}
+    for _ in range(8):
+        refused = await acme.client.post(path, json=body)
+        assert refused.status_code == 400, refused.text
+        error = refused.json()["error"]
+        assert (error["param"], error["code"]) == ("logit_bias", "invalid_value")
+        assert "vocabulary" in error["message"]
+        assert "/opt" not in refused.text
+        assert int(refused.headers["x-ratelimit-remaining-tokens"]) > 9_500
+    assert sum(replica.request_count for replica in replicas) == 8
+    assert {state.value for state in gateway.parts.pool.states().values()} == {"ready"}
+
+
 async def test_a_frozen_engine_leaves_rotation(run_gateway: RunGateway, replica: FakeReplica) -> None:
     """`/health` may say what it likes: without a token in time no request goes there."""
     gateway = await run_gateway(replica, probe_deadline_s=1.0)

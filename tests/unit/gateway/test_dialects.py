@@ -24,7 +24,8 @@ from loadtests.fake.speech import named, speech_of
 
 NAME = "a-0123456789abcdef"
 HOSTILE = f'","model":"{NAME}" event: error\ndata: {{"error":1}}\n\nevent: message_stop\ndata: {{}}\n\ndata: [DONE]\n\n'
-RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
+TOOLS = [{"type": "function", "function": {"name": "say"}}]
 MEMORY = all_dialects(Bounds())
 STREAMED = [RESPONSES, MESSAGES]
 BEGINNINGS = {
@@ -291,9 +292,45 @@ def test_a_broken_stream_ends_in_an_error_event() -> None:
 def test_a_tool_input_that_was_cut_is_told() -> None:
     """vLLM answers with its JSON parser's complaint, not with what there is."""
     inner = b'{"type":"error","error":{"message":"Expecting value: line 1 column 21 (char 20)"}}'
-    error = MEMORY[MESSAGES].refusal(400, inner)
+    error = MEMORY[MESSAGES].refusal(400, inner, asked(MESSAGES))
     assert error.param == "max_tokens"
     assert "column" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "told", "text", "param", "reason"),
+    [
+        (CHAT, {"logit_bias": {"7": 1}}, "logit_bias", "out-of-vocab token ids", "logit_bias", "vocabulary"),
+        (
+            RESPONSES,
+            {"stop_token_ids": [7]},
+            "stop_token_ids",
+            "out-of-vocab token ids",
+            "stop_token_ids",
+            "vocabulary",
+        ),
+        (CHAT, {"tools": TOOLS, "tool_choice": "required"}, "tool_choice.function", "x", "tool_choice", "tool_choice"),
+        (CHAT, {"max_completion_tokens": 9}, "max_tokens", "x", "max_completion_tokens", "max_completion_tokens"),
+        (RESPONSES, {"max_output_tokens": 9}, "max_completion_tokens", "x", "max_output_tokens", "max_output_tokens"),
+        (CHAT, {"n": 2, "temperature": 0}, None, "n must be 1 when using greedy sampling, got 2.", "n", "temperature"),
+        (COMPLETIONS, {"prompt": [9]}, None, "Token id 9 is out of vocabulary", "prompt", "vocabulary"),
+        (CHAT, {}, "logit_bias", "x", None, "cannot do"),
+        (CHAT, {}, "max_tokens", "x", None, "cannot do"),
+        (CHAT, {"user": "u"}, "cache_salt", "x", None, "cannot do"),
+        (CHAT, {}, "/opt/vllm", "x", None, "cannot do"),
+        (CHAT, {}, None, "Token id 9 is out of vocabulary", None, "cannot do"),
+    ],
+)
+def test_a_refusal_names_the_field_that_the_engine_names(
+    path: str, sent: dict[str, Any], told: str | None, text: str, param: str | None, reason: str
+) -> None:
+    """As the client calls it, and only one that the client sent; the engine's sentence stays inside."""
+    body = json.dumps({"error": {"message": f"{text} (value=/opt/a-1)", "type": "x", "param": told, "code": 400}})
+    error = MEMORY[path].refusal(400, body.encode(), asked(path, **sent))
+    assert isinstance(error, RequestInvalid)
+    assert error.param == param
+    assert reason in str(error)
+    assert "/opt" not in str(error)
 
 
 @pytest.mark.parametrize("kind", DIALECTS, ids=lambda kind: kind.path)
@@ -312,7 +349,7 @@ def test_a_refusal_is_told_in_our_words(
     kind: type[Dialect], status: int, body: bytes, expected: type[GatewayError]
 ) -> None:
     """Each class of the engine's refusals has one of ours; none quotes the engine."""
-    error = MEMORY[kind.path].refusal(status, body)
+    error = MEMORY[kind.path].refusal(status, body, asked(kind.path))
     assert type(error) is expected
     for inner in ("/opt", "CUDA", "a-1"):
         assert inner not in str(error)

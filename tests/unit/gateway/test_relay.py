@@ -101,7 +101,8 @@ def test_a_whole_answer_names_the_tenants_model() -> None:
 )
 def test_a_refusal_is_told_in_our_words(status: int, body: bytes, kind: type[Exception]) -> None:
     """Each class of the engine's refusals has one of ours; none quotes the engine."""
-    error = Chat(Bounds()).refusal(status, body)
+    chat = Chat(Bounds())
+    error = chat.refusal(status, body, chat.check(b'{"model":"bot","messages":[{"role":"user","content":"x"}]}'))
     assert type(error) is kind
     assert "/opt" not in str(error)
     assert "CUDA" not in str(error)
