@@ -3,7 +3,7 @@
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType, field
 
 from gateway.dialects.chat import NO_PARSER
 from gateway.dialects.chat_shapes import StreamOptions
@@ -65,6 +65,9 @@ class Item(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True,
     call_id: CallId | None = None
     name: ToolName | None = None
     namespace: None = None
+    caller: None = None
+    is_async: Literal[False] | None = field(default=None, name="async")
+    async_: None = None  # vLLM 0.32 spells it so in a whole answer, and clients send calls back as they came
     arguments: Raw | UnsetType = UNSET
     output: Raw | UnsetType = UNSET
     summary: Raw | UnsetType = UNSET

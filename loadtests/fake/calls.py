@@ -88,7 +88,9 @@ class ResponsesCall(ResponsesSpeech):
         self._name = body["tools"][0]["name"]
 
     def whole(self, text: str, prompt: int, completion: int) -> dict[str, Any]:
-        return self._response("completed", [self._called(_arguments(text))], self._usage(prompt, completion))
+        called = {**self._called(_arguments(text)), "async_": None}
+        del called["async"]  # no stream spells it so
+        return self._response("completed", [called], self._usage(prompt, completion))
 
     def begin(self, prompt: int) -> Iterator[bytes]:
         item = {**self._called(""), "status": "in_progress"}
@@ -110,4 +112,4 @@ class ResponsesCall(ResponsesSpeech):
 
     def _called(self, arguments: str) -> dict[str, Any]:
         head = {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": self._name, "status": "completed"}
-        return {**head, "arguments": arguments}
+        return {**head, "arguments": arguments, "async": None, "caller": None, "namespace": None}
