@@ -79,17 +79,17 @@ class RealStack:
     def client(self, key: str) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {key}"}, timeout=120)
 
-    def replica_state(self) -> dict[str, Any]:
-        """What the agent in the engine says."""
-        state: dict[str, Any] = json.loads(self.of_replica("/tailor/state"))
+    def replica_state(self, listens_at: str | None = None) -> dict[str, Any]:
+        """What the agent in the engine says; of several the one whose socket is given."""
+        state: dict[str, Any] = json.loads(self.of_replica("/tailor/state", listens_at))
         return state
 
-    def of_replica(self, path: str) -> str:
+    def of_replica(self, path: str, listens_at: str | None = None) -> str:
         """What the replica answers, asked past the gateway."""
         token = (self.home / "replica-token").read_text().strip()
         with socket.socket(socket.AF_UNIX) as link:  # httpcore leaks its own where nobody listens (any more)
             link.settimeout(30)
-            link.connect(self.replica_socket())
+            link.connect(listens_at or self.replica_socket())
             connection = http.client.HTTPConnection("replica")
             connection.sock = link
             with closing(connection):

@@ -28,6 +28,8 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(1_200)]
 SLOTS = 2  # of each replica: four in all
 QUESTION = [{"role": "user", "content": "What is your name?"}]
 ANSWER_TOKENS = 24
+LONG = 400  # of tokens, and no fewer: nothing of what is under way has ended when a replica dies
+WHOLE = 4
 REQUESTS = 300
 CALLERS = 8
 HOT_CALLERS = 4  # of each hot adapter
@@ -78,8 +80,10 @@ class Caller:
     wrong: list[str] = field(default_factory=list)
     tokens: int = 0
 
-    async def ask(self, model: str, max_tokens: int = ANSWER_TOKENS, timeout_s: float = 120) -> httpx.Response:
-        body = {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": max_tokens}
+    async def ask(
+        self, model: str, max_tokens: int = ANSWER_TOKENS, timeout_s: float = 120, least: int = 0
+    ) -> httpx.Response:
+        body = {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": max_tokens, "min_tokens": least}
         answer = await self.http.post("/v1/chat/completions", json=body, timeout=timeout_s)
         if answer.status_code == 200:
             told = answer.json()
@@ -241,34 +245,114 @@ async def test_a_frozen_engine_leaves_rotation_within_5_s(pair: RealStack, key: 
     assert took_s <= 5.5  # 5 s, and what this test takes to see it
 
 
-async def test_a_killed_replica_fails_no_unstarted_request(pair: RealStack, key: str, right: dict[str, str]) -> None:
-    """kill -9 under load: what has not begun is answered elsewhere, streams end in one error event, it comes back."""
-    async with calling(pair.url, key, right) as caller, asyncio.TaskGroup() as group:
-        streams = [group.create_task(stream_to_its_end(caller.http, f"bot-{number % 4}")) for number in range(8)]
-        await asyncio.sleep(1)
-        os.kill(engines(pair)[0].pid, signal.SIGKILL)
-        statuses = [(await caller.ask(f"bot-{number % 4}")).status_code for number in range(40)]
-        ends = [await task for task in streams]
-    assert caller.wrong == []
+@pytest.mark.parametrize("part", ["engine", "server"])
+async def test_a_killed_replica_fails_no_unstarted_request(
+    pair: RealStack, key: str, right: dict[str, str], part: str
+) -> None:
+    """kill -9 of its engine, or of its API server, with answers under way.
+
+    Whole ones, of which nobody has heard anything, are answered by the other replica; its streams end in one error
+    event; those of the other one go on to their end; the replica comes back.
+    """
+    await asyncio.to_thread(until_replicas, pair, 2, 180)
+    async with calling(pair.url, key, right) as caller, asyncio.timeout(300):
+        await a_busy_while(caller)
+        streams = [Stream(f"bot-{number % SLOTS}") for number in range(8)]
+        tasks = [asyncio.create_task(stream.run(caller.http)) for stream in streams]
+        for stream in streams:
+            await stream.begun.wait()
+        victim = streams[0].replica
+        on_victim = [stream for stream in streams if stream.replica == victim]
+        server = await server_of(pair, victim)
+        (other,) = [each for each in servers(pair) if each.pid != server.pid]
+        whole = [asyncio.create_task(caller.ask(on_victim[0].model, LONG, least=LONG)) for _ in range(WHOLE)]
+        there, away = 0, 0
+        while there + away < len(streams) + WHOLE:
+            ended = [task.result() for task in (*whole, *tasks) if task.done()]
+            assert ended == []
+            there, away = [await asyncio.to_thread(in_flight, pair, each) for each in (server, other)]
+        assert there > len(on_victim)
+        killed = server if part == "server" else engine_of(server)
+        os.kill(killed.pid, signal.SIGKILL)
+        statuses = [(await caller.ask(f"bot-{number % SLOTS}")).status_code for number in range(40)]
+        answers = await asyncio.gather(*whole)
+        await asyncio.gather(*tasks)
     refused = [status for status in statuses if status != 200]
-    print(f"after kill -9: {len(refused)} of 40 requests refused {refused}; streams ended {ends}")  # noqa: T201
-    assert len(refused) <= 1  # one may have been with the engine in the instant of its death
-    assert set(ends) <= {"done", "error"}
+    ends = {side: [stream.end for stream in streams if (stream.replica == victim) is side] for side in (True, False)}
+    print(  # noqa: T201
+        f"after kill -9 of the {part}: {there - len(on_victim)} of {WHOLE} whole answers were under way there "
+        f"{[answer.status_code for answer in answers]}, {len(refused)} of 40 further requests refused {refused}; its "
+        f"streams ended {ends[True]}, the other's {ends[False]}"
+    )
+    assert [answer.status_code for answer in answers] == [200] * WHOLE
+    assert victim not in {answer.headers["x-tailor-replica"] for answer in answers}
+    assert caller.wrong == []
+    assert len(refused) <= 1  # one may have been with the replica in the instant of its death
+    assert set(ends[True]) == {"error"}
+    assert set(ends[False]) <= {"done"}
     back_s = await asyncio.to_thread(until_replicas, pair, 2, 180)
-    print(f"the killed replica takes requests again after {back_s:.0f} s")  # noqa: T201
+    print(f"the killed {part} takes requests again after {back_s:.0f} s")  # noqa: T201
+    assert (await server_of(pair, victim)).pid != server.pid  # its agent ends with its engine
 
 
-async def stream_to_its_end(http: httpx.AsyncClient, model: str) -> str:
-    """How a stream ended: in `[DONE]`, or in exactly one error event."""
-    body = {"model": model, "messages": QUESTION, "stream": True, "max_tokens": 400}
-    events = []
-    async with http.stream("POST", "/v1/chat/completions", json=body, timeout=120) as answer:
-        async for line in answer.aiter_lines():
-            if line.startswith("data: "):
-                events.append(line.removeprefix("data: "))
-    errors = [event for event in events if event.startswith('{"error"')]
-    if events[-1] == "[DONE]":
-        assert errors == []
-        return "done"
-    assert errors == [events[-1]], json.dumps(events[-2:])
-    return "error"
+async def a_busy_while(caller: Caller) -> None:
+    """So many requests that a tenth of them, the budget of second tries, is more than this test needs."""
+    gate = asyncio.Semaphore(CALLERS)
+
+    async def one(number: int) -> None:
+        async with gate:
+            assert (await caller.ask(f"bot-{number % SLOTS}", 1)).status_code == 200
+
+    await asyncio.gather(*(one(number) for number in range(20 * WHOLE)))
+
+
+async def server_of(pair: RealStack, replica: str) -> psutil.Process:
+    """The API server of a replica, by the id that answers carry."""
+    operator = (pair.home / "operator-key").read_text().strip()
+    async with httpx.AsyncClient(base_url=pair.url, headers={"authorization": f"Bearer {operator}"}) as client:
+        url: str = (await client.get(f"/admin/v1/replicas/{replica}")).json()["url"]
+    (found,) = [process for process in servers(pair) if url.removeprefix("unix:") in uds_of(process)]
+    return found
+
+
+def servers(pair: RealStack) -> list[psutil.Process]:
+    return [process for process in psutil.Process(pair.process.pid).children() if uds_of(process)]
+
+
+def engine_of(server: psutil.Process) -> psutil.Process:
+    (found,) = [child for child in server.children(recursive=True) if "EngineCore" in " ".join(child.cmdline())]
+    return found
+
+
+def in_flight(pair: RealStack, server: psutil.Process) -> int:
+    """How many requests a replica has, as its agent says."""
+    count: int = pair.replica_state(uds_of(server)[0])["in_flight"]
+    return count
+
+
+@dataclass
+class Stream:
+    """One long streamed answer, and how it ended: in `[DONE]`, or in exactly one error event."""
+
+    model: str
+    replica: str = ""
+    end: str = ""
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self, http: httpx.AsyncClient) -> None:
+        body = {"model": self.model, "messages": QUESTION, "stream": True, "max_tokens": LONG, "min_tokens": LONG}
+        events = []
+        async with http.stream("POST", "/v1/chat/completions", json=body, timeout=120) as answer:
+            assert answer.status_code == 200
+            self.replica = answer.headers["x-tailor-replica"]
+            async for line in answer.aiter_lines():
+                if line.startswith("data: "):
+                    events.append(line.removeprefix("data: "))
+                    self.begun.set()
+        errors = [event for event in events if event.startswith('{"error"')]
+        if events[-1] == "[DONE]":
+            assert errors == []
+            self.end = "done"
+        else:
+            assert errors == [events[-1]], json.dumps(events[-2:])
+            self.end = "error"
