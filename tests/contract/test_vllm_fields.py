@@ -56,7 +56,7 @@ CHAT_PLACES = {
     "tools.function": {"defer_loading"},
 }
 RESPONSES_PLACES = {
-    "input": {"async", "caller", "created_by"},
+    "input": {"created_by"},
     "input.content": {"prompt_cache_breakpoint"},
     "input.output": {"prompt_cache_breakpoint"},
     "reasoning": {"context", "generate_summary", "mode"},
@@ -93,6 +93,7 @@ NOT_TAKEN: dict[str, dict[str, set[str]]] = {
 """What an engine's class has at a place within the request, and no client may send there."""
 MARKS = {"cache_control", "citations"}
 NOT_SENT_WITHIN: dict[str, set[str]] = {
+    "input": {"async_"},  # as vLLM spells `async` in a whole answer; null
     "input.output": {"annotations", "logprobs", "refusal"},  # of it the text alone is sent
     "messages": {"annotations", "reasoning_content"},  # empty; vLLM makes the other one `reasoning` before it looks
     "messages.content": MARKS,
