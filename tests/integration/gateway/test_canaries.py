@@ -314,10 +314,12 @@ async def the_engine_fails(play: Stage) -> None:
         Faults(status=200, status_body=b"not JSON: " + ENGINE_TEXT),
         Faults(hang_before_answer=True),
     ):
+        await until_ready(play.gateway.url)  # else a tripped replica is spared most of it
         play.replica.faults = faults
         for path in SAYING:
             answer = await play.generate(path)
             assert answer.status_code >= (200 if faults.status == 200 else 400), answer.text
+        play.replica.faults = clean
     for faults in (
         Faults(error_event_after=0),
         Faults(error_event_after=2),
@@ -327,10 +329,11 @@ async def the_engine_fails(play: Stage) -> None:
         Faults(reset_after=1),
         Faults(head_then_nothing=True),
     ):
+        await until_ready(play.gateway.url)
         play.replica.faults = faults
         for path in STREAMING:
             await play.generate(path, stream=True)
-    play.replica.faults = clean
+        play.replica.faults = clean
     await loads_fail(play)
 
 
