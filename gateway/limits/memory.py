@@ -100,7 +100,7 @@ class MemoryLimits:
         """What has flowed in since, or a new month, may still make room."""
         if terms.month is not None and account.used + least > terms.month and self.wall_clock() < account.month_end:
             raise terms.spent(account.used, tokens)
-        requests, spent = _spent(account, terms, self.clock())
+        requests, spent = terms.left_of(account.requests, account.tokens, self.clock() - account.at)
         terms.hold_off(requests, spent, tokens)
         if account.running >= terms.running:
             raise terms.too_many(requests, spent, tokens)
@@ -117,7 +117,7 @@ class MemoryLimits:
 
     def _reserve(self, account: "Account", terms: Terms, tokens: int) -> Admission:
         now = self.clock()
-        requests, spent = _spent(account, terms, now)
+        requests, spent = terms.left_of(account.requests, account.tokens, now - account.at)
         if terms.month is not None and account.month_end and account.used + tokens > terms.month:
             raise terms.spent(account.used, tokens)
         if (
@@ -216,14 +216,6 @@ class Account:
         self.learn_at = -math.inf
         self.used = 0
         self.reserved = 0
-
-
-def _spent(account: Account, terms: Terms, now: float) -> tuple[float, float]:
-    """Requests and tokens, less what has flowed in since."""
-    gone = now - account.at
-    requests = account.requests - gone * terms.request_rate
-    spent = account.tokens - gone * terms.token_rate
-    return (requests if requests > 0 else 0.0), (spent if spent > 0 else 0.0)
 
 
 class Reservation:

@@ -383,9 +383,7 @@ class Refused:
         known = now < self.until
         if known and self.verdict == b"month" and self.used + (1 if asked else 0) > (terms.month or 0):
             raise terms.spent(self.used, asked)
-        gone = now - self.at
-        requests = max(0.0, self.requests - gone * terms.request_rate)
-        spent = max(0.0, self.tokens - gone * terms.token_rate)
+        requests, spent = terms.left_of(self.requests, self.tokens, now - self.at)
         if known:
             terms.hold_off(requests, spent, asked)
         if requests + 1 > terms.requests + SLACK or (known and self.verdict == b"running"):

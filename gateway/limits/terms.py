@@ -40,6 +40,12 @@ class Terms:
             values += (_remaining(self.tokens, tokens), spelled(_time(tokens, self.token_rate)))
         return self._lines % values
 
+    def left_of(self, requests: float, tokens: float, gone_s: float) -> tuple[float, float]:
+        """What is still spent of each bucket when it has been filled for so long."""
+        requests -= gone_s * self.request_rate
+        tokens -= gone_s * self.token_rate
+        return (requests if requests > 0 else 0.0), (tokens if tokens > 0 else 0.0)
+
     def check_fits(self, tokens: int) -> None:
         """Raises RequestExceedsLimit where one request of so many tokens could never be admitted."""
         if tokens > self.tokens:
