@@ -40,7 +40,7 @@ from gateway.logs import ids
 from gateway.models import Models
 from gateway.plans import Plan
 from gateway.protocol import ClientGone, Exchange
-from gateway.relay import BrokenOff, ErrorEvent
+from gateway.relay import BROKE_OFF, BrokenOff, ErrorEvent
 from gateway.replicas.holdings import Resident
 from gateway.replicas.pool import Place, ReplicaPool
 from gateway.replicas.replica import Replica
@@ -681,7 +681,7 @@ class Generation:
             request.body = await connection.read_all(WHOLE_LIMIT_BYTES)
         except UpstreamError as error:
             place.replica.failed(request.tenant_id)
-            raise ReplicaFailed("The engine broke the answer off; try again.") from error
+            raise ReplicaFailed(BROKE_OFF) from error
 
     def _pipe(self, request: _Request, connection: Connection) -> None:
         place = request.place
@@ -768,7 +768,7 @@ class Generation:
         try:
             body = await connection.read_all()
         except UpstreamError:
-            return ReplicaFailed("The engine broke the answer off; try again.")
+            return ReplicaFailed(BROKE_OFF)
         # the engine's text may quote the prompt: it is neither logged nor passed on
         log.warning("the engine answered %d to request %s", status, request.id.decode(), extra=_ids(request))
         return self._dialect.refusal(status, body, request.asked)
@@ -1045,7 +1045,7 @@ class _Pipe:
         if self._left:
             error = ClientGone()
         elif error is None and not self._stream.finished:
-            error = ReplicaFailed("The engine broke the answer off; try again.")
+            error = ReplicaFailed(BROKE_OFF)
         self.error = error
         self._request.heard()
 

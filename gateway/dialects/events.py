@@ -5,7 +5,7 @@ from typing import ClassVar, Final
 import msgspec
 
 from gateway.errors import ReplicaFailed
-from gateway.relay import told
+from gateway.relay import BROKE_OFF, told
 from gateway.tokens import PromptDetails, Usage
 
 NAME: Final = b"event: "
@@ -74,7 +74,7 @@ class NamedEvents:
             return event + b"\n\n"
         if not head.startswith(NAME):
             if event.startswith(b'data: {"error"'):
-                raise ReplicaFailed("The engine broke the answer off; try again.")
+                raise ReplicaFailed(BROKE_OFF)
             return b""
         try:
             words = self.rewritten(name, data)

@@ -27,6 +27,7 @@ from gateway.dialects.lists import ListDecoder
 from gateway.dialects.schemas import SchemaBudget
 from gateway.dialects.words import Pieces, hold_null, hold_text, is_null, is_text, not_text
 from gateway.errors import ErrorAnswer, GatewayError, ReplicaFailed, RequestInvalid
+from gateway.relay import BROKE_OFF
 from gateway.tokens import Usage
 
 MOST_BLOCKS: Final = 256
@@ -371,7 +372,7 @@ class MessageEvents(NamedEvents):
             self.finished = True
             return data
         if name == b"error":
-            raise ReplicaFailed("The engine broke the answer off; try again.")
+            raise ReplicaFailed(BROKE_OFF)
         return b""
 
     def _count(self, counted: _Usage) -> None:

@@ -34,6 +34,7 @@ from gateway.dialects.lists import ListDecoder
 from gateway.dialects.schemas import SchemaBudget
 from gateway.dialects.words import Pieces, hold_text, is_null, is_text, not_text
 from gateway.errors import ReplicaFailed, RequestInvalid
+from gateway.relay import BROKE_OFF
 from gateway.tokens import Usage
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -428,5 +429,5 @@ class ResponseEvents(NamedEvents):
                 {"type": event.type, "sequence_number": event.sequence_number, "response": Raw(response)}
             )
         if name in (b"error", b"response.failed"):
-            raise ReplicaFailed("The engine broke the answer off; try again.")
+            raise ReplicaFailed(BROKE_OFF)
         return b""
