@@ -20,6 +20,15 @@ PATHS: Final = {
     "messages": "/v1/messages",
 }
 DIALECTS: Final = tuple(PATHS)
+BREAKS: Final = (
+    "die_after_events",
+    "truncated_after",
+    "reset_after",
+    "half_close_after",
+    "error_event_after",
+    "garble_after",
+)
+"""Faults of a replica that end a stream after so many events."""
 END_MARKS: Final = {"responses": ("response.completed",), "messages": ("message_stop",)}
 
 

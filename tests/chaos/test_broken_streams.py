@@ -9,19 +9,11 @@ import pytest
 from gateway.replicas.replica import ReplicaState
 from gateway.replicas.upstream import Connection
 from loadtests.fake.replica import FakeReplica
-from tests.chaos.client import DIALECTS, Answer, request
+from tests.chaos.client import BREAKS, DIALECTS, Answer, request
 from tests.chaos.conftest import Figure, NewClient
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, until_ready
 from tests.waiting import until
 
-BREAKS = (
-    "die_after_events",
-    "truncated_after",
-    "reset_after",
-    "half_close_after",
-    "error_event_after",
-    "garble_after",
-)
 SILENCES = ("cut_before_answer", "hang_before_answer", "head_then_nothing")
 WAYS = [(dialect, stream) for dialect in DIALECTS for stream in (False, True)]
 FIRST_BYTE_S = 1.0

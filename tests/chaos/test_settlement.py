@@ -14,20 +14,12 @@ from gateway.limits.redis import RedisLimits
 from gateway.settings import Settings
 from loadtests.fake.engine import EngineModel
 from loadtests.fake.replica import TOKEN, FakeReplica
-from tests.chaos.client import DIALECTS, Client, request
+from tests.chaos.client import BREAKS, DIALECTS, Client, request
 from tests.chaos.conftest import NewClient
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, Tenant, serving, until_ready
 from tests.servers import redis_server
 from tests.waiting import until
 
-STREAM_FAULTS = (
-    "die_after_events",
-    "truncated_after",
-    "reset_after",
-    "half_close_after",
-    "error_event_after",
-    "garble_after",
-)
 SILENCES = ("cut_before_answer", "hang_before_answer", "head_then_nothing", "cuts_whole_answers")
 FIRST_BYTE_S = 0.3
 
@@ -54,16 +46,14 @@ async def test_limits_and_ledger_agree_on_every_failure(
     gateway = await run_gateway(
         replica, redis_url=redis_url, limits_timeout_s=10, first_byte_timeout_s=FIRST_BYTE_S, usage_flush_s=0.05
     )
-    await gateway.operator.post("/admin/v1/plans", json={"name": "month", "tokens_per_month": 100_000})
-    acme, other = await gateway.tenant("acme"), await gateway.tenant("other")
-    await gateway.operator.patch("/admin/v1/tenants/acme", json={"plan": "month"})
+    acme, other = await limited(gateway), await gateway.tenant("other")
     client = new_client(gateway.url)
     asked = 0
     for dialect in DIALECTS:
         for fault, streams, heard in failures(replica):
             answer = await client.ask(acme.key, BASE, dialect=dialect, stream=streams, tokens=4_000)
             assert answer.ending == ("error event" if heard else "refused"), (dialect, fault)
-            for name in (*STREAM_FAULTS, *SILENCES):
+            for name in (*BREAKS, *SILENCES):
                 setattr(replica.faults, name, getattr(type(replica.faults), name))
             asked += 1
             requests, failed, tokens = await ledger(gateway, acme, asked)
@@ -211,7 +201,7 @@ async def leave(client: Client, tenant: Tenant, dialect: str, events: int) -> by
 
 def failures(replica: FakeReplica) -> Iterator[tuple[str, bool, bool]]:
     """Sets one fault after the other; whether it takes a stream, and whether that begins."""
-    for fault in STREAM_FAULTS:
+    for fault in BREAKS:
         for after in (0, 2):
             setattr(replica.faults, fault, after)
             yield fault, True, after > 0

@@ -6,8 +6,9 @@ Each answer's usage is added up; the last test finds the sum in the ledger.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import isawaitable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,12 +119,8 @@ class Shop:
         assert headers["server-timing"].startswith("queue;dur=")
 
     async def chat(self, **more: Any) -> Any:
-        asked = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": TOKENS, **more}
-        raw = await self.open.chat.completions.with_raw_response.create(**asked)
-        self.receipts(raw.headers)
-        answer: Any = raw.parse()
-        self.add(answer.usage)
-        return answer
+        asked = {"messages": QUESTION, "temperature": 0, "max_tokens": TOKENS, **more}
+        return await self._answered(self.open.chat.completions, self.add, asked)
 
     async def text(self, **more: Any) -> str:
         """What a chat says."""
@@ -131,27 +128,25 @@ class Shop:
         return said
 
     async def completion(self, **more: Any) -> Any:
-        asked = {"model": MODEL, "prompt": PROMPT, "temperature": 0, "max_tokens": TOKENS, **more}
-        raw = await self.open.completions.with_raw_response.create(**asked)
-        self.receipts(raw.headers)
-        answer: Any = raw.parse()
-        self.add(answer.usage)
-        return answer
+        asked = {"prompt": PROMPT, "temperature": 0, "max_tokens": TOKENS, **more}
+        return await self._answered(self.open.completions, self.add, asked)
 
     async def response(self, **more: Any) -> Any:
-        asked = {"model": MODEL, "input": PROMPT, "temperature": 0, "max_output_tokens": TOKENS, **more}
-        raw = await self.open.responses.with_raw_response.create(**asked)
-        self.receipts(raw.headers)
-        answer: Any = raw.parse()
-        self.add_response(answer.usage)
-        return answer
+        asked = {"input": PROMPT, "temperature": 0, "max_output_tokens": TOKENS, **more}
+        return await self._answered(self.open.responses, self.add_response, asked)
 
     async def message(self, **more: Any) -> Any:
-        asked = {"model": MODEL, "messages": QUESTION, "max_tokens": TOKENS, "extra_body": GREEDY, **more}
-        raw = await self.claude.messages.with_raw_response.create(**asked)
+        asked = {"messages": QUESTION, "max_tokens": TOKENS, "extra_body": GREEDY, **more}
+        return await self._answered(self.claude.messages, self.add_message, asked)
+
+    async def _answered(self, api: Any, add: Callable[[Any], object], asked: dict[str, Any]) -> Any:
+        """A whole answer, its receipts looked at and its usage noted by `add`."""
+        raw = await api.with_raw_response.create(**{"model": MODEL, **asked})
         self.receipts(raw.headers)
-        answer: Any = await raw.parse()
-        self.add_message(answer.usage)
+        answer: Any = raw.parse()
+        if isawaitable(answer):  # anthropic's client has it so
+            answer = await answer
+        add(answer.usage)
         return answer
 
 
@@ -181,9 +176,8 @@ def tokenizer(tiny_base: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def words(tiny_base: Path) -> list[tuple[int, str]]:
+def words(tokenizer: Tokenizer) -> list[tuple[int, str]]:
     """Three tokens that are a whole word each, with their text."""
-    tokenizer = Tokenizer.from_file(str(tiny_base / "tokenizer.json"))
     texts = [(token, tokenizer.decode([token])) for token in range(tokenizer.get_vocab_size())]
     return [(token, text) for token, text in texts if text.startswith(" ") and text[1:].isalpha() and len(text) > 3][:3]
 
