@@ -23,6 +23,7 @@ HOT: Final = (
     "gateway.batches",
     "gateway.dialects.chat",
     "gateway.dialects.dialect",
+    "gateway.dialects.messages",
     "gateway.dialects.words",
     "gateway.fairness",
     "gateway.fresh_cache",

@@ -76,7 +76,7 @@ class ToolCall(Struct, forbid_unknown_fields=True, omit_defaults=True, gc=False)
 
 
 class Assistant(
-    Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="role", tag="assistant", kw_only=True
+    Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="role", tag="assistant", kw_only=True, gc=False
 ):
     """An answer of the model, as it was answered or as a client writes it."""
 
@@ -91,7 +91,9 @@ class Assistant(
     function_call: None = None
 
 
-class ToolResult(Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="role", tag="tool", kw_only=True):
+class ToolResult(
+    Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="role", tag="tool", kw_only=True, gc=False
+):
     content: Raw
     tool_call_id: CallId
     name: Speaker = None

@@ -12,7 +12,8 @@ from gateway.dialects.chat import check_messages, check_tools
 from gateway.dialects.chat_shapes import Assistant, CalledFunction, Function, Message, Tool, ToolCall
 from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect
 from gateway.dialects.fields import ModelName
-from gateway.dialects.messages import Conversation, Spoken
+from gateway.dialects.message_shapes import Conversation
+from gateway.dialects.messages import Spoken
 from gateway.dialects.responses import Asked, Conversing, Item
 from gateway.dialects.words import Pieces, hold_text
 from gateway.errors import ReplicaFailed, RequestInvalid

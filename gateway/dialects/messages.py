@@ -1,29 +1,37 @@
 """`POST /v1/messages`, as Anthropic has it; vLLM serves it through its chat."""
 
 import re
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final
 
 import msgspec
-from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct
+from mypy_extensions import mypyc_attr
 
 from gateway.dialects.chat import NO_PARSER
-from gateway.dialects.dialect import ENCODER, MOST_TOOLS, Checked, Dialect, Stream, read_error
-from gateway.dialects.events import NamedEvents, usage
-from gateway.dialects.fields import (
-    REFUSED,
-    CallId,
-    Description,
-    Label,
-    ModelName,
-    Positive,
-    StopTexts,
-    ThinkingOff,
-    ToolName,
-    TopK,
-    TopP,
-    Unit,
-)
+from gateway.dialects.dialect import ENCODER, Checked, Dialect, Stream, read_error
+from gateway.dialects.events import NamedEvents
+from gateway.dialects.fields import REFUSED
 from gateway.dialects.lists import ListDecoder
+from gateway.dialects.message_shapes import (
+    Answer,
+    Assistant,
+    Conversation,
+    Delta,
+    HiddenThought,
+    Message,
+    MessagesRequest,
+    OutputConfig,
+    Start,
+    System,
+    TextBlock,
+    Thought,
+    ToldError,
+    ToldUsage,
+    ToolChoice,
+    ToolResult,
+    ToolUse,
+    User,
+)
 from gateway.dialects.schemas import SchemaBudget
 from gateway.dialects.words import Pieces, hold_null, hold_text, is_null, is_text, not_text
 from gateway.errors import ErrorAnswer, GatewayError, ReplicaFailed, RequestInvalid
@@ -31,113 +39,6 @@ from gateway.relay import BROKE_OFF
 from gateway.tokens import Usage
 
 MOST_BLOCKS: Final = 256
-
-
-class CacheControl(Struct, forbid_unknown_fields=True):
-    """Taken and dropped: the prefix cache needs no marks."""
-
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] | None = None
-
-
-class Block(Struct, forbid_unknown_fields=True, omit_defaults=True, tag_field="type", kw_only=True, gc=False):
-    cache_control: CacheControl | None = None
-
-
-class TextBlock(Block, tag="text", gc=False):
-    text: Raw
-    citations: Annotated[list[None], Meta(max_length=0)] | None = None
-
-
-class ToolUse(Block, tag="tool_use", gc=False):
-    id: CallId
-    name: ToolName
-    input: Raw
-
-
-class ToolResult(Block, tag="tool_result", gc=False):
-    tool_use_id: CallId
-    content: Raw | UnsetType = UNSET
-    is_error: bool | None = None
-
-
-class Thought(Block, tag="thinking", gc=False):
-    thinking: Raw
-    signature: Raw | UnsetType = UNSET
-
-
-class HiddenThought(Block, tag="redacted_thinking", gc=False):
-    data: Raw
-
-
-class User(Struct, forbid_unknown_fields=True, tag_field="role", tag="user"):
-    content: Raw
-
-
-class Assistant(Struct, forbid_unknown_fields=True, tag_field="role", tag="assistant"):
-    content: Raw
-
-
-class System(Struct, forbid_unknown_fields=True, tag_field="role", tag="system"):
-    content: Raw
-
-
-Message = User | Assistant | System
-
-
-class Tool(Struct, forbid_unknown_fields=True, omit_defaults=True):
-    name: ToolName
-    input_schema: Raw
-    description: Description | None = None
-    type: Literal["custom"] | None = None
-    strict: bool | None = None
-    cache_control: CacheControl | None = None
-
-
-class ToolChoice(Struct, forbid_unknown_fields=True, omit_defaults=True):
-    type: Literal["auto", "any", "tool", "none"]
-    name: ToolName | None = None
-    disable_parallel_tool_use: bool | None = None
-
-
-class OutputFormat(Struct, forbid_unknown_fields=True):
-    schema: Raw
-    type: Literal["json_schema"] = "json_schema"
-
-
-class OutputConfig(Struct, forbid_unknown_fields=True, omit_defaults=True):
-    format: OutputFormat | None = None
-
-
-class RequestMetadata(Struct, forbid_unknown_fields=True):
-    user_id: Label | None = None
-
-
-class Conversation(Struct, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
-    """What a request and the count of its tokens share."""
-
-    model: ModelName
-    messages: Annotated[list[Message], Meta(min_length=1)]
-    system: Raw | UnsetType = UNSET
-    tools: Annotated[list[Tool], Meta(max_length=MOST_TOOLS)] | None = None
-    tool_choice: ToolChoice | None = None
-    output_config: OutputConfig | None = None
-    thinking: ThinkingOff | None = None
-    cache_control: CacheControl | None = None
-
-
-class MessagesRequest(Conversation, kw_only=True):
-    max_tokens: Positive
-    stop_sequences: StopTexts | None = None
-    stream: bool | None = None
-    temperature: Unit | None = None
-    top_k: TopK | None = None
-    top_p: TopP | None = None
-
-    metadata: RequestMetadata | None = None
-    service_tier: Label | None = None
-    inference_geo: Label | None = None
-
 
 _BLOCKS: Final = ListDecoder(TextBlock, most=MOST_BLOCKS)
 _DECODERS: Final[dict[type[Struct], ListDecoder]] = {
@@ -147,6 +48,7 @@ _DECODERS: Final[dict[type[Struct], ListDecoder]] = {
 }
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Spoken(Dialect):
     """What both endpoints of this API share."""
 
@@ -296,60 +198,10 @@ class Messages(Spoken):
 
     def whole(self, engine_name: str, checked: Checked, body: bytes) -> tuple[bytes, Usage]:
         try:
-            message = msgspec.json.decode(body, type=_Message)
+            message = msgspec.json.decode(body, type=Answer)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ReplicaFailed("The engine's answer cannot be read; try again.") from error
         return ENCODER.encode(message.told(checked.model)), message.usage.counted()
-
-
-class _Usage(Struct, omit_defaults=True):
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_creation_input_tokens: int | None = None
-    cache_read_input_tokens: int | None = None
-
-    def counted(self) -> Usage:
-        cached = self.cache_read_input_tokens
-        prompt = self.input_tokens + (cached or 0) + (self.cache_creation_input_tokens or 0)
-        return usage(prompt, cached, self.output_tokens)
-
-    def told(self) -> dict[str, Any]:
-        """All members: clients take none of them for absent."""
-        return {
-            "input_tokens": self.input_tokens,
-            "cache_creation_input_tokens": self.cache_creation_input_tokens or 0,
-            "cache_read_input_tokens": self.cache_read_input_tokens or 0,
-            "output_tokens": self.output_tokens,
-        }
-
-
-class _Message(Struct):
-    id: str
-    usage: _Usage
-    content: Raw = Raw(b"[]")
-    stop_reason: str | None = None
-    stop_sequence: str | None = None
-
-    def told(self, model: str) -> dict[str, Any]:
-        return {
-            "id": "msg_" + self.id.rpartition("-")[2],
-            "type": "message",
-            "role": "assistant",
-            "model": model,
-            "content": self.content,
-            "stop_reason": self.stop_reason,
-            "stop_sequence": self.stop_sequence,
-            "usage": self.usage.told(),
-        }
-
-
-class _Start(Struct):
-    message: _Message
-
-
-class _Delta(Struct):
-    delta: Raw
-    usage: _Usage
 
 
 class MessageEvents(NamedEvents):
@@ -360,11 +212,11 @@ class MessageEvents(NamedEvents):
 
     def rewritten(self, name: bytes, data: bytes) -> bytes:
         if name == b"message_start":
-            message = msgspec.json.decode(data, type=_Start).message
+            message = msgspec.json.decode(data, type=Start).message
             self._count(message.usage)
             return ENCODER.encode({"type": "message_start", "message": message.told(self.shown_name)})
         if name == b"message_delta":
-            delta = msgspec.json.decode(data, type=_Delta)
+            delta = msgspec.json.decode(data, type=Delta)
             self._count(delta.usage)
             self.is_counted = True
             return ENCODER.encode({"type": "message_delta", "delta": delta.delta, "usage": delta.usage.told()})
@@ -375,16 +227,8 @@ class MessageEvents(NamedEvents):
             raise ReplicaFailed(BROKE_OFF)
         return b""
 
-    def _count(self, counted: _Usage) -> None:
+    def _count(self, counted: ToldUsage) -> None:
         self._counted = counted.counted()
-
-
-class _Envelope(Struct):
-    message: str
-
-
-class _Told(Struct):
-    error: _Envelope
 
 
 TYPES: Final = {
@@ -402,6 +246,6 @@ TYPES: Final = {
 
 def respelt(status: int, body: bytes, request_id: str) -> bytes:
     """OpenAI's error envelope as Anthropic's."""
-    message = msgspec.json.decode(body, type=_Told).error.message
+    message = msgspec.json.decode(body, type=ToldError).error.message
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return ENCODER.encode({"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id})
