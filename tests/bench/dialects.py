@@ -4,6 +4,7 @@ The least of many runs is the figure, in CPU time: it moves little on a shared m
 where a body takes more than 3 ms, be it of ordinary shape or made to cost much (left out with `--ordinary`).
 """
 
+import gc
 import json
 import sys
 import time
@@ -181,6 +182,8 @@ def least_ms(dialect: Dialect, body: bytes) -> tuple[float, str]:
 def main() -> int:
     dialects = all_dialects(Bounds(calls_tools=True))
     missed = False
+    gc.collect()
+    gc.freeze()  # as a worker does before it serves
     kinds = (("ordinary", ORDINARY), ("hostile", HOSTILE))
     for kind, cases in kinds[:1] if "--ordinary" in sys.argv else kinds:
         for name, (path, fields) in cases.items():
