@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from loadtests.fake.replica import TOKEN, FakeReplica
+from tests.ports import free_port
 from tests.storage import clean_environment
 
 START_S = 60.0
@@ -117,6 +118,22 @@ async def until_ready(url: str) -> None:
                 if (await client.get(f"{url}/ready")).status_code == 200:
                     return
             await asyncio.sleep(0.05)
+
+
+@asynccontextmanager
+async def gateway_process(
+    base: Path, replica: FakeReplica, folder: Path, **settings: str
+) -> AsyncIterator[GatewayProcess]:
+    """One that is ready, in a new folder."""
+    folder.mkdir()
+    gateway = GatewayProcess(free_port(), folder / "home", gateway_settings(base, replica, **settings), folder / "log")
+    await gateway.start()
+    try:
+        await gateway.serves()
+        await until_ready(gateway.url)
+        yield gateway
+    finally:
+        await gateway.kill()
 
 
 async def new_key(url: str, operator_key: str, tenant: str = "acme") -> str:

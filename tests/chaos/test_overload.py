@@ -7,8 +7,6 @@ import asyncio
 import random
 import resource
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +17,8 @@ from loadtests.fake.engine import EngineModel
 from loadtests.fake.replica import FakeReplica
 from tests.chaos.client import Answer, Client, request
 from tests.chaos.conftest import Figure, NewClient
-from tests.gateways import GatewayProcess, gateway_settings, new_key, until_ready
+from tests.gateways import GatewayProcess, gateway_process, new_key
 from tests.integration.gateway.conftest import BASE, RunGateway, RunReplica
-from tests.ports import free_port
 from tests.waiting import until
 
 AT_ONCE = 16
@@ -121,23 +118,6 @@ class Silent(FakeReplica):
         if number == 1:
             await reader.read()
         return number == 1
-
-
-@asynccontextmanager
-async def gateway_process(
-    base_folder: Path, replica: FakeReplica, folder: Path, **settings: str
-) -> AsyncIterator[GatewayProcess]:
-    folder.mkdir()
-    gateway = GatewayProcess(
-        free_port(), folder / "home", gateway_settings(base_folder, replica, **settings), folder / "log"
-    )
-    await gateway.start()
-    try:
-        await gateway.serves()
-        await until_ready(gateway.url)
-        yield gateway
-    finally:
-        await gateway.kill()
 
 
 async def cpu_of_a_reject(gateway: GatewayProcess, new_client: NewClient, waiting: int) -> float:
