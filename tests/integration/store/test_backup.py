@@ -23,6 +23,7 @@ from gateway.snapshots import SnapshotInvalid
 from tests.bad_adapters import write_good
 from tests.integration.store.conftest import OTHER, TENANT, Publish
 from tests.storage import Kind, Place, Servers, Shelf, local_place
+from tests.waiting import until
 
 Rows = dict[str, list[tuple[Any, ...]]]
 
@@ -101,24 +102,39 @@ async def test_a_snapshot_is_of_one_moment(
     """While adapters come and go, three backups are whole each: no version without its blobs."""
     folders = [write_good(tmp_path / f"good{seed}", seed=seed) for seed in range(1, 4)]
     enough = asyncio.Event()
+    wrote = dict.fromkeys(("a", "b"), 0)
 
-    async def come_and_go(name: str) -> None:
+    async def come_and_go(writer: str) -> None:
+        """The next adapter comes before the last one goes, so that there always is one."""
         while not enough.is_set():
-            for folder in folders:
-                await publish(folder, name=name)
-            await store.delete(TENANT, name)
+            number = wrote[writer]
+            await publish(folders[number % 3], name=f"{writer}{number % 2}")
+            if number:
+                await store.delete(TENANT, f"{writer}{(number - 1) % 2}")
+            wrote[writer] += 1
 
-    writers = [asyncio.create_task(come_and_go(name)) for name in ("a", "b")]
-    names = [(await back_up(engine, blobs, backups)).snapshot for _ in range(3)]
-    enough.set()
-    await asyncio.gather(*writers)
-    for number, name in enumerate(dict.fromkeys(names)):
+    async def back_up_between() -> str:
+        """Of what was there at the one before, nothing is left."""
+        before = dict(wrote)
+        await until(lambda: all(wrote[writer] >= before[writer] + 2 for writer in wrote))
+        return (await back_up(engine, blobs, backups)).snapshot
+
+    async with asyncio.TaskGroup() as writers:
+        for writer in wrote:
+            writers.create_task(come_and_go(writer))
+        names = [await back_up_between() for _ in range(3)]
+        enough.set()
+    seen = set[str]()
+    for number, name in enumerate(names):
         (tmp_path / str(number)).mkdir()
         async with opened(local_place(tmp_path / str(number))) as (restored, restored_blobs):
             await restore(restored, restored_blobs, backups, name)
             adapters = await AdapterStore(restored, restored_blobs, store._inspector).list(TENANT)
+            assert {adapter.name[0] for adapter in adapters} == set(wrote)
             for adapter in adapters:
                 assert all([await restored_blobs.exists(file.key, file.size_bytes) for file in adapter.default.files])
+            seen.update(adapter.id for adapter in adapters)
+    assert len(seen) >= 6
 
 
 async def test_a_backup_copies_what_is_new(
