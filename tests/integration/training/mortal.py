@@ -69,12 +69,15 @@ class Pace:
 class MortalBase(WarmBase):
     """Dies on torch's side; while saving it leaves half a file."""
 
-    def __init__(self, warm: WarmBase, death: Death, pace: Pace) -> None:
+    def __init__(self, warm: WarmBase, death: Death, pace: Pace, gate: str | None) -> None:
         self.__dict__.update(warm.__dict__)
         self._death = death
         self._pace = pace
+        self._gate = gate
 
     def step(self, runs: Sequence[Run]) -> list[StepReport]:
+        while self._gate is not None and not Path(self._gate).exists():
+            time.sleep(0.01)
         self._pace.wait()
         for run in runs:
             self._death.at("stepping", run.step + 1, run.spec.hyperparameters.seed)
@@ -118,7 +121,10 @@ class MortalResults(Results):
 
 
 async def work(order: dict[str, Any], base: BaseModel, warm: WarmBase) -> None:
-    """Trains until SIGTERM; by a clock that is `ahead_s`, so that the leases of those who died are over."""
+    """Trains until SIGTERM; by a clock that is `ahead_s`, so that the leases of those who died are over.
+
+    No step is taken before there is a file `gate`, if that is given: the worker has one job then.
+    """
     os.environ.update(order["environment"])
     death, pace = Death(**order["death"]), Pace()
     engine, inspector = open_engine(order["database_url"]), Inspector(base, Bounds())
@@ -134,7 +140,7 @@ async def work(order: dict[str, Any], base: BaseModel, warm: WarmBase) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopping.set)
     options = Options(order["name"], base.fingerprint, save_every_s=0.0, look_every_s=0.05, stop_s=20)
     try:
-        await Worker(results, lambda: MortalBase(warm, death, pace), options).run(stopping)
+        await Worker(results, lambda: MortalBase(warm, death, pace, order["gate"]), options).run(stopping)
     finally:
         await inspector.close()
         await engine.dispose()

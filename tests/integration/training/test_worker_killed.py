@@ -49,13 +49,14 @@ class Nursery:
         )
         self._born = 0
 
-    def start(self, desk: Desk, death: Death = NEVER, *, ahead_s: float | None = None) -> int:
+    def start(self, desk: Desk, death: Death = NEVER, *, ahead_s: float | None = None, gate: Path | None = None) -> int:
         """A worker's process id; its clock is ahead, so that it finds the leases of those before it over."""
         self._born += 1
         order = {
             "name": f"worker-{self._born}",
             "ahead_s": AHEAD_S * self._born if ahead_s is None else ahead_s,
             "death": asdict(death),
+            "gate": None if gate is None else str(gate),
             "database_url": desk.place.database_url,
             "blobs_url": desk.place.blobs_url,
             "home": str(desk.home),
@@ -195,13 +196,18 @@ async def test_a_job_that_kills_its_workers_is_failed_and_the_others_are_not(
         await check_outcome(desk, job, expected[number])
 
 
-async def test_two_workers_share_a_queue(desk: Desk, warm: WarmBase, nursery: Nursery) -> None:
+async def test_two_workers_share_a_queue(desk: Desk, warm: WarmBase, nursery: Nursery, tmp_path: Path) -> None:
     """Six jobs of three tenants: each has one result, the right one, and both workers had some."""
     jobs = [
         await desk.job(chats(seed=number), tenant=TenantId(f"ten_{number % 3}"), adapter=f"bot-{number}")
         for number in range(6)
     ]
-    workers = [nursery.start(desk, ahead_s=0), nursery.start(desk, ahead_s=0)]
+    gate = tmp_path / "gate"
+    workers = [nursery.start(desk, ahead_s=0, gate=gate) for _ in range(2)]
+    async with asyncio.timeout(60):
+        while len({name for job in jobs if (name := (await desk.find(job)).worker)}) < 2:
+            await asyncio.sleep(0.01)
+    gate.touch()
     for number, job in enumerate(jobs):
         done = await desk.ended(job)
         assert await desk.weights(done) == alone(warm, desk.home, chats(seed=number))
