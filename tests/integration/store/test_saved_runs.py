@@ -97,13 +97,18 @@ class Replacing(Blobs):
 
 
 async def test_a_save_that_is_replaced_while_it_is_looked_at_is_no_fault(
-    engine: AsyncEngine, blobs: Blobs, place: Place, claimed: Claimed, tmp_path: Path
+    engine: AsyncEngine, blobs: Blobs, place: Place, jobs: Jobs, claimed: Claimed, tmp_path: Path
 ) -> None:
     """The scrubber has chosen it, and the next save is there before it reads."""
     await keep(engine, blobs, claimed, 1, tmp_path)
     read = Replacing.open(place.blobs_url)
     read.replace = lambda: keep(engine, blobs, claimed, 2, tmp_path)
-    assert await Scrubber(engine, read, None, bytes_per_s=1 << 30).run() == {Outcome.OK: 1}
+    scrubber = Scrubber(engine, read, None, bytes_per_s=1 << 30)
+    assert await scrubber.run() == {Outcome.OK: 1}
+    assert await scrubber.faulty() == []
+    saved = (await jobs.find(TENANT, claimed.job.id)).saved
+    assert saved is not None
+    assert saved.step == 2
 
 
 async def test_a_save_is_backed_up_with_its_job(
