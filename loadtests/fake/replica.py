@@ -30,9 +30,9 @@ PROMPTS = ("messages", "prompt", "input")
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
-@dataclass
+@dataclass(slots=True)
 class Faults:
-    """What goes wrong; a test sets what it needs."""
+    """What goes wrong; a test sets what it needs, and cannot set what there is none of."""
 
     die_after_events: int | None = None
     """Half an event, then the connection is cut."""
