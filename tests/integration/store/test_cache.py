@@ -1,6 +1,9 @@
 """The replica's disk cache."""
 
 import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from adapter_store.catalog import BlobFile, Version
 from adapter_store.errors import BlobCorrupt, StorageFull
 from tests.bad_adapters import write_good
 from tests.integration.store.conftest import Publish, files_under
-from tests.storage import Shelf
+from tests.storage import Place, Shelf
 
 LIMIT_BYTES = 1 << 20
 
@@ -42,15 +45,32 @@ async def test_a_fetched_folder_holds_the_two_files(cache: DiskCache, publish: P
     assert (folder / "adapter_model.safetensors").read_bytes() == (good / "adapter_model.safetensors").read_bytes()
 
 
-async def test_callers_at_the_same_time_share_one_fetch(cache: DiskCache, publish: Publish, good: Path) -> None:
+class Counted(Blobs):
+    """Counts how often each blob is read."""
+
+    reads: Counter[str]
+
+    @asynccontextmanager
+    async def read(self, key: str) -> AsyncIterator[AsyncIterator[bytes]]:
+        self.reads[key] += 1
+        async with super().read(key) as pieces:
+            yield pieces
+
+
+async def test_callers_at_the_same_time_share_one_fetch(root: Path, place: Place, publish: Publish, good: Path) -> None:
     """Ten fetches give one folder, written once; a cancelled caller does not break the others'."""
     version = await publish(good)
+    blobs = Counted.open(place.blobs_url)
+    blobs.reads = Counter()
+    cache = DiskCache(root, blobs, LIMIT_BYTES)
     tasks = [asyncio.create_task(cache.fetch(version.digest, version.files)) for _ in range(10)]
     await asyncio.sleep(0)
     tasks[0].cancel()
-    folders = await asyncio.gather(*tasks, return_exceptions=True)
-    assert isinstance(folders[0], asyncio.CancelledError)
-    assert len(set(folders[1:])) == 1
+    cancelled, *folders = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert folders == [root / version.digest] * 9
+    assert files_under(root / version.digest) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert blobs.reads == {file.key: 1 for file in version.files}
 
 
 async def test_the_least_recently_fetched_goes_first(
