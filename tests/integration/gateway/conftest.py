@@ -14,6 +14,8 @@ import uvicorn
 from pydantic import SecretStr
 
 from adapter_store.base_model import BaseModel
+from adapter_store.catalog import metadata
+from adapter_store.transactions import reading
 from gateway.app import create_app
 from gateway.dependencies import Parts
 from gateway.front import Front
@@ -72,6 +74,16 @@ class Gateway:
         made = await self.operator.post(f"/admin/v1/tenants/{name}/keys", json={})
         secret = made.json()["secret"]
         return Tenant(name, secret, self.client(secret))
+
+    async def tables_with(self, *texts: str) -> set[str]:
+        """The tables with a row that has one of these texts in it."""
+        async with reading(self.parts.engine) as connection:
+            return {
+                table.name
+                for table in metadata.sorted_tables
+                for row in await connection.execute(table.select())
+                if any(text in str(tuple(row)) for text in texts)  # a Row would show long values cut short
+            }
 
 
 RunGateway = Callable[..., Awaitable[Gateway]]
