@@ -68,7 +68,6 @@ async def test_an_adapter_goes_everywhere_and_leaves_a_receipt(
     (part,) = stated["replicas"]
     assert part["outcome"] == "erased"
     assert stated["requested_at"] <= part["device_gone_at"] <= part["disk_gone_at"] <= stated["completed_at"]
-    assert await acme.client.get(f"/v1/erasures/{receipt['id']}") is not None
     assert (await acme.client.get(f"/v1/erasures/{receipt['id']}")).json() == receipt
     assert (await acme.client.get("/v1/erasures")).json() == {"object": "list", "data": [receipt], "has_more": False}
 
@@ -90,6 +89,7 @@ async def test_a_changed_receipt_does_not_verify(acme: Tenant, good: Path) -> No
     await acme.publish(good)
     receipt = await erase(acme)
     keys = await keys_of(acme)
+    assert verify_shown(receipt["statement"], receipt["signature"], keys, Kind.ERASURE) == receipt["statement"]
     changed = {**receipt["statement"], "completed_at": receipt["statement"]["completed_at"] + 1}
     with pytest.raises(SignatureInvalid):
         verify_shown(changed, receipt["signature"], keys, Kind.ERASURE)
@@ -383,7 +383,6 @@ async def test_versions_are_signed_when_they_are_published(acme: Tenant, good: P
     (kept,) = (await acme.client.get("/v1/adapters/bot")).json()["versions"]
     assert kept == version
     assert version["published_by"].startswith("key_")
-    assert json.dumps(stated)
 
 
 async def test_receipts_and_signatures_are_checked_from_the_command(

@@ -226,6 +226,9 @@ async def test_a_filename_is_a_text_and_no_path(acme: Tenant, gateway: Gateway) 
     for name in ("../../etc/passwd", "/etc/shadow", "a b;c=d", "bär 🐻.jsonl", "%2e%2e%2f", "file.jsonl\\..\\x"):
         made = await send(acme, files={"file": (name, jsonl())})
         assert made.status_code == 200, made.text
+        assert made.json()["filename"] == name
+        shown = await acme.client.get(f"/v1/files/{made.json()['id']}")
+        assert shown.json() == made.json()
         content = await acme.client.get(f"/v1/files/{made.json()['id']}/content")
         assert content.content == jsonl()
         assert content.headers["content-type"] == "application/octet-stream"

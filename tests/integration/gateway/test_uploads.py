@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import json
 import os
 import resource
 import shutil
@@ -188,10 +187,8 @@ async def test_a_full_disk_is_told_and_forgotten(acme: Tenant, gateway: Gateway,
 
 async def test_two_uploads_at_once_are_two_versions(acme: Tenant, good: Path, other_good: Path) -> None:
     """Neither is lost and the numbers differ."""
-    import asyncio
-
     answers = await asyncio.gather(acme.publish(good), acme.publish(other_good))
-    assert sorted(answer.json()["current"]["number"] for answer in answers) != []
+    assert sorted(answer.json()["current"]["number"] for answer in answers) == [1, 2]
     shown = (await acme.client.get("/v1/adapters/bot")).json()
     assert [version["number"] for version in shown["versions"]] == [2, 1]
     assert len({version["digest"] for version in shown["versions"]}) == 2
@@ -236,7 +233,6 @@ def test_bad_adapters_are_many_and_named_apart() -> None:
     """The list is what it claims to be."""
     assert len(BAD) >= 40
     assert len({bad.name for bad in BAD}) == len(BAD)
-    assert json.dumps([bad.name for bad in BAD])
 
 
 def packed(folder: Path, kind: str) -> tuple[bytes, str]:
