@@ -24,6 +24,15 @@ async def until(holds: Callable[[], bool], deadline_s: float = 60) -> float:
     return time.monotonic() - begin
 
 
+async def cancel(*tasks: asyncio.Task[None]) -> None:
+    """Ends tasks that go on for ever. Raises what one of them has failed with."""
+    for task in tasks:
+        task.cancel()
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(ended, Exception):
+            raise ended
+
+
 @contextmanager
 def stalls() -> Iterator[Callable[[], float]]:
     """Tells for how many seconds since the block began this whole process got no turn: they are no part of a measure.

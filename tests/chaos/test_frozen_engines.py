@@ -14,7 +14,7 @@ from loadtests.fake.speech import counted
 from tests.chaos.client import DIALECTS, PATHS, Answer, request
 from tests.chaos.conftest import Figure, NewClient
 from tests.integration.gateway.conftest import BASE, Gateway, RunGateway, RunReplica, until_ready
-from tests.waiting import stalls, until
+from tests.waiting import cancel, stalls, until
 
 DEFAULTS = {"probe_interval_s": 1.0, "probe_deadline_s": 3.0}
 EVERY_S = 0.25
@@ -90,8 +90,7 @@ async def test_a_frozen_engine_leaves_rotation_beside_traffic_of_every_dialect(
             took_s = await until(lambda: state_of(gateway) is ReplicaState.UNREACHABLE, 20)
             took_s -= stalled_s()
     finally:
-        flow.cancel()
-        await asyncio.gather(flow, return_exceptions=True)
+        await cancel(flow)
     figure(f"F2: a frozen engine beside {len(traffic.answers)} streams left rotation after {took_s:.2f} s")
     assert took_s <= 5.0
     assert {answer.ending for answer in traffic.answers} == {"error event", "refused"}

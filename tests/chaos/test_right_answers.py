@@ -20,6 +20,7 @@ from tests.bad_adapters import write_good
 from tests.chaos.client import DIALECTS, Answer, Client, request
 from tests.chaos.conftest import Figure, NewClient
 from tests.integration.gateway.conftest import Gateway, RunGateway, RunReplica, Tenant
+from tests.waiting import cancel
 
 TENANTS = 10
 NAMES = 20
@@ -168,8 +169,7 @@ async def test_every_answer_comes_from_what_its_name_stood_for(
         for seed in range(CLIENTS):
             group.create_task(traffic.run(new_client(gateway.url), seed))
     took_s = time.monotonic() - begin
-    changing.cancel()
-    await asyncio.gather(changing, return_exceptions=True)
+    await cancel(changing)
     await restarting
     figure(
         f"I1: {sum(not asked.right for asked in traffic.doubtful)} wrong in {traffic.begun} requests ({took_s:.0f} s), "
