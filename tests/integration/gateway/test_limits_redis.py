@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -312,37 +312,54 @@ async def test_two_gateways_share_places(server: RedisServer) -> None:
             await settled(second)
 
 
+def told(result: Admission | BaseException) -> dict[str, int]:
+    """Limits, what remains of them, and when to come back, as the request's client reads it."""
+    if isinstance(result, BaseException):
+        assert isinstance(result, RateLimited)
+        lines = [(name.decode(), value.decode()) for name, value in result.headers]
+    else:
+        lines = [(name, value) for name, value in (line.split(": ") for line in result.headers.decode().splitlines())]
+    return {name: int(value) for name, value in lines if "-limit-" in name or "-remaining-" in name or "-ms" in name}
+
+
 async def test_decisions_are_those_of_memory(server: RedisServer) -> None:
     """The script and the arithmetic in memory agree on headers and refusals, step by step."""
-    plan = Plan(requests_per_minute=10, tokens_per_minute=1_000, concurrent_requests=3, tokens_per_month=1_500)
-    chance = random.Random(7)
-    now = 0.0
+    plan = Plan(requests_per_minute=10, tokens_per_minute=60, concurrent_requests=2, tokens_per_month=360)
+    chance = random.Random(1)  # in which no two of a request's waits are equal: either could be told
+    now = at = 0.0
     memory = MemoryLimits(Database(), timeout_s=1, clock=lambda: now)
+    found: Counter[str] = Counter()
     async with gateway(server) as limits, client_of(server) as client:
-        running: list[tuple[Admission, Admission]] = []
-        for _ in range(200):
-            tokens, used = chance.randint(0, 300), chance.randint(0, 400)
-            if running and chance.random() < 0.5:
-                ended = running.pop(chance.randrange(len(running)))
-                for one in ended:
-                    one.settle(used)
+        running: list[tuple[Admission, Admission, int]] = []
+        for _ in range(300):
+            if running and chance.random() < 0.4:
+                here, there, tokens = running.pop(chance.randrange(len(running)))
+                used = chance.randint(tokens // 2, tokens)
+                here.settle(used)
+                there.settle(used)
                 await settled(limits)
                 continue
-            if chance.random() < 0.3:  # time moves for both: Redis's is older by so much
-                now += 6.0
-                if (at := await client.hget(COUNTERS, "at")) is not None:
-                    await client.hset(COUNTERS, "at", repr(float(at) - 6.0))
-            results = await asyncio.gather(
+            now += 6.0 * (chance.random() < 0.3)  # lets whole numbers flow in, of which moments are no part
+            tokens = chance.randint(0, 16)
+            if found["admitted"]:  # Redis's counters are as old as those in memory, and a moment
+                seconds, micros = await client.time()
+                await client.hset(COUNTERS, "at", repr(seconds + micros / 1e6 - (now - at)))
+            one, other = await asyncio.gather(
                 memory.admit(TENANT, plan, tokens), limits.admit(TENANT, plan, tokens), return_exceptions=True
             )
-            kinds = [type(result) for result in results if isinstance(result, BaseException)]
-            if not kinds:
-                assert not isinstance(results[0], BaseException)
-                assert not isinstance(results[1], BaseException)
-                running.append((results[0], results[1]))
+            expected = told(one)
+            assert told(other).keys() == expected.keys()
+            for name, value in told(other).items():
+                assert abs(value - expected[name]) <= (500 if name == "retry-after-ms" else 1), name
+            if isinstance(one, BaseException) or isinstance(other, BaseException):
+                assert type(one) is type(other)
+                found["busy" if expected.get("retry-after-ms") == 1_000 else type(one).__name__] += 1
             else:
-                assert len(kinds) == 2
-                assert kinds[0] is kinds[1]
+                running.append((one, other, tokens))
+                found["admitted"] += 1
+                at = now
+    assert found.keys() == {"admitted", "busy", "RateLimited", "TokenRateLimited", "QuotaSpent"}
+    assert min(found.values()) > 10, found
 
 
 async def test_what_is_over_the_reservation_is_owed_from_now_on(server: RedisServer) -> None:
