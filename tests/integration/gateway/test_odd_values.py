@@ -144,6 +144,7 @@ def least_body(path: str, operation: Json) -> Json:
 def test_every_number_of_a_control_request_has_bounds() -> None:
     """Within what a database's integers hold; and every text of a query is bounded."""
     told = document()
+    numbers = texts = 0
     for method, path, operation in operations():
         if "generation" in operation["tags"] or "counting" in operation["tags"]:
             continue
@@ -151,9 +152,12 @@ def test_every_number_of_a_control_request_has_bounds() -> None:
         for name, schema in {**parameters, **(body_of(told, operation) or {})}.items():
             for choice in schema.get("anyOf", [schema]):
                 if choice.get("type") == "integer":
+                    numbers += 1
                     assert choice.get("maximum", INT64 + 1) <= INT64, f"{method} {path} {name}"
                     assert "minimum" in choice or "exclusiveMinimum" in choice, f"{method} {path} {name}"
         for name, schema in parameters.items():
             for choice in schema.get("anyOf", [schema]):
                 if choice.get("type") == "string":
+                    texts += 1
                     assert "maxLength" in choice or "enum" in choice, f"{method} {path} {name}"
+    assert (numbers > 50, texts > 20) == (True, True), (numbers, texts)

@@ -298,7 +298,10 @@ async def test_no_refused_field_reaches_the_engine(acme: Tenant, replica: FakeRe
             for value in (True, 1, "x", [1], ["x"], {"enable_thinking": True}):
                 answer = await acme.client.post(path, json={"model": BASE, **seed, name: value})
                 assert answer.status_code == 400, f"{path} {name} {value}"
+                assert name in answer.json()["error"]["message"], answer.text
     assert replica.requests == []
+    for path, seed in SEEDS.items():
+        assert (await acme.client.post(path, json={"model": BASE, **seed})).status_code == 200, path
 
 
 @pytest.mark.full
