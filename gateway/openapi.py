@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from starlette.routing import BaseRoute
 
 from adapter_store.bundle import BUNDLE_FILES
-from gateway.dialects import DIALECTS, Dialect, chat_shapes, counts, messages, responses
+from gateway.dialects import DIALECTS, Dialect, chat_shapes, counts, message_shapes, messages, responses
 from gateway.dialects.dialect import MOST_TOOLS
 from gateway.dialects.fields import Text, TokenId
 from gateway.errors import Envelope, InvalidFileEnvelope, NotServableEnvelope, RejectedEnvelope
@@ -35,10 +35,12 @@ _AnswerParts = Annotated[
     list[chat_shapes.TextPart | chat_shapes.RefusalPart], Meta(min_length=1, max_length=chat_shapes.MOST_PARTS)
 ]
 _Calls = Annotated[list[chat_shapes.ToolCall], Meta(max_length=MOST_TOOLS)]
-_Blocks = Annotated[list[messages.TextBlock], Meta(max_length=messages.MOST_BLOCKS)]
-_Told = Annotated[list[messages.TextBlock | messages.ToolResult], Meta(min_length=1, max_length=messages.MOST_BLOCKS)]
+_Blocks = Annotated[list[message_shapes.TextBlock], Meta(max_length=messages.MOST_BLOCKS)]
+_Told = Annotated[
+    list[message_shapes.TextBlock | message_shapes.ToolResult], Meta(min_length=1, max_length=messages.MOST_BLOCKS)
+]
 _Answered = Annotated[
-    list[messages.TextBlock | messages.ToolUse | messages.Thought | messages.HiddenThought],
+    list[message_shapes.TextBlock | message_shapes.ToolUse | message_shapes.Thought | message_shapes.HiddenThought],
     Meta(max_length=messages.MOST_BLOCKS),
 ]
 _ItemParts = Annotated[list[responses.TextPart], Meta(max_length=responses.MOST_PARTS)]
@@ -58,19 +60,19 @@ SHOWN: Final[tuple[tuple[type[Struct], str, Any], ...]] = (
     (chat_shapes.JsonSchema, "schema", _Object),
     (chat_shapes.CompletionRequest, "prompt", Text | list[TokenId]),
     (counts.TokenizeRequest, "prompt", Text),
-    (messages.User, "content", Text | _Told),
-    (messages.Assistant, "content", Text | _Answered),
-    (messages.System, "content", Text | _Blocks),
-    (messages.TextBlock, "text", Text),
-    (messages.ToolResult, "content", Text | _Blocks | None),
-    (messages.ToolUse, "input", _Object),
-    (messages.Thought, "thinking", Text),
-    (messages.Thought, "signature", Text | None),
-    (messages.HiddenThought, "data", Text),
-    (messages.Tool, "input_schema", _Object),
-    (messages.OutputFormat, "schema", _Object),
-    (messages.Conversation, "system", Text | _Blocks | None),
-    (messages.MessagesRequest, "system", Text | _Blocks | None),
+    (message_shapes.User, "content", Text | _Told),
+    (message_shapes.Assistant, "content", Text | _Answered),
+    (message_shapes.System, "content", Text | _Blocks),
+    (message_shapes.TextBlock, "text", Text),
+    (message_shapes.ToolResult, "content", Text | _Blocks | None),
+    (message_shapes.ToolUse, "input", _Object),
+    (message_shapes.Thought, "thinking", Text),
+    (message_shapes.Thought, "signature", Text | None),
+    (message_shapes.HiddenThought, "data", Text),
+    (message_shapes.Tool, "input_schema", _Object),
+    (message_shapes.OutputFormat, "schema", _Object),
+    (message_shapes.Conversation, "system", Text | _Blocks | None),
+    (message_shapes.MessagesRequest, "system", Text | _Blocks | None),
     (responses.TextPart, "text", Text),
     (responses.TextPart, "refusal", Text),
     (responses.TextPart, "annotations", list[Any]),

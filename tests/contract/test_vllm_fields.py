@@ -11,7 +11,17 @@ import pytest
 from msgspec import Struct
 from msgspec.structs import fields
 
-from gateway.dialects import DIALECTS, OPT_IN, Bounds, Dialect, all_dialects, chat_shapes, counts, messages, responses
+from gateway.dialects import (
+    DIALECTS,
+    OPT_IN,
+    Bounds,
+    Dialect,
+    all_dialects,
+    chat_shapes,
+    counts,
+    message_shapes,
+    responses,
+)
 from gateway.dialects.chat import IGNORED as CHAT_IGNORED
 from gateway.dialects.counts import AskedTokens
 from gateway.dialects.dialect import with_fields
@@ -125,11 +135,14 @@ LATER: dict[tuple[type[Struct], str], Any] = {
     (responses.Asked, "input"): responses.Item,
     (responses.Item, "content"): responses.TextPart,
     (responses.Item, "output"): responses.TextPart,
-    (messages.User, "content"): messages.TextBlock | messages.ToolResult,
-    (messages.Assistant, "content"): messages.TextBlock | messages.ToolUse | messages.Thought | messages.HiddenThought,
-    (messages.System, "content"): messages.TextBlock,
-    (messages.ToolResult, "content"): messages.TextBlock,
-    (messages.Conversation, "system"): messages.TextBlock,
+    (message_shapes.User, "content"): message_shapes.TextBlock | message_shapes.ToolResult,
+    (message_shapes.Assistant, "content"): message_shapes.TextBlock
+    | message_shapes.ToolUse
+    | message_shapes.Thought
+    | message_shapes.HiddenThought,
+    (message_shapes.System, "content"): message_shapes.TextBlock,
+    (message_shapes.ToolResult, "content"): message_shapes.TextBlock,
+    (message_shapes.Conversation, "system"): message_shapes.TextBlock,
 }
 """Members that are first kept as they came, and what they are decoded into."""
 
