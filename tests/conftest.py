@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import hypothesis
 import pytest
 
 from tests.scheduling import ByFile, engine_first
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from xdist.scheduler import Scheduling
 
 FIGURE: Final = "figure"
+
+hypothesis.settings.register_profile("shared machine", deadline=None)  # a stall is longer than its 200 ms
+hypothesis.settings.load_profile("shared machine")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -136,7 +136,6 @@ def _fuzz_one(operation: Any, url: str, key: str, examples: int, seen: Seen) -> 
     @seed(1)
     @settings(
         max_examples=examples,
-        deadline=None,
         database=None,
         derandomize=True,
         phases=[Phase.generate],

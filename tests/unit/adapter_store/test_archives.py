@@ -141,7 +141,7 @@ def test_the_two_files_are_taken(kind: str, tmp_path: Path) -> None:
     assert unpack(tmp_path / "bundle", [GOOD[kind]]) == FILES
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(sorted(GOOD)), cuts=st.lists(st.integers(0, 80_000), max_size=40))
 def test_how_a_body_is_cut_changes_nothing(
     tmp_path_factory: pytest.TempPathFactory, kind: str, cuts: list[int]
@@ -283,7 +283,7 @@ def test_what_is_no_adapter_is_refused(kind: str, tmp_path: Path) -> None:
         assert type(caught.value) is error
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(kind=st.sampled_from(sorted(GOOD)), data=st.data())
 def test_a_mutated_archive_is_taken_or_told(
     tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject

@@ -266,7 +266,7 @@ def mutate_config(data: st.DataObject, good: Path, base: BaseModel, folder: Path
 
 
 def examples(count: int) -> settings:
-    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    return settings(max_examples=count, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @examples(150)

@@ -184,7 +184,7 @@ def test_the_floor_is_the_least_of_the_active(steps: list[tuple[int, int, bool]]
             assert counters.floor() == min(account.settled for account in active)  # type: ignore[attr-defined]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     weights=st.lists(st.sampled_from([0.5, 1.0, 2.0, 4.0]), min_size=2, max_size=4),
     costs=st.lists(st.integers(1, 300), min_size=2, max_size=4),
@@ -334,7 +334,7 @@ def test_the_queue_is_bounded_for_a_tenant_and_for_all() -> None:
     assert model.gate.load == 4
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.sampled_from("abc"), st.integers(0, 6), st.floats(0.01, 3), st.booleans()),
@@ -519,7 +519,7 @@ def test_a_closing_adapter_opens_again_when_nobody_is_left_in_line() -> None:
     assert model.open_set.admits(key(1, "a"))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     slots=st.integers(1, 4),
     adapters=st.integers(2, 10),

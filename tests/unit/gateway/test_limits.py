@@ -135,7 +135,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(plan=plans, steps=steps)
 def test_decisions_are_those_of_exact_buckets(plan: Plan, steps: list[tuple[str, int, int]]) -> None:
     """No request too many and none too few, whatever is admitted, settled below or above, and however late."""
@@ -169,7 +169,7 @@ def test_decisions_are_those_of_exact_buckets(plan: Plan, steps: list[tuple[str,
     asyncio.run(compare())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(limit=st.integers(1, 5_000), tokens=st.integers(1, 300), gaps=st.lists(st.integers(0, 5_000), max_size=60))
 def test_the_time_told_is_the_time_it_takes(limit: int, tokens: int, gaps: list[int]) -> None:
     """A request that comes back after `retry-after-ms` is admitted, and one that comes 2 ms sooner is not."""

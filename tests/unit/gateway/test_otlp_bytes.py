@@ -57,7 +57,7 @@ def _span(draw: some.DrawFn, resource: Resource, scope: InstrumentationScope | N
     )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(spans())
 def test_a_collector_reads_what_opentelemetrys_encoder_would_have_sent(made: list[ReadableSpan]) -> None:
     """Every field of every span, whatever it holds."""

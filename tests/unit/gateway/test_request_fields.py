@@ -798,7 +798,7 @@ def check_random_body(kind: type[Dialect], fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", DIALECTS, ids=lambda kind: kind.path)
 def test_random_bodies_are_refused_or_sent_whole(kind: type[Dialect]) -> None:
     """Whatever is accepted makes a body that names only allowed fields (150 a dialect; under `full` 20,000 in all)."""
-    settings(max_examples=150, deadline=None)(given(bodies(kind))(lambda fields: check_random_body(kind, fields)))()
+    settings(max_examples=150)(given(bodies(kind))(lambda fields: check_random_body(kind, fields)))()
 
 
 @pytest.mark.full
@@ -806,6 +806,6 @@ def test_random_bodies_are_refused_or_sent_whole(kind: type[Dialect]) -> None:
 @pytest.mark.parametrize("kind", DIALECTS, ids=lambda kind: kind.path)
 def test_twenty_thousand_random_bodies(kind: type[Dialect]) -> None:
     """The same at full scale."""
-    settings(max_examples=20_000 // len(DIALECTS), deadline=None)(
+    settings(max_examples=20_000 // len(DIALECTS))(
         given(bodies(kind))(lambda fields: check_random_body(kind, fields))
     )()

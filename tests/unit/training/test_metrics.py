@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
@@ -23,7 +23,6 @@ pairs = st.lists(st.tuples(labels, labels), min_size=1, max_size=60)
 objects = st.dictionaries(st.sampled_from("abcd"), st.sampled_from([0, 1, 2.5, "x", True, None]), max_size=4)
 
 
-@settings(deadline=None)
 @given(pairs)
 def test_classification_is_scikit_learns(found: list[tuple[str, str]]) -> None:
     """Accuracy, and precision, recall and F1 of each class, macro and micro, to the twelfth place."""
@@ -44,7 +43,6 @@ def test_an_answer_outside_the_classes_is_wrong_but_no_class() -> None:
     assert (found.accuracy, found.macro.f1, found.micro.precision) == (0.5, 0.5, 1.0)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(objects, objects), min_size=1, max_size=30))
 def test_the_f1_of_json_fields_is_scikit_learns(found: list[tuple[dict[str, object], dict[str, object]]]) -> None:
     """Over the set of (field, value) pairs of each answer, as a multi-label problem."""
@@ -97,7 +95,6 @@ def test_perplexity_is_the_exponent_of_the_mean_loss() -> None:
         metrics.perplexity(0, 0)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=80))
 def test_the_test_of_right_answers_is_scipys(found: list[tuple[bool, bool]]) -> None:
     """McNemar's exact test is a binomial one on the examples where the two differ."""
