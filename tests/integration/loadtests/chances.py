@@ -7,7 +7,7 @@ from loadtests import gates
 from loadtests.gates import Judgement, Verdict
 from loadtests.recording import Run
 
-TRIES = 3
+TRIES = 6
 
 
 async def judged(play: Callable[[Path], Awaitable[Run]], folder: Path) -> tuple[int, Sequence[Verdict]]:

@@ -46,7 +46,7 @@ def run_of(kind: str) -> Run:
 async def test_only_what_a_stall_explains_is_played_again(
     runs: list[str], code: int, played: int, tmp_path: Path
 ) -> None:
-    """Late requests twice more, red times once more, a fact never."""
+    """Late requests five times more, red times once more, a fact never."""
     left: Iterator[str] = iter(runs)
     folders = []
 
