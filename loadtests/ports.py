@@ -4,6 +4,7 @@ Not the kernel's choice: between its answer and the process's start it may give 
 a connection.
 """
 
+import errno
 import fcntl
 import itertools
 import os
@@ -22,19 +23,24 @@ MINE: Final = 256
 class Ports:
     """These, in turn and from anywhere on, and for as long as this process lives no other one's that asks here.
 
-    Linux gives connections those from 32768 on, so lower ones are wanted here.
+    Linux gives connections those from 32768 on, so lower ones are wanted here. Who has which is in the folder `locks`.
     """
 
-    def __init__(self, ports: range) -> None:
+    def __init__(self, ports: range, locks: Path | None = None) -> None:
         at = secrets.randbelow(len(ports))
+        self._range = ports
         self._ports: Iterator[int] = itertools.cycle((*ports[at:], *ports[:at]))
+        self._folder = locks or Path(tempfile.gettempdir()) / f"tailor-ports-{os.getuid()}"
         self._locks: deque[int] = deque()
 
     def free(self) -> int:
-        """One that nobody listens on, and that is not told again soon."""
-        while True:
-            port = next(self._ports)
-            lock = _locked(port)
+        """One that nobody listens on, and that is not told again soon.
+
+        Raises:
+            OSError: there is none.
+        """
+        for port in itertools.islice(self._ports, len(self._range)):
+            lock = _locked(self._folder, port)
             if lock is None:
                 continue
             try:
@@ -47,11 +53,12 @@ class Ports:
             if len(self._locks) > MINE:
                 os.close(self._locks.popleft())
             return port
+        first, last = self._range[0], self._range[-1]
+        raise OSError(errno.EADDRINUSE, f"each of the ports {first} to {last} is in use or kept by a process that runs")
 
 
-def _locked(port: int) -> int | None:
+def _locked(folder: Path, port: int) -> int | None:
     """The descriptor that holds the port's lock; None where another has it."""
-    folder = Path(tempfile.gettempdir()) / f"tailor-ports-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     lock = os.open(folder / str(port), os.O_RDWR | os.O_CREAT, 0o600)
     try:
