@@ -44,19 +44,26 @@ async def compared(port: int, folder: Path, rounds: int = 1) -> dict[str, Row]:
 
 @pytest.mark.parametrize("ours_later", [0.0, 0.15])
 async def test_what_is_off_is_seen_and_what_is_not_passes(ours_later: float, tmp_path: Path) -> None:
-    """Of both figures, though the two tools are different programs in processes of their own; one that stood still, and
-    so was off by itself, has two further chances."""
-    ratios = [pytest.approx(1 + ours_later, abs=0.05), pytest.approx(1 / (1 + ours_later), abs=0.05)]
+    """Of both figures, though the two tools are different programs in processes of their own; a figure of which one
+    stood still, and so was off by itself, has two further chances."""
+    ratios = {"ttft_p50_off": 1 + ours_later, "requests_per_s_off": 1 / (1 + ours_later)}
+    right: dict[str, Row] = {}
+    seen: list[str] = []
     for number in range(TRIES):
         (folder := tmp_path / f"try-{number}").mkdir()
         async with scripted(answering(ours_later)) as port:
             rows = await compared(port, folder)
         assert rows["failed_requests"].value == 0
-        ttft, throughput = both = rows["ttft_p50_off"], rows["requests_per_s_off"]
-        if [one.detail["ratio"] for one in both] == ratios:
+        seen += [rows[figure].line() for figure in ratios]
+        right |= {
+            figure: rows[figure]
+            for figure, ratio in ratios.items()
+            if rows[figure].detail["ratio"] == pytest.approx(ratio, abs=0.05)
+        }
+        if len(right) == len(ratios):
             break
-    assert [one.detail["ratio"] for one in both] == ratios
-    assert (ttft.ok, throughput.ok) == (not ours_later, not ours_later), (ttft.line(), throughput.line())
+    assert right.keys() == ratios.keys(), seen
+    assert {one.ok for one in right.values()} == {not ours_later}, seen
 
 
 def test_a_crosscheck_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
