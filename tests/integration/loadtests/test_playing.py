@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,15 +205,16 @@ async def test_callers_of_a_closed_loop_wait_for_their_answers(tmp_path: Path) -
         writer.write(ANSWERS["whole"])
 
     planned = plan(605, at=ABSENT, caller=np.minimum(np.arange(605) // 200, 3))
+    told = replace(schedule(planned), phases=((0, 3 * NS),))  # a stall takes one or two of them
     async with scripted(answer) as port:
-        samples, lateness = await played(port, schedule(planned), tmp_path, processes=2)
+        samples, lateness = await played(port, told, tmp_path, processes=2)
     assert sum(one.idle_callers for one in lateness) == 1, "the fourth had five to ask"
     rows = samples.rows
     sent = rows[rows["outcome"] != Outcome.UNSENT]
     assert most == 4
-    assert 60 < len(sent) <= 155
+    assert 20 < len(sent) <= 455
     assert (sent["scheduled"] == sent["sent"]).all()
-    assert sent["sent"].max() < NS
+    assert sent["sent"].max() < 3 * NS
     assert set(rows["outcome"]) == {Outcome.WHOLE, Outcome.UNSENT}
 
 
