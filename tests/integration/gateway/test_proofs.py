@@ -15,6 +15,7 @@ from adapter_store.ids import TenantId
 from adapter_store.proofs import ANSWER_TOKENS, MOST_PROMPTS, PROMPTS, TOP, Proof, Reason, Reference, Status
 from adapter_store.transactions import reading, writing
 from gateway.plans import Plan
+from gateway.proofs import LOOK_EVERY_S
 from gateway.replicas.replica import ReplicaState
 from loadtests.fake.golden import golden
 from loadtests.fake.replica import FakeReplica
@@ -400,15 +401,15 @@ async def test_a_verdict_of_a_run_that_was_given_up_counts_for_nothing(
 async def test_a_proof_waits_some_seconds_for_the_upload_to_be_used(
     run_gateway: RunGateway, replica: FakeReplica, good: Path
 ) -> None:
-    """It is due when the delay is over, without anybody's asking."""
-    gateway = await run_gateway(replica, proof="flag", proof_delay_s=2)
+    """It is due when the delay is over, without being asked for: before the look round 10 s after the publish."""
+    gateway = await run_gateway(replica, proof="flag", proof_delay_s=6)
     acme = await gateway.tenant("acme")
     made = (await acme.publish(good)).json()["current"]
     assert (await acme.ask()).status_code == 200
     assert not replica.golden
     found = await judged(acme)
     assert found["status"] == "proved"
-    assert made["created_at"] + 2 <= found["checked_at"] <= made["created_at"] + 4
+    assert made["created_at"] + 6 <= found["checked_at"] < made["created_at"] + 2 * LOOK_EVERY_S
 
 
 async def test_a_proof_that_is_asked_for_begins_at_once(
