@@ -135,7 +135,7 @@ async def test_an_engine_that_dies_of_a_load_does_not_die_of_it_three_times(
         await connection.execute(update(rows).values(until=int(time.time()) - 1))  # the minute is over
     await quarantine.read()
     await acme.ask()
-    await until(lambda: quarantine.count == 1, 5)
+    await until(lambda: quarantine.count == 1 and states(gateway) == {ReplicaState.READY}, 10)
     (held,) = quarantine.held()
     assert (held.strikes, held.until) == (2, None)
     assert await answered(globex) == f"I am {good}"
