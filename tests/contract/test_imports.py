@@ -14,7 +14,7 @@ from tests.bad_adapters import write_base
 from tests.ports import free_port
 
 HEAVY = ("torch", "peft", "vllm", "transformers", "numpy", "safetensors", "typer", "httpx")
-MEMORY_LIMIT_MIB = 80  # 77 measured, compiled; traces (1 more) and load (8 more) bring it to 86 of the 90 allowed
+MEMORY_LIMIT_MIB = 81  # 79 measured, compiled; load brings 9 more, of the 90 allowed
 
 
 def test_the_gateway_imports_nothing_heavy() -> None:
