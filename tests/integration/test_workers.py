@@ -239,7 +239,7 @@ async def test_an_idle_connection_gets_one_more_answer(new_gateway: NewGateway) 
 
 async def test_a_drain_is_announced_before_it_begins(new_gateway: NewGateway) -> None:
     """For TAILOR_DRAIN_NOTICE_S `/ready` is 503, so that balancers go elsewhere, and all else goes on."""
-    gateway = await started(new_gateway(drain_notice_s="2"))
+    gateway = await started(new_gateway(drain_notice_s="5"))
     key = await new_key(gateway.url, gateway.operator_key())
     async with httpx.AsyncClient(base_url=gateway.url, headers={"authorization": f"Bearer {key}"}) as client:
         gateway.signal(signal.SIGTERM)

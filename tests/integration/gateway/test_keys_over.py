@@ -63,7 +63,7 @@ async def test_a_running_stream_ends_with_its_key(
 ) -> None:
     """In an error event, on the engine too; those of other tenants, and of a tenant's other keys, go on."""
     slow(replica)
-    lasts_s = 3
+    lasts_s = 6
     key = await new_key(gateway, "acme", **({"expires_at": int(time.time()) + lasts_s} if how == "expired" else {}))
     asked = {"model": BASE, "messages": SAID, "stream": True}
     path = "/v1/chat/completions"

@@ -497,7 +497,7 @@ async def test_who_waits_in_vain_is_counted_and_traced(
     replica = await run_replica()
     port = free_port()
     gateway = await run_gateway(
-        replica, operator_port=port, replica_concurrency=1, queue_timeout_s=1, tenant_queue_limit=3, hear_out_s=0
+        replica, operator_port=port, replica_concurrency=1, queue_timeout_s=4, tenant_queue_limit=3, hear_out_s=0
     )
     tenant = await gateway.tenant("acme")
     assert (await tenant.publish(good)).status_code == 201
@@ -517,7 +517,7 @@ async def test_who_waits_in_vain_is_counted_and_traced(
     assert [answer.status_code for answer in await asyncio.gather(*waiting)] == [503] * 3
     count, seconds = await figures("tailor_queue_seconds")
     assert count == 3
-    assert seconds >= 3
+    assert seconds >= 12
     running.cancel()
     await until(lambda: member.replica.gate.in_flight == 0)
 
