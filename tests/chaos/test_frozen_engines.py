@@ -83,7 +83,7 @@ async def test_a_frozen_engine_leaves_rotation_beside_traffic_of_every_dialect(
     key = (await gateway.tenant("acme")).key
     traffic = Traffic(gateway, key, new_client)
     flow = asyncio.create_task(traffic.flow())
-    await asyncio.sleep(1)
+    await until(lambda: sum(served.completion_tokens > 0 for served in replica.served) >= 2 * len(DIALECTS))
     try:
         with stalls() as stalled_s:
             engine.freeze()
