@@ -121,19 +121,23 @@ class Silent(FakeReplica):
 
 
 async def cpu_of_a_reject(gateway: GatewayProcess, new_client: NewClient, waiting: int) -> float:
-    """Seconds of CPU while so many requests wait, and no further one may."""
+    """Seconds of CPU while so many requests wait, and no further one may; the better of two turns, for whoever else has
+    the core in one takes the caches from it."""
     key = await new_key(gateway.url, gateway.operator_key())
     crowd = [new_client(gateway.url) for _ in range(waiting + 1 + 20)]
     answers = [await client.send(request(key, BASE)) for client in crowd]
     await until(lambda: sum(answer.framed for answer in answers) == 20)
     client, process = new_client(gateway.url), psutil.Process(gateway.pid)
-    before = process.cpu_times()
-    for _ in range(REJECTS):
-        answer = await client.ask(key, BASE)
-        assert answer.status == 503
-        assert int(answer.headers["retry-after"]) >= 1
-    after = process.cpu_times()
-    return (after.user + after.system - before.user - before.system) / REJECTS
+    turns_s = []
+    for _ in range(2):
+        before = process.cpu_times()
+        for _ in range(REJECTS):
+            answer = await client.ask(key, BASE)
+            assert answer.status == 503
+            assert int(answer.headers["retry-after"]) >= 1
+        after = process.cpu_times()
+        turns_s.append(after.user + after.system - before.user - before.system)
+    return min(turns_s) / REJECTS
 
 
 async def test_a_reject_costs_the_same_however_many_wait(
