@@ -6,11 +6,13 @@ here. Names that a client itself has sent (`ECHOED`) may come back in its own 4x
 `x-request-id` of the safe form is an id, and is logged as one.
 """
 
+import asyncio
 import json
 import re
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ import pytest
 
 from loadtests.fake.replica import FakeReplica, Faults
 from tests.bad_adapters import Tensor, pack, write_good
-from tests.gateways import GatewayProcess, gateway_settings, new_key, until_ready
+from tests.gateways import GatewayProcess, chat, gateway_settings, new_key, plain_client, until_ready
 from tests.integration.gateway.conftest import BASE, RunReplica
 from tests.integration.gateway.test_telemetry import SPAN_ID, TRACE_ID, Collector
 from tests.ports import free_port
@@ -60,6 +62,8 @@ class Stage:
     gateway: GatewayProcess
     replica: FakeReplica
     client: httpx.AsyncClient
+    beside: httpx.AsyncClient
+    """Another tenant's."""
     key: str
     folder: Path
     answers: list[httpx.Response] = field(default_factory=list)
@@ -141,6 +145,8 @@ SAYING: Final[dict[str, dict[str, Any]]] = {
     "/v1/responses/input_tokens": {"input": CANARY["prompt"], "instructions": CANARY["system"]},
     "/v1/tokenize": {"messages": [{"role": "user", "content": CANARY["prompt"]}]},
 }
+ENGINES: Final = {"/v1/responses/input_tokens": "/tokenize", "/v1/tokenize": "/tokenize"}
+"""Where the engine is asked elsewhere than the gateway."""
 STREAMING: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 
 
@@ -156,6 +162,10 @@ def collecting() -> Iterator[Collector]:
             thread.join()
 
 
+def client_of(gateway: GatewayProcess, key: str) -> httpx.AsyncClient:
+    return plain_client(base_url=gateway.url, headers={"authorization": f"Bearer {key}"}, timeout=30)
+
+
 @pytest.fixture
 async def stage(tmp_path: Path, base_folder: Path, run_replica: RunReplica) -> AsyncIterator[tuple[Stage, Collector]]:
     replica = await run_replica()
@@ -163,8 +173,8 @@ async def stage(tmp_path: Path, base_folder: Path, run_replica: RunReplica) -> A
         settings = {
             "TAILOR_LOG_LEVEL": "DEBUG",
             "TAILOR_OPERATOR_PORT": str(free_port()),
-            "TAILOR_FIRST_BYTE_TIMEOUT_S": "0.5",
-            "TAILOR_LOAD_TIMEOUT_S": "1",
+            "TAILOR_FIRST_BYTE_TIMEOUT_S": "2.5",
+            "TAILOR_LOAD_TIMEOUT_S": "2.5",
             "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
             "OTEL_TRACES_SAMPLER": "always_on",
         }
@@ -176,9 +186,9 @@ async def stage(tmp_path: Path, base_folder: Path, run_replica: RunReplica) -> A
             await gateway.serves()
             await until_ready(gateway.url)
             key = await new_key(gateway.url, gateway.operator_key())
-            headers = {"authorization": f"Bearer {key}"}
-            async with httpx.AsyncClient(base_url=gateway.url, headers=headers, timeout=30) as client:
-                yield Stage(gateway, replica, client, key, tmp_path), collector
+            other = await new_key(gateway.url, gateway.operator_key(), "beside")
+            async with client_of(gateway, key) as client, client_of(gateway, other) as beside:
+                yield Stage(gateway, replica, client, beside, key, tmp_path), collector
         finally:
             await gateway.kill()
 
@@ -303,7 +313,6 @@ async def uploads_are_refused(play: Stage) -> None:
 
 async def the_engine_fails(play: Stage) -> None:
     """Error texts, broken streams, silence, failed loads; in every dialect."""
-    clean = play.replica.faults
     for faults in (
         Faults(status=400, status_body=ENGINE_TEXT),
         Faults(status=404, status_body=ENGINE_TEXT),
@@ -314,12 +323,10 @@ async def the_engine_fails(play: Stage) -> None:
         Faults(status=200, status_body=b"not JSON: " + ENGINE_TEXT),
         Faults(hang_before_answer=True),
     ):
-        await until_ready(play.gateway.url)  # else a tripped replica is spared most of it
-        play.replica.faults = faults
-        for path in SAYING:
-            answer = await play.generate(path)
-            assert answer.status_code >= (200 if faults.status == 200 else 400), answer.text
-        play.replica.faults = clean
+        # one that has said 404 is suspected, and asked for nothing until it is looked at again
+        for paths in [[path] for path in SAYING] if faults.status == 404 else [list(SAYING)]:
+            for answer in await while_failing(play, faults, paths):
+                assert answer.status_code >= 400, answer.text
     for faults in (
         Faults(error_event_after=0),
         Faults(error_event_after=2),
@@ -329,12 +336,22 @@ async def the_engine_fails(play: Stage) -> None:
         Faults(reset_after=1),
         Faults(head_then_nothing=True),
     ):
-        await until_ready(play.gateway.url)
-        play.replica.faults = faults
-        for path in STREAMING:
-            await play.generate(path, stream=True)
-        play.replica.faults = clean
+        await while_failing(play, faults, STREAMING, stream=True)
     await loads_fail(play)
+
+
+async def while_failing(play: Stage, faults: Faults, paths: Iterable[str], **more: Any) -> list[httpx.Response]:
+    """The answers to a request to each path, at once; all of them get to the engine."""
+    await until_ready(play.gateway.url)
+    beside = await play.beside.post("/v1/chat/completions", json=chat(BASE))
+    assert beside.status_code == 200, beside.text  # so one tenant's requests fail: the replica is not spared the rest
+    before = len(play.replica.requests)
+    play.replica.faults = faults
+    answers = await asyncio.gather(*(play.generate(path, **more) for path in paths))
+    play.replica.faults = Faults()
+    asked = Counter(request["path"] for request in play.replica.requests[before:])
+    assert asked >= Counter(ENGINES.get(path, path) for path in paths), faults
+    return answers
 
 
 async def loads_fail(play: Stage) -> None:
@@ -418,6 +435,7 @@ def in_answer(answer: httpx.Response, play: Stage) -> list[str]:
     if answer.status_code >= 400 or "error" in answer.text:
         echoed = (ECHOED if answer.status_code < 500 else set()) | (FAULTY if answer.status_code == 422 else set())
         told = shown.replace(f"x-tailor-adapter: {CANARY['adapter']}", "")  # the receipt, to whom the adapter belongs
+        told = told.replace(f'"metadata":{{"note":"{CANARY["metadata"]}"}}', "")  # of a response that broke off
         inner += [kind for kind, canary in CANARY.items() if kind not in echoed and canary in told.lower()]
         if len(answer.text) > LONGEST_ERROR and answer.status_code not in (200, 422):
             inner.append(f"{len(answer.text)} characters")
