@@ -28,6 +28,7 @@ LENGTH_MS: Final = 15.625  # each unit of each different pair of `minLength` and
 LONG: Final = 128
 COSTLIEST_LENGTH: Final = 200
 """What any length above `LONG` costs as: xgrammar takes it apart."""
+LARGEST_INTEGER: Final = (1 << 63) - 1
 FORMAT_MS: Final = {"email": 45.0, "uri": 45.0, "uri-reference": 52.0, "uri-template": 120.0, "hostname": 22.0}
 OTHER_FORMAT_MS: Final = 5.0
 DEEPEST: Final = 16
@@ -142,6 +143,8 @@ class SchemaBudget:
                 self._measure(msgspec.convert(plain, type=Schema), param)
             elif deeper_than(DEEPEST_JSON, plain):
                 raise RequestInvalid(f"A schema may be at most {DEEPEST} levels deep.", param=param)
+        except _Impossible as error:
+            raise RequestInvalid(f"{param}: no value fits a part of it: {error}.", param=param) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RequestInvalid(f"{param}: {_told(str(error))}.", param=param) from None
         return msgspec.Raw(msgspec.json.encode(plain))
@@ -158,6 +161,8 @@ class SchemaBudget:
                     nodes.append(node)
                     refs = refs or node.ref is not None
                     self._add(node, below)
+                elif node is False:
+                    raise _Impossible("false, where a value must stand")
             self._hold(param)
             if not below:
                 if refs:
@@ -167,14 +172,22 @@ class SchemaBudget:
         raise RequestInvalid(f"A schema may be at most {DEEPEST} levels deep.", param=param)
 
     def _add(self, node: Schema, below: list[Schema | bool]) -> None:
-        """Count what one part costs, and put what it holds into `below`."""
-        if node.enum:
+        """Count what one part costs, and put what it holds into `below`.
+
+        Raises:
+            _Impossible: xgrammar would refuse it.
+        """
+        if node.enum is not None:
             self._choices += len(node.enum)
+            if not node.enum:
+                raise _Impossible("enum is empty")
         cost = self._cost_ms
         if node.format:
             cost["format"] += FORMAT_MS.get(node.format, OTHER_FORMAT_MS)
         if node.max_length is not None or node.min_length is not None:
             pair = (node.min_length or 0, node.max_length)
+            if node.max_length is not None and pair[0] > node.max_length:
+                raise _Impossible("minLength is above maxLength")
             if pair not in self._lengths:  # the same pair is compiled once, wherever it stands
                 self._lengths.add(pair)
                 length = pair[0] if node.max_length is None else node.max_length
@@ -182,6 +195,7 @@ class SchemaBudget:
         cost["bounds of numbers"] += _range_ms(node)
         if node.min_items is not None or node.max_items is not None:
             cost["bounds of lists"] += ITEMS_MS
+            _hold_items(node)
         if node.properties:
             if node.additional_properties is not None and node.additional_properties is not False:
                 names = sum(len(name.encode()) for name in node.properties)
@@ -189,13 +203,15 @@ class SchemaBudget:
             optional = len(node.properties.keys() - (node.required or ()))
             cost["optional properties"] += optional**2 * OPTIONAL_MS
             below += node.properties.values()
-        if node.items is not None:
+        if isinstance(node.items, Schema):
             below.append(node.items)
-        if node.additional_properties is not None:
+        if isinstance(node.additional_properties, Schema):
             below.append(node.additional_properties)
         if node.any_of:
             below += node.any_of
         if node.one_of or node.all_of or node.prefix_items:
+            if node.prefix_items and True in node.prefix_items:
+                raise _Impossible("prefixItems holds true")
             below += (*(node.one_of or ()), *(node.all_of or ()), *(node.prefix_items or ()))
         if node.defs:
             below += node.defs.values()
@@ -217,11 +233,60 @@ class SchemaBudget:
             )
 
 
+class _Impossible(Exception):
+    """No value fits, or xgrammar 0.2.8 finds none. It says so by an exception, for which vLLM 0.32 answers a stream of
+    some APIs with 200 first."""
+
+
+def _hold_items(node: Schema) -> None:
+    least, most, first = node.min_items or 0, node.max_items, len(node.prefix_items or ())
+    if most is not None and least > most:
+        raise _Impossible("minItems is above maxItems")
+    if most is not None and first > most:
+        raise _Impossible("prefixItems are more than maxItems")
+    if least > first and not node.items:
+        raise _Impossible("minItems asks for more than prefixItems, and there is no schema in items")
+
+
+def _hold_range(node: Schema) -> None:
+    least, above, most, below = node.minimum, node.exclusive_minimum, node.maximum, node.exclusive_maximum
+    if node.type == "integer" or (isinstance(node.type, list) and "integer" in node.type):
+        for bound in (least, above, most, below):
+            if bound is not None and bound != int(bound):
+                raise _Impossible("a bound of an integer is no whole number")
+        lows: tuple[Number, ...] = tuple(int(one) + more for one, more in ((least, 0), (above, 1)) if one is not None)
+        highs: tuple[Number, ...] = tuple(int(one) - less for one, less in ((most, 0), (below, 1)) if one is not None)
+        excluded: tuple[Number, ...] = ()
+        if any(not _is_int64(bound) for bound in (least, above, most, below, *lows, *highs)):
+            raise _Impossible("a bound of an integer is beyond 64 bits")
+    else:
+        try:  # compared as C compares them
+            lows, highs = _floats(least, above), _floats(most, below)
+            excluded = _floats(above, below)
+        except OverflowError:
+            raise _Impossible("a number's bound is too large") from None
+    if lows and highs:
+        low, high = max(lows), min(highs)
+        if low > high or (low == high and low in excluded):
+            raise _Impossible("a number's lower bound is above its upper one")
+
+
+def _is_int64(bound: Number | None) -> bool:
+    """As xgrammar sees it: a number with a point or an exponent is as far off as the far end of what it stands for."""
+    least = -LARGEST_INTEGER - (1 if isinstance(bound, int) else 0)
+    return bound is None or least <= bound <= LARGEST_INTEGER
+
+
+def _floats(*bounds: Number | None) -> tuple[float, ...]:
+    return tuple(float(bound) for bound in bounds if bound is not None)
+
+
 def _range_ms(node: Schema) -> float:
     bounds = (node.minimum, node.maximum, node.exclusive_minimum, node.exclusive_maximum)
     given = [abs(bound) for bound in bounds if bound is not None]
     if not given:
         return 0.0
+    _hold_range(node)
     return RANGE_MS if max(given) <= FAR else FAR_RANGE_MS
 
 

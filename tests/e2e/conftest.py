@@ -144,8 +144,7 @@ def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "TAILOR_ALLOWED_FIELDS": "return_token_ids",  # to compare with PEFT token by token
         "TAILOR_TOOL_CALL_PARSER": "pythonic",  # so that clients may leave the choice to the model
         # a weak model held to a schema would say spaces without end
-        "TAILOR_VLLM_ARGS": "--structured-outputs-config.backend=xgrammar "
-        "--structured-outputs-config.disable_any_whitespace=true",
+        "TAILOR_VLLM_ARGS": "--structured-outputs-config.disable_any_whitespace=true",
         "TAILOR_PROOF_DELAY_S": "0",
         "TAILOR_PROBE_DEADLINE_S": "20",  # the machine is shared: a slow token is not a frozen engine
         "TAILOR_TRAINING_NICE": "0",

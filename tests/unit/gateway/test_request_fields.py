@@ -375,6 +375,63 @@ def test_a_costly_schema_is_refused(schema: Any) -> None:
         assert refused(tools=[tool], tool_choice="required").param == "tools[0].function.parameters"
 
 
+@pytest.mark.parametrize(
+    ("schema", "why"),
+    [
+        (
+            {"type": "integer", "minimum": -1e30, "maximum": -1e30},
+            "beyond 64 bits",
+        ),  # ends llguidance, with its process
+        ({"type": "integer", "maximum": 2**63}, "beyond 64 bits"),
+        ({"type": ["null", "integer"], "minimum": float(-(2**63))}, "beyond 64 bits"),
+        ({"type": "integer", "exclusiveMinimum": 2**63 - 1}, "beyond 64 bits"),
+        ({"type": "integer", "minimum": 0.5}, "whole number"),
+        ({"type": "integer", "minimum": 5, "maximum": 1}, "lower bound"),
+        ({"type": "integer", "exclusiveMinimum": 1, "exclusiveMaximum": 2}, "lower bound"),
+        ({"type": "number", "maximum": 3, "exclusiveMinimum": 3}, "lower bound"),
+        ({"type": "number", "minimum": 2**53, "exclusiveMaximum": 2**53 + 1}, "lower bound"),
+        ({"minimum": 10**400}, "too large"),
+        ({"type": "string", "minLength": 3, "maxLength": 2}, "minLength"),
+        ({"type": "array", "items": {}, "minItems": 3, "maxItems": 2}, "minItems is above"),
+        ({"type": "array", "minItems": 1}, "no schema in items"),
+        ({"type": "array", "items": False, "prefixItems": [{}], "minItems": 2}, "no schema in items"),
+        ({"type": "array", "prefixItems": [{}, {}], "maxItems": 1}, "prefixItems are more"),
+        ({"type": "array", "prefixItems": [True]}, "prefixItems holds true"),
+        ({"type": "array", "items": {"enum": []}}, "enum is empty"),
+        ({"properties": {"a": {"anyOf": [{"type": "null"}, {"enum": []}]}}}, "enum is empty"),
+        ({"type": "object", "properties": {"a": False}}, "false"),
+        ({"anyOf": [{}, False]}, "false"),
+        ({"type": "array", "prefixItems": [False]}, "false"),
+    ],
+)
+def test_a_schema_that_no_value_fits_is_refused(schema: Any, why: str) -> None:
+    """xgrammar raises for a part of it; vLLM would have begun some APIs' streams by then, if it lived."""
+    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"properties": {"part": schema}}}}
+    told = refused(response_format=shape)
+    assert told.param == "response_format.json_schema.schema"
+    assert why in told.message
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+        {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 2},
+        {"type": "integer", "minimum": 1.0, "maximum": 1e18},
+        {"type": "number", "minimum": 0.5, "maximum": 0.5},
+        {"type": "array", "items": {}, "minItems": 2, "maxItems": 2},
+        {"type": "array", "items": True, "minItems": 1},
+        {"type": "array", "prefixItems": [{}, {}], "minItems": 2, "maxItems": 2},
+        {"type": "array", "items": False, "prefixItems": [{}], "minItems": 1},
+        {"type": "object", "properties": {"a": True}, "additionalProperties": False},
+        {"type": "string", "minLength": 2, "maxLength": 2},
+    ],
+)
+def test_a_schema_that_one_value_fits_passes(schema: Any) -> None:
+    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    assert sent(ask(CHAT, response_format=shape))["response_format"]["json_schema"]["schema"] == schema
+
+
 @pytest.mark.parametrize("deep", ["items", "default"])
 def test_a_deep_schema_is_refused(deep: str) -> None:
     """Nesting is bounded, in schemas that are only shown too: the engine's server parses with a recursive parser."""
