@@ -250,6 +250,24 @@ async def test_the_engines_own_doors_are_shut(stack: RealStack) -> None:
             assert (await client.post(path, json=body, headers=allowed)).status_code in (404, 405), path
 
 
+async def test_the_engine_refuses_what_its_compiler_does(stack: RealStack) -> None:
+    """Asked past the gateway, which refuses it too. vLLM's second choice, llguidance, ends the process of this one."""
+    before = await asyncio.to_thread(stack.generation)
+    token = (stack.home / "replica-token").read_text().strip()
+    transport = httpx.AsyncHTTPTransport(uds=stack.replica_socket())
+    headers = {"authorization": f"Bearer {token}"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://replica", headers=headers, timeout=60) as client:
+        base = (await client.get("/v1/models")).json()["data"][0]["id"]
+        schema = {"type": "integer", "minimum": -1e30, "maximum": -1e30}
+        shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        body = {"model": base, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+        answer = await client.post("/v1/chat/completions", json={**body, "response_format": shape})
+        assert answer.status_code == 400, answer.text
+        assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
+    assert await asyncio.to_thread(stack.generation) == before
+
+
+
 @pytest.mark.timeout(600)
 async def test_bad_adapters_never_reach_the_engine(
     stack: RealStack, acme: Customer, adapters: list[Path], tmp_path: Path
