@@ -224,7 +224,12 @@ class RedisLimits:
             return None
         self._asked.append(call)
         self._ask_event.set()
-        return await call.answer
+        try:
+            return await call.answer
+        except asyncio.CancelledError:
+            if call.answer.done() and not call.answer.cancelled():  # the answer was there, and nobody will read it
+                self._take_back([call])
+            raise
 
     async def _ask_for_ever(self) -> None:
         while True:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from adapter_store.ids import TenantId
 from gateway.errors import QuotaSpent, RateLimited, RequestExceedsLimit, TokenRateLimited
 from gateway.limits import Admission, scripts
 from gateway.limits.memory import MemoryLimits
-from gateway.limits.redis import KNOWN_S, RedisLimits
+from gateway.limits.redis import KNOWN_S, Call, RedisLimits
 from gateway.limits.terms import month_of
 from gateway.plans import Plan
 from tests.servers import RedisServer, redis_server
@@ -384,7 +384,7 @@ async def test_too_large_a_request_is_told_so(server: RedisServer) -> None:
 HOLDER = """
 import asyncio, sys
 from gateway.limits.memory import MemoryLimits
-from gateway.limits.redis import KNOWN_S, RedisLimits
+from gateway.limits.redis import KNOWN_S, Call, RedisLimits
 from gateway.plans import Plan
 
 async def used(tenant, begin):
@@ -739,3 +739,31 @@ async def test_who_leaves_while_redis_is_asked_holds_nothing(server: RedisServer
         async with asyncio.timeout(5):
             while await admitted(limits, plan, 10) is None:
                 await asyncio.sleep(0.01)
+
+
+async def test_who_leaves_in_the_moment_of_the_answer_holds_nothing(
+    server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is set, and its waiter is cancelled before it has run."""
+    plan = Plan(concurrent_requests=1, requests_per_minute=10, tokens_per_minute=1000, tokens_per_month=1000)
+    async with gateway(server) as limits, client_of(server) as client:
+        first = await limits.admit(TENANT, plan, 900)
+        first.settle(0)
+        await settled(limits)
+        before = await stored(client, "requests")
+        fly = limits._fly
+
+        async def fly_and_cancel(calls: Sequence[Call]) -> None:
+            await fly(calls)
+            asking.cancel()
+
+        monkeypatch.setattr(limits, "_fly", fly_and_cancel)
+        asking = asyncio.create_task(limits.admit(TENANT, plan, 900))
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        monkeypatch.undo()
+        await settled(limits)
+        assert await client.zcard(LEASES) == 0
+        assert await stored(client, "used") == 0
+        assert await stored(client, "requests") <= before + 0.01
+        assert await admitted(limits, plan, 900)
