@@ -16,7 +16,9 @@ DONE: Final = b"data: [DONE]\n\n"
 _ERROR_MARK: Final = b'data: {"error"'
 _USAGE_MARK: Final = b',"usage":{'
 _NO_CHOICES: Final = b'"choices":[]'
-EVENT_LIMIT_BYTES: Final = 1 << 20
+LONGEST_BYTES: Final = 32 << 20
+"""Of one event: the last of a Responses stream repeats the whole answer, and a chat's has all that came while its
+client read nothing, logprobs and all (`dialect.MOST_ENTRIES`)."""
 BROKE_OFF: Final = "The engine broke the answer off; try again."
 
 
@@ -84,6 +86,42 @@ def told(events: list[bytes], translate: Callable[[bytes], bytes]) -> bytes:
     return b"".join(passed)
 
 
+class Unfinished:
+    """The pieces of an event that is not whole yet, joined once: a long one would be copied with each of them."""
+
+    __slots__ = ("_bytes", "pieces")
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self._bytes = 0
+
+    def whole_events(self, data: bytes) -> bytes:
+        """What is whole now that these bytes have come; the rest is kept.
+
+        Raises:
+            ReplicaFailed: an event grew past all bounds.
+        """
+        pieces = self.pieces
+        end = data.rfind(b"\n\n") + 2
+        if end == 1 and not (pieces and pieces[-1][-1:] == data[:1] == b"\n"):
+            self._keep(data)
+            return b""
+        if pieces:
+            end = max(end, 1) + self._bytes
+            data = b"".join([*pieces, data])
+            self.pieces = []
+            self._bytes = 0
+        self._keep(data[end:])
+        return data[:end]
+
+    def _keep(self, piece: bytes) -> None:
+        if piece:
+            self.pieces.append(piece)
+            self._bytes += len(piece)
+            if self._bytes > LONGEST_BYTES:
+                raise ReplicaFailed("The engine's answer broke off; try again.")
+
+
 class StreamTranslation(Translation):
     """The same for a stream of server-sent events.
 
@@ -94,7 +132,7 @@ class StreamTranslation(Translation):
     def __init__(self, engine_name: str, shown_name: str, *, wants_usage: bool) -> None:
         super().__init__(engine_name, shown_name)
         self._wants_usage = wants_usage
-        self._rest = b""
+        self._unfinished = Unfinished()
         self.opening = b""  # vLLM 0.32 writes none on these paths
         self.finished = False
 
@@ -110,21 +148,11 @@ class StreamTranslation(Translation):
             ReplicaFailed: an event grew past all bounds. ErrorEvent: the engine reported an error inside the stream.
                 BrokenOff: so it did, after events that go to the client all the same.
         """
-        if self._rest or data[-2:] != b"\n\n":
-            data = self._whole_events(data)
+        if self._unfinished.pieces or data[-2:] != b"\n\n":
+            data = self._unfinished.whole_events(data)
         if data.find(b"\n\n") == len(data) - 2:  # one event: what an engine step gives
             return self._event(data)
         return told([event + b"\n\n" for event in data.split(b"\n\n")[:-1]], self._event)
-
-    def _whole_events(self, data: bytes) -> bytes:
-        data = self._rest + data
-        cut = data.rfind(b"\n\n") + 2
-        if cut == 1:
-            cut = 0
-        self._rest = data[cut:]
-        if len(self._rest) > EVENT_LIMIT_BYTES:
-            raise ReplicaFailed("The engine's answer broke off; try again.")
-        return data[:cut]
 
     def _event(self, event: bytes) -> bytes:
         at = event.rfind(_USAGE_MARK)

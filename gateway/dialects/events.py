@@ -5,12 +5,10 @@ from typing import ClassVar, Final
 import msgspec
 
 from gateway.errors import ReplicaFailed
-from gateway.relay import BROKE_OFF, told
+from gateway.relay import BROKE_OFF, Unfinished, told
 from gateway.tokens import PromptDetails, Usage
 
 NAME: Final = b"event: "
-LONGEST_BYTES: Final = 32 << 20
-"""Of one event: the last of a Responses stream repeats the whole answer, logprobs and all (`dialect.MOST_ENTRIES`)."""
 
 
 class NamedEvents:
@@ -32,8 +30,7 @@ class NamedEvents:
         """Deltas that have passed: each is a token or a few, and some tokens have none."""
         self._prompt_bytes = prompt_bytes
         self._counted: Usage | None = None
-        self._rest: list[bytes] = []  # of an event that is not whole yet
-        self._rest_bytes = 0
+        self._unfinished = Unfinished()
 
     @property
     def usage(self) -> Usage | None:
@@ -46,23 +43,8 @@ class NamedEvents:
         return counted
 
     def feed(self, data: bytes) -> bytes:
-        end = data.rfind(b"\n\n") + 2
-        if end == 1 and not (self._rest and self._rest[-1][-1:] == data[:1] == b"\n"):
-            self._keep(data)
-            return b""
-        if self._rest:  # joined once: a long event would be copied with each of its pieces
-            end = max(end, 1) + self._rest_bytes
-            data = b"".join([*self._rest, data])
-            self._rest, self._rest_bytes = [], 0
-        self._keep(data[end:])
-        return told(data[:end].split(b"\n\n")[:-1], self._event)
-
-    def _keep(self, piece: bytes) -> None:
-        if piece:
-            self._rest.append(piece)
-            self._rest_bytes += len(piece)
-            if self._rest_bytes > LONGEST_BYTES:
-                raise ReplicaFailed("The engine's answer broke off; try again.")
+        whole = self._unfinished.whole_events(data)
+        return told(whole.split(b"\n\n")[:-1], self._event)
 
     def _event(self, event: bytes) -> bytes:
         head, _, data = event.partition(b"\ndata: ")

@@ -76,7 +76,17 @@ def test_what_came_with_an_error_and_before_it_is_passed_on() -> None:
 def test_an_endless_event_is_cut_off() -> None:
     """A replica that never ends an event cannot fill our memory."""
     with pytest.raises(ReplicaFailed):
-        relayed([b"x" * 65_536] * 100)
+        relayed([b"x" * 65_536] * 600)
+
+
+def test_all_that_came_while_nobody_read_is_one_event() -> None:
+    """vLLM makes one event of it, with the alternatives of each token: 10 MB at most, which come in pieces."""
+    long = event("x", logprobs={"content": ["token"] * (10_000_000 // 8)})
+    stream = event("one") + long + event("three") + b"data: [DONE]\n\n"
+    out, translation = relayed([stream[begin : begin + 65_536] for begin in range(0, len(stream), 65_536)])
+    assert len(long) > 9_000_000
+    assert out == stream.replace(NAME.encode(), b'my \\"bot\\"')
+    assert translation.finished
 
 
 def test_a_whole_answer_names_the_tenants_model() -> None:
