@@ -699,7 +699,7 @@ class Generation:
         place = request.place
         assert place is not None
         told, usage = self._dialect.whole(place.name, request.asked, request.body)
-        place.replica.succeeded(request.tenant_id)
+        place.replica.succeeded()
         request.usage = usage
         head = self._head(request, JSON)
         self._give_back(request, usage.tokens)  # the engine is done
@@ -718,7 +718,7 @@ class Generation:
         request.usage = pipe.usage
         error = pipe.error
         if error is None:
-            place.replica.succeeded(request.tenant_id)
+            place.replica.succeeded()
             request.seen.status = 200
             request.exchange.end()
             return None

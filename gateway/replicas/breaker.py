@@ -8,10 +8,14 @@ from typing import Final
 Clock = Callable[[], float]
 
 WINDOW_S: Final = 10
+NOBODY: Final = ("", -math.inf)
 
 
 class Breaker:
     """Trips on `in_a_row` failures, or where half of at least `out_of` requests of the last 10 s failed.
+
+    Failures of one tenant alone are none of these, nor do they end a trial: what its requests ask for may be at fault,
+    and all others would be refused for it. An engine that fails on everything fails on others too, or on its probe.
 
     A tripped replica rests for `rest_s`, doubled each time it trips again, at most `longest_rest_s`; then it is on
     trial: a few requests at a time, until as many have succeeded in a row.
@@ -40,13 +44,10 @@ class Breaker:
         self._good_trials = 0
         self._successes = Window(clock)
         self._failures = Window(clock)
-        # the last tenant that was answered or failed, and the last other one; with the moment
-        self._last_good = self._other_good = self._last_bad = self._other_bad = ("", -math.inf)
+        # the last tenant whose request failed, and the last other one; with the moment
+        self._last_bad = self._other_bad = NOBODY
 
-    def succeeded(self, tenant: str = "") -> None:
-        if tenant != self._last_good[0]:
-            self._other_good = self._last_good
-        self._last_good = (tenant, self._clock())
+    def succeeded(self) -> None:
         self._failed_in_a_row = 0
         self._successes.add()
         if self.on_trial:
@@ -56,24 +57,16 @@ class Breaker:
                 self._rest_s = self._first_rest_s
 
     def failed(self, tenant: str = "") -> bool:
-        """Note a failure; True: the replica must rest now.
-
-        While one tenant alone fails and others are answered, it is that tenant's requests that fail, not the replica.
-        """
+        """Note a failure; True: the replica must rest now. One of no tenant's counts by itself."""
         now = self._clock()
         if tenant != self._last_bad[0]:
             self._other_bad = self._last_bad
         self._last_bad = (tenant, now)
-        if self._is_fault_of(tenant, now):
+        if tenant and now - self._other_bad[1] >= WINDOW_S:
             return False
         self._failed_in_a_row += 1
         self._failures.add()
         return self.on_trial or self._failed_in_a_row >= self._in_a_row or self._half_fails()
-
-    def _is_fault_of(self, tenant: str, now: float) -> bool:
-        others_failed = now - self._other_bad[1] < WINDOW_S
-        good = self._other_good if self._last_good[0] == tenant else self._last_good
-        return bool(tenant) and not others_failed and now - good[1] < WINDOW_S
 
     def trip(self) -> None:
         """The replica rests from now on."""
@@ -90,6 +83,7 @@ class Breaker:
         self.on_trial = True
         self._good_trials = 0
         self._failed_in_a_row = 0
+        self._last_bad = self._other_bad = NOBODY
         self._successes.clear()
         self._failures.clear()
 

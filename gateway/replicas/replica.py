@@ -174,9 +174,9 @@ class Replica:
 
     # what requests tell
 
-    def succeeded(self, tenant: str = "") -> None:
-        """A tenant's request was answered."""
-        self.breaker.succeeded(tenant)
+    def succeeded(self) -> None:
+        """A request was answered."""
+        self.breaker.succeeded()
 
     def failed(self, tenant: str = "") -> None:
         """The replica failed on a tenant's request (5xx, a broken answer); too many, and it rests."""

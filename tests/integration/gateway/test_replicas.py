@@ -626,6 +626,39 @@ async def test_a_replica_whose_answers_fail_rests_and_comes_back(run_replica: Ru
     assert not replica.breaker.on_trial
 
 
+REFUSED: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"input": "who are you?"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "who are you?"}], "max_tokens": 4},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "who are you?"}]},
+}
+
+
+async def test_one_tenants_broken_streams_take_the_replica_from_nobody(
+    gateway: Gateway, replica: FakeReplica, acme: Tenant, globex: Tenant
+) -> None:
+    """What vLLM refuses after its 200 looks like its failure; two tenants' failures are taken for one."""
+    (watched,) = (member.replica for member in gateway.parts.pool.members())
+
+    async def fail(tenant: Tenant, path: str) -> int:
+        replica.faults.truncated_after = 0
+        asked = {"model": BASE, "stream": True, **REFUSED[path]}
+        status = (await tenant.client.post(path, json=asked)).status_code
+        replica.faults.truncated_after = None
+        return status
+
+    assert [await fail(acme, path) for path in REFUSED for _ in range(6)] == [502] * 18
+    assert (await globex.ask(BASE)).status_code == 200
+    while watched.state is ReplicaState.READY:
+        for tenant in (acme, globex):
+            assert await fail(tenant, "/v1/responses") in (502, 503)
+    await until(lambda: watched.state is ReplicaState.READY)
+    assert watched.breaker.on_trial
+    assert [await fail(acme, path) for path in REFUSED] == [502] * 3
+    for _ in range(3):
+        assert (await globex.ask(BASE)).status_code == 200
+    assert not watched.breaker.on_trial
+
+
 async def test_where_every_replica_fails_they_get_little_more_than_the_requests(
     run_replica: RunReplica, run_pool: RunPool
 ) -> None:

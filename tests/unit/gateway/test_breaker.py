@@ -48,6 +48,43 @@ def test_failures_are_forgotten_after_ten_seconds() -> None:
         assert not breaker.failed()
 
 
+def test_one_tenants_failures_alone_never_trip() -> None:
+    """However many they are, and however quiet all others; nor do they end or prolong a trial."""
+    clock = Clock()
+    breaker = Breaker(clock)
+    for _ in range(100):
+        assert not breaker.failed("a")
+        clock.now += 0.2
+    breaker.trip()
+    breaker.try_again()
+    for _ in range(3):
+        assert not breaker.failed("a")
+        breaker.succeeded()
+    assert not breaker.on_trial
+    assert not any(breaker.failed("a") for _ in range(100))
+
+
+def test_two_tenants_failures_trip() -> None:
+    """From the second one on each failure counts, of whichever; for ten seconds."""
+    clock = Clock()
+    breaker = Breaker(clock)
+    for _ in range(10):
+        breaker.failed("a")
+    assert [breaker.failed(tenant) for tenant in "baaab"] == [False] * 4 + [True]
+    clock.now += 10
+    assert not any(breaker.failed("a") for _ in range(100))
+
+
+def test_a_trial_ends_with_another_tenants_failure() -> None:
+    """Failures from before it tell nothing of it."""
+    breaker = Breaker(Clock())
+    for tenant in "ababab":
+        breaker.failed(tenant)
+    breaker.trip()
+    breaker.try_again()
+    assert [breaker.failed(tenant) for tenant in "aab"] == [False, False, True]
+
+
 def test_a_tripped_replica_is_on_trial_after_its_rest() -> None:
     """Three good answers end the trial, one bad one sends it back for twice as long, four seconds at most."""
     clock = Clock()
