@@ -25,8 +25,8 @@ def launch_plan(
 
     `listen` is `unix:/path` or `host:port`. On CPU one slot more is asked for than tenants get: the null adapter's.
     vLLM 0.32 calls no function at all without a parser, not even a required one, which is held to JSON by a grammar and
-    needs none: `ANY_PARSER` stands in where no `tool_call_parser` knows the base model's own form. Left to choose, it gives
-    a schema that xgrammar refuses to llguidance, which may end the process (1.7.6, of an integer's far bounds).
+    needs none: `ANY_PARSER` stands in where no `tool_call_parser` knows the base model's own form. What
+    xgrammar refuses of schemas it would by default give to llguidance, of which the process may end (docs/vllm.md).
     """
     own = 1 if settings.needs_null_adapter else 0
     arguments = [

@@ -267,7 +267,6 @@ async def test_the_engine_refuses_what_its_compiler_does(stack: RealStack) -> No
     assert await asyncio.to_thread(stack.generation) == before
 
 
-
 @pytest.mark.timeout(600)
 async def test_bad_adapters_never_reach_the_engine(
     stack: RealStack, acme: Customer, adapters: list[Path], tmp_path: Path
