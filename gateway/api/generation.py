@@ -699,7 +699,7 @@ class Generation:
         place = request.place
         assert place is not None
         told, usage = self._dialect.whole(place.name, request.asked, request.body)
-        place.replica.succeeded()
+        self._succeeded(request, place)
         request.usage = usage
         head = self._head(request, JSON)
         self._give_back(request, usage.tokens)  # the engine is done
@@ -711,6 +711,11 @@ class Generation:
             request.deadline = time.monotonic() + SLOW_READER_S
         return wait
 
+    def _succeeded(self, request: _Request, place: Place) -> None:
+        place.replica.succeeded()
+        for replica in request.tried:
+            replica.answered_elsewhere()
+
     def _end_stream(self, request: _Request, pipe: "_Pipe") -> Wait | None:
         """A stream that breaks off before its client has heard anything is asked for once more, elsewhere."""
         place = request.place
@@ -718,7 +723,7 @@ class Generation:
         request.usage = pipe.usage
         error = pipe.error
         if error is None:
-            place.replica.succeeded()
+            self._succeeded(request, place)
             request.seen.status = 200
             request.exchange.end()
             return None

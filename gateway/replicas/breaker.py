@@ -15,7 +15,8 @@ class Breaker:
     """Trips on `in_a_row` failures, or where half of at least `out_of` requests of the last 10 s failed.
 
     Failures of one tenant alone are none of these, nor do they end a trial: what its requests ask for may be at fault,
-    and all others would be refused for it. An engine that fails on everything fails on others too, or on its probe.
+    and all others would be refused for it. But those are that another replica then answers. An engine that fails on
+    everything fails on others too, or on its probe.
 
     A tripped replica rests for `rest_s`, doubled each time it trips again, at most `longest_rest_s`; then it is on
     trial: a few requests at a time, until as many have succeeded in a row.
@@ -62,8 +63,16 @@ class Breaker:
         if tenant != self._last_bad[0]:
             self._other_bad = self._last_bad
         self._last_bad = (tenant, now)
-        if tenant and now - self._other_bad[1] >= WINDOW_S:
-            return False
+        return (not tenant or self._others_failed(now)) and self._count()
+
+    def answered_elsewhere(self) -> bool:
+        """Note that another replica has answered what this one failed on; True: this one must rest now."""
+        return not self._others_failed(self._clock()) and self._count()  # else it has been counted
+
+    def _others_failed(self, now: float) -> bool:
+        return now - self._other_bad[1] < WINDOW_S
+
+    def _count(self) -> bool:
         self._failed_in_a_row += 1
         self._failures.add()
         return self.on_trial or self._failed_in_a_row >= self._in_a_row or self._half_fails()

@@ -181,10 +181,18 @@ class Replica:
     def failed(self, tenant: str = "") -> None:
         """The replica failed on a tenant's request (5xx, a broken answer); too many, and it rests."""
         if self.breaker.failed(tenant) and self.state is ReplicaState.READY:
-            self.breaker.trip()
-            self._tell("too many of its answers failed")
-            self._become(ReplicaState.TRIPPED)
+            self._rest()
         self._look_now.set()
+
+    def answered_elsewhere(self) -> None:
+        """Another replica has answered what this one failed on."""
+        if self.state is ReplicaState.READY and self.breaker.answered_elsewhere():
+            self._rest()
+
+    def _rest(self) -> None:
+        self.breaker.trip()
+        self._tell("too many of its answers failed")
+        self._become(ReplicaState.TRIPPED)
 
     def suspect(self) -> None:
         """A request found the replica gone: no further one goes there before it has proved itself."""

@@ -59,6 +59,28 @@ async def test_tokens_are_counted_by_another_replica_when_one_fails(
     assert sum(fake.request_count for fake in fakes) == before + 2
 
 
+async def test_what_another_replica_answers_makes_the_one_that_failed_rest(
+    run_replica: RunReplica, run_gateway: RunGateway
+) -> None:
+    """Though one tenant alone asks, and the probe gives tokens; what fails everywhere makes none rest."""
+    fakes = [await run_replica(), await run_replica()]
+    gateway = await run_gateway(*fakes)
+    await until_all_ready(gateway)
+    acme = await gateway.tenant("acme")
+    states = gateway.parts.pool.states
+    for fake in fakes:
+        fake.faults.status = 500
+    assert [(await acme.ask(BASE)).status_code for _ in range(60)] == [503] * 60
+    assert set(states().values()) == {ReplicaState.READY}
+    fakes[1].faults.status = None
+    for _ in range(300):
+        await acme.ask(BASE)
+        if states()[replica_id(fakes[0].url)] is ReplicaState.TRIPPED:
+            break
+    assert states()[replica_id(fakes[0].url)] is ReplicaState.TRIPPED
+    assert states()[replica_id(fakes[1].url)] is ReplicaState.READY
+
+
 UNSTARTED = 12
 """Many times what the budget of so few requests is: three."""
 

@@ -75,6 +75,22 @@ def test_two_tenants_failures_trip() -> None:
     assert not any(breaker.failed("a") for _ in range(100))
 
 
+def test_what_another_replica_answers_trips_whoever_asked() -> None:
+    """It is no fault of the request's; where several tenants fail it has been counted already."""
+    breaker = Breaker(Clock())
+    for _ in range(4):
+        assert not breaker.failed("a")
+        assert not breaker.answered_elsewhere()
+    assert not breaker.failed("a")
+    assert breaker.answered_elsewhere()
+    several = Breaker(Clock())
+    several.failed("a")
+    for _ in range(4):
+        assert not several.failed("b")
+        assert not several.answered_elsewhere()
+    assert several.failed("b")
+
+
 def test_a_trial_ends_with_another_tenants_failure() -> None:
     """Failures from before it tell nothing of it."""
     breaker = Breaker(Clock())
