@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from starlette.routing import BaseRoute
 
 from adapter_store.bundle import BUNDLE_FILES
-from gateway.dialects import DIALECTS, Dialect, chat_shapes, counts, message_shapes, messages, responses
+from gateway.dialects import DIALECTS, Dialect, chat_shapes, counts, message_shapes, responses
 from gateway.dialects.dialect import MOST_TOOLS
 from gateway.dialects.fields import Text, TokenId
 from gateway.errors import Envelope, InvalidFileEnvelope, NotServableEnvelope, RejectedEnvelope
@@ -35,13 +35,14 @@ _AnswerParts = Annotated[
     list[chat_shapes.TextPart | chat_shapes.RefusalPart], Meta(min_length=1, max_length=chat_shapes.MOST_PARTS)
 ]
 _Calls = Annotated[list[chat_shapes.ToolCall], Meta(max_length=MOST_TOOLS)]
-_Blocks = Annotated[list[message_shapes.TextBlock], Meta(max_length=messages.MOST_BLOCKS)]
+_Blocks = Annotated[list[message_shapes.TextBlock], Meta(max_length=message_shapes.MOST_BLOCKS)]
 _Told = Annotated[
-    list[message_shapes.TextBlock | message_shapes.ToolResult], Meta(min_length=1, max_length=messages.MOST_BLOCKS)
+    list[message_shapes.TextBlock | message_shapes.ToolResult],
+    Meta(min_length=1, max_length=message_shapes.MOST_BLOCKS),
 ]
 _Answered = Annotated[
     list[message_shapes.TextBlock | message_shapes.ToolUse | message_shapes.Thought | message_shapes.HiddenThought],
-    Meta(max_length=messages.MOST_BLOCKS),
+    Meta(max_length=message_shapes.MOST_BLOCKS),
 ]
 _ItemParts = Annotated[list[responses.TextPart], Meta(max_length=responses.MOST_PARTS)]
 

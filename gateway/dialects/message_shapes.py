@@ -3,7 +3,7 @@
 The rules that no type can say are in `messages.py`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
@@ -23,6 +23,9 @@ from gateway.dialects.fields import (
     Unit,
 )
 from gateway.tokens import Usage
+
+MOST_BLOCKS: Final = 256
+"""Of one message."""
 
 
 class CacheControl(Struct, forbid_unknown_fields=True):

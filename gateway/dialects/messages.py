@@ -13,6 +13,7 @@ from gateway.dialects.events import NamedEvents
 from gateway.dialects.fields import REFUSED
 from gateway.dialects.lists import ListDecoder
 from gateway.dialects.message_shapes import (
+    MOST_BLOCKS,
     Answer,
     Assistant,
     Conversation,
@@ -37,8 +38,6 @@ from gateway.dialects.words import Pieces, hold_null, hold_text, is_null, is_tex
 from gateway.errors import ErrorAnswer, GatewayError, ReplicaFailed, RequestInvalid
 from gateway.relay import BROKE_OFF
 from gateway.tokens import Usage
-
-MOST_BLOCKS: Final = 256
 
 _BLOCKS: Final = ListDecoder(TextBlock, most=MOST_BLOCKS)
 _DECODERS: Final[dict[type[Struct], ListDecoder]] = {
