@@ -23,7 +23,7 @@ import pytest
 
 from loadtests.fake.replica import FakeReplica, Faults
 from tests.bad_adapters import Tensor, pack, write_good
-from tests.gateways import GatewayProcess, chat, gateway_settings, new_key, plain_client, until_ready
+from tests.gateways import GatewayProcess, gateway_settings, new_key, plain_client, until_ready
 from tests.integration.gateway.conftest import BASE, RunReplica
 from tests.integration.gateway.test_telemetry import SPAN_ID, TRACE_ID, Collector
 from tests.ports import free_port
@@ -62,8 +62,6 @@ class Stage:
     gateway: GatewayProcess
     replica: FakeReplica
     client: httpx.AsyncClient
-    beside: httpx.AsyncClient
-    """Another tenant's."""
     key: str
     folder: Path
     answers: list[httpx.Response] = field(default_factory=list)
@@ -162,10 +160,6 @@ def collecting() -> Iterator[Collector]:
             thread.join()
 
 
-def client_of(gateway: GatewayProcess, key: str) -> httpx.AsyncClient:
-    return plain_client(base_url=gateway.url, headers={"authorization": f"Bearer {key}"}, timeout=30)
-
-
 @pytest.fixture
 async def stage(tmp_path: Path, base_folder: Path, run_replica: RunReplica) -> AsyncIterator[tuple[Stage, Collector]]:
     replica = await run_replica()
@@ -186,9 +180,9 @@ async def stage(tmp_path: Path, base_folder: Path, run_replica: RunReplica) -> A
             await gateway.serves()
             await until_ready(gateway.url)
             key = await new_key(gateway.url, gateway.operator_key())
-            other = await new_key(gateway.url, gateway.operator_key(), "beside")
-            async with client_of(gateway, key) as client, client_of(gateway, other) as beside:
-                yield Stage(gateway, replica, client, beside, key, tmp_path), collector
+            headers = {"authorization": f"Bearer {key}"}
+            async with plain_client(base_url=gateway.url, headers=headers, timeout=30) as client:
+                yield Stage(gateway, replica, client, key, tmp_path), collector
         finally:
             await gateway.kill()
 
@@ -343,8 +337,6 @@ async def the_engine_fails(play: Stage) -> None:
 async def while_failing(play: Stage, faults: Faults, paths: Iterable[str], **more: Any) -> list[httpx.Response]:
     """The answers to a request to each path, at once; all of them get to the engine."""
     await until_ready(play.gateway.url)
-    beside = await play.beside.post("/v1/chat/completions", json=chat(BASE))
-    assert beside.status_code == 200, beside.text  # so one tenant's requests fail: the replica is not spared the rest
     before = len(play.replica.requests)
     play.replica.faults = faults
     answers = await asyncio.gather(*(play.generate(path, **more) for path in paths))
