@@ -26,6 +26,16 @@ async def until_all_ready(gateway: Gateway) -> None:
     await until(lambda: set(gateway.parts.pool.states().values()) == {ReplicaState.READY})
 
 
+async def two_replicas(
+    run_replica: RunReplica, run_gateway: RunGateway, **settings: Any
+) -> tuple[list[FakeReplica], Gateway, Tenant]:
+    """Both ready, and a tenant."""
+    fakes = [await run_replica(), await run_replica()]
+    gateway = await run_gateway(*fakes, **settings)
+    await until_all_ready(gateway)
+    return fakes, gateway, await gateway.tenant("acme")
+
+
 async def test_tokens_are_counted_by_another_replica_when_one_has_gone(
     run_replica: RunReplica, run_gateway: RunGateway, subtests: pytest.Subtests
 ) -> None:
@@ -46,10 +56,7 @@ async def test_tokens_are_counted_by_another_replica_when_one_fails(
     run_replica: RunReplica, run_gateway: RunGateway
 ) -> None:
     """Once: where all fail, the client is told."""
-    fakes = [await run_replica(), await run_replica()]
-    gateway = await run_gateway(*fakes, probe_interval_s=60)
-    await until_all_ready(gateway)
-    acme = await gateway.tenant("acme")
+    fakes, _, acme = await two_replicas(run_replica, run_gateway, probe_interval_s=60)
     fakes[0].faults.status = 500
     assert (await acme.client.post("/v1/tokenize", json={"model": BASE, "prompt": "x"})).status_code == 200
     fakes[1].faults.status = 500
@@ -63,10 +70,7 @@ async def test_what_another_replica_answers_makes_the_one_that_failed_rest(
     run_replica: RunReplica, run_gateway: RunGateway
 ) -> None:
     """Though one tenant alone asks, and the probe gives tokens; what fails everywhere makes none rest."""
-    fakes = [await run_replica(), await run_replica()]
-    gateway = await run_gateway(*fakes)
-    await until_all_ready(gateway)
-    acme = await gateway.tenant("acme")
+    fakes, gateway, acme = await two_replicas(run_replica, run_gateway)
     states = gateway.parts.pool.states
     for fake in fakes:
         fake.faults.status = 500
@@ -105,10 +109,7 @@ async def test_whatever_had_not_begun_is_answered_elsewhere_when_its_replica_die
     run_replica: RunReplica, run_gateway: RunGateway, stream: bool
 ) -> None:
     """All of it, though it is more than second tries may be; of a stream the head had come."""
-    fakes = [await run_replica(), await run_replica()]
-    gateway = await run_gateway(*fakes, probe_interval_s=60)
-    await until_all_ready(gateway)
-    acme = await gateway.tenant("acme")
+    fakes, gateway, acme = await two_replicas(run_replica, run_gateway, probe_interval_s=60)
     fakes[0].faults.head_then_nothing = stream
     fakes[0].faults.latency_s = 60
     asks = await unstarted_on(fakes[0], fakes[1:], gateway, acme, stream=stream)
@@ -123,10 +124,7 @@ async def test_a_replica_that_comes_and_goes_gives_no_second_tries_each_time(
     run_replica: RunReplica, run_gateway: RunGateway
 ) -> None:
     """Its second death in ten seconds leaves those that were with it to the budget."""
-    fakes = [await run_replica(), await run_replica()]
-    gateway = await run_gateway(*fakes)
-    await until_all_ready(gateway)
-    acme = await gateway.tenant("acme")
+    fakes, gateway, acme = await two_replicas(run_replica, run_gateway)
     fakes[0].faults.latency_s = 60
     counts = []
     for _ in range(2):
