@@ -5,18 +5,15 @@ Latencies are by the engine's own clock: a busy machine changes little of them.
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapter_store.base_model import BaseModel
 from loadtests.fake.engine import EngineModel
-from loadtests.fake.replica import FakeReplica
+from loadtests.store.report import percentile
 from tests.chaos.client import Client
 from tests.chaos.conftest import Figure, NewClient
 from tests.gateways import gateway_process, new_key
-from tests.integration.gateway.conftest import BASE
+from tests.integration.gateway.conftest import BASE, RunReplica
 from tests.waiting import until
 
 PLACES = 40
@@ -56,31 +53,23 @@ class Tenants:
 
     def p99_s(self) -> float:
         """Those that still wait have taken as long as they have waited."""
-        took_s = sorted([*self.took_s, *(self.engine.now_s - asked_s for asked_s in self.asked_s.values())])
-        return took_s[math.ceil(0.99 * len(took_s)) - 1]
-
-
-@asynccontextmanager
-async def replica_of(base: BaseModel, engine: EngineModel) -> AsyncIterator[FakeReplica]:
-    replica = FakeReplica(base.fingerprint, base_name=BASE, engine=engine, keep_requests=False)
-    await replica.start()
-    try:
-        yield replica
-        assert replica.violations == []
-    finally:
-        await replica.stop()
+        return percentile([*self.took_s, *(self.engine.now_s - asked_s for asked_s in self.asked_s.values())], 0.99)
 
 
 async def calm_p99_s(
-    base_folder: Path, base: BaseModel, new_client: NewClient, folder: Path, *, flood: int, fairness: bool = True
+    base_folder: Path,
+    run_replica: RunReplica,
+    new_client: NewClient,
+    folder: Path,
+    *,
+    flood: int,
+    fairness: bool = True,
 ) -> float:
     """p99 of four calm tenants beside a flood of so many callers with long answers."""
     engine = EngineModel(max_num_seqs=PLACES, base_step_s=0.01, per_sequence_s=0.0001)
     settings = {"TAILOR_FAIRNESS": "true" if fairness else "false", "TAILOR_QUEUE_TIMEOUT_S": "120"}
-    async with (
-        replica_of(base, engine) as replica,
-        gateway_process(base_folder, replica, folder, **settings) as gateway,
-    ):
+    replica = await run_replica(engine=engine, keep_requests=False)
+    async with gateway_process(base_folder, replica, folder, **settings) as gateway:
         operator = gateway.operator_key()
         keys = [await new_key(gateway.url, operator, f"calm-{number}") for number in range(CALM)]
         flooding = await new_key(gateway.url, operator, "flood")
@@ -101,12 +90,12 @@ async def calm_p99_s(
 
 
 async def test_a_neighbour_at_twenty_times_its_share_is_not_felt(
-    base_folder: Path, base: BaseModel, new_client: NewClient, figure: Figure, tmp_path: Path
+    base_folder: Path, run_replica: RunReplica, new_client: NewClient, figure: Figure, tmp_path: Path
 ) -> None:
     """Others' p99 is at most 1.5 times what it is alone; with fairness off it is far more."""
 
     async def p99_s(name: str, *, flood: int, fairness: bool = True) -> float:
-        return await calm_p99_s(base_folder, base, new_client, tmp_path / name, flood=flood, fairness=fairness)
+        return await calm_p99_s(base_folder, run_replica, new_client, tmp_path / name, flood=flood, fairness=fairness)
 
     alone_s = await p99_s("alone", flood=0)
     beside_s = math.inf
