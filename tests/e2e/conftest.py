@@ -61,10 +61,18 @@ class RealStack:
         assert done.returncode == expect, f"{done.stdout}\n{done.stderr}"
         return done.stdout if expect == 0 else done.stderr
 
+    @property
+    def operator_key(self) -> str:
+        return (self.home / "operator-key").read_text().strip()
+
+    @property
+    def replica_token(self) -> str:
+        """What the replica asks for of whoever asks it past the gateway."""
+        return (self.home / "replica-token").read_text().strip()
+
     def new_tenant(self, name: str) -> str:
         """A tenant's key; over HTTP, for the command takes a second of CPU each time."""
-        operator = (self.home / "operator-key").read_text().strip()
-        with self.client(operator) as client:
+        with self.client(self.operator_key) as client:
             assert client.post("/admin/v1/tenants", json={"name": name}).status_code == 201
             secret: str = client.post(f"/admin/v1/tenants/{name}/keys", json={}).json()["secret"]
         return secret
@@ -79,6 +87,9 @@ class RealStack:
     def client(self, key: str) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {key}"}, timeout=120)
 
+    def async_client(self, key: str) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {key}"}, timeout=120)
+
     def replica_state(self, listens_at: str | None = None) -> dict[str, Any]:
         """What the agent in the engine says; of several the one whose socket is given."""
         state: dict[str, Any] = json.loads(self.of_replica("/tailor/state", listens_at))
@@ -86,14 +97,13 @@ class RealStack:
 
     def of_replica(self, path: str, listens_at: str | None = None) -> str:
         """What the replica answers, asked past the gateway."""
-        token = (self.home / "replica-token").read_text().strip()
         with socket.socket(socket.AF_UNIX) as link:  # httpcore leaks its own where nobody listens (any more)
             link.settimeout(30)
             link.connect(listens_at or self.replica_socket())
             connection = http.client.HTTPConnection("replica")
             connection.sock = link
             with closing(connection):
-                connection.request("GET", path, headers={"authorization": f"Bearer {token}"})
+                connection.request("GET", path, headers={"authorization": f"Bearer {self.replica_token}"})
                 with connection.getresponse() as answer:
                     assert answer.status == 200
                     return answer.read().decode()

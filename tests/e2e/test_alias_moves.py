@@ -25,7 +25,7 @@ async def moving(stack: RealStack, adapters: list[Path]) -> AsyncIterator[httpx.
     key = stack.new_tenant("moving")
     for folder in adapters[:3]:
         stack.push(folder, "mover", key)
-    async with httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {key}"}, timeout=120) as client:
+    async with stack.async_client(key) as client:
         yield client
 
 

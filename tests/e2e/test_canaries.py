@@ -58,7 +58,7 @@ async def test_garbage_goes_back_and_good_work_stays(stack: RealStack, tiny_base
         alias = "default" if number == 1 else ""
         stack.tailor("adapter", "push", str(adapter), "--name", "jargon", "--alias", alias, key=key)
     good = [{"prompt": one.messages[-1]["content"], "answer": one.answer} for one in task.heldout[:6]]
-    async with httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {key}"}, timeout=120) as client:
+    async with stack.async_client(key) as client:
         told = await client.put("/v1/adapters/jargon/prompts", json={"prompts": [], "examples": good})
         assert told.status_code == 200, told.text
         statuses: set[int] = set()

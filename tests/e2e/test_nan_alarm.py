@@ -104,7 +104,7 @@ async def test_nan_past_the_guard_is_found_recycled_and_held_back(tiny_base: Pat
         good = save_random_adapter(tiny_base, tmp_path / "good", seed=1)
         stack.tailor("adapter", "push", str(good), "--name", "bot", key=keys["globex"])
         digest = await publish_unchecked(stack, tenant_id, "bot", with_nan(tiny_base, tmp_path / "nan"))
-        async with _client(stack, keys["acme"]) as bad_client, _client(stack, keys["globex"]) as client:
+        async with stack.async_client(keys["acme"]) as bad_client, stack.async_client(keys["globex"]) as client:
             globex = Asker(client, "bot")
             status, right = await globex.ask()
             assert status == 200, right
@@ -131,14 +131,9 @@ async def test_nan_past_the_guard_is_found_recycled_and_held_back(tiny_base: Pat
     assert all(at < gone_s for at in wrong)
 
 
-def _client(stack: RealStack, key: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=stack.url, headers={"authorization": f"Bearer {key}"}, timeout=120)
-
-
 async def _until_held(stack: RealStack, began: float, digest: str) -> float:
     """Seconds until an operator sees it, alone."""
-    key = (stack.home / "operator-key").read_text().strip()
-    async with _client(stack, key) as operator, asyncio.timeout(30):
+    async with stack.async_client(stack.operator_key) as operator, asyncio.timeout(30):
         while True:
             rows = (await operator.get("/admin/v1/quarantine")).json()["data"]
             if rows:

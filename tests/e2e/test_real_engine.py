@@ -232,7 +232,7 @@ async def test_another_tenants_adapter_is_a_name_that_never_existed(
 
 async def test_the_engines_own_doors_are_shut(stack: RealStack) -> None:
     """Every route but `GET /health` asks for the token; vLLM's runtime loading stays off even with it."""
-    token = (stack.home / "replica-token").read_text().strip()
+    token = stack.replica_token
     transport = httpx.AsyncHTTPTransport(uds=stack.replica_socket())
     async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
         routes = [
@@ -253,9 +253,8 @@ async def test_the_engines_own_doors_are_shut(stack: RealStack) -> None:
 async def test_the_engine_refuses_what_its_compiler_does(stack: RealStack) -> None:
     """Asked past the gateway, which refuses it too. vLLM's second choice, llguidance, ends the process of this one."""
     before = await asyncio.to_thread(stack.generation)
-    token = (stack.home / "replica-token").read_text().strip()
     transport = httpx.AsyncHTTPTransport(uds=stack.replica_socket())
-    headers = {"authorization": f"Bearer {token}"}
+    headers = {"authorization": f"Bearer {stack.replica_token}"}
     async with httpx.AsyncClient(transport=transport, base_url="http://replica", headers=headers, timeout=60) as client:
         base = (await client.get("/v1/models")).json()["data"][0]["id"]
         schema = {"type": "integer", "minimum": -1e30, "maximum": -1e30}

@@ -309,15 +309,8 @@ async def a_busy_while(caller: Caller) -> None:
     await asyncio.gather(*(one(number) for number in range(20 * WHOLE)))
 
 
-@asynccontextmanager
-async def operating(pair: RealStack) -> AsyncIterator[httpx.AsyncClient]:
-    operator = (pair.home / "operator-key").read_text().strip()
-    async with httpx.AsyncClient(base_url=pair.url, headers={"authorization": f"Bearer {operator}"}) as client:
-        yield client
-
-
 async def replica_ids(pair: RealStack) -> list[str]:
-    async with operating(pair) as client:
+    async with pair.async_client(pair.operator_key) as client:
         return [replica["id"] for replica in (await client.get("/admin/v1/replicas")).json()["data"]]
 
 
@@ -330,7 +323,7 @@ async def drained(pair: RealStack, replica: str) -> AsyncIterator[None]:
         while (await client.get(f"/admin/v1/replicas/{replica}")).json()["state"] not in states:
             await asyncio.sleep(0.05)
 
-    async with operating(pair) as client:
+    async with pair.async_client(pair.operator_key) as client:
         await become("drain", "draining", "drained")
         yield
         await become("resume", "ready")
@@ -338,7 +331,7 @@ async def drained(pair: RealStack, replica: str) -> AsyncIterator[None]:
 
 async def server_of(pair: RealStack, replica: str) -> psutil.Process:
     """The API server of a replica, by the id that answers carry."""
-    async with operating(pair) as client:
+    async with pair.async_client(pair.operator_key) as client:
         url: str = (await client.get(f"/admin/v1/replicas/{replica}")).json()["url"]
     (found,) = [process for process in servers(pair) if url.removeprefix("unix:") in uds_of(process)]
     return found
